@@ -1,0 +1,1 @@
+//! audit: exactly one `Record` per connection attempt.

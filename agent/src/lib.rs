@@ -1,0 +1,29 @@
+//! Wimsey's node agent, as a library in reading order.
+//!
+//! The modules are listed in the order in which a connection walks them, after the words that all of them use. A module
+//! imports only modules listed above it (`cargo xtask check` proves it). The rooms never call each other: only
+//! [`pipeline`] does, and each room takes the output of the one before it by value:
+//!
+//! ```text
+//! app ─connect─▶ [ebpf] ─▶ intercept ▶ identify ▶ authorize ▶ handshake ▶ offload ▶ relay ─▶ peer
+//! peer ────────▶ [ebpf] ─┘  Flow       Parties    Permit      Session     Pipe      Tally
+//!                              any refusal ──────────────────────────────▶ audit ◀─┘
+//! ```
+//!
+//! *Invariant:* bytes of an application move only in [`relay`], and only through a `Pipe` that a `Session` made, which a
+//! `Permit` allowed.
+
+pub mod refusal;
+pub mod spiffe;
+pub mod sys;
+pub mod policy;
+pub mod config;
+pub mod intercept;
+pub mod identify;
+pub mod authorize;
+pub mod handshake;
+pub mod offload;
+pub mod relay;
+pub mod audit;
+
+pub mod pipeline;

@@ -1,0 +1,2 @@
+//! The `wimsey` command.
+fn main() {}

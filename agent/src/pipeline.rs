@@ -1,0 +1,1 @@
+//! The corridor: calls the rooms in order.

@@ -1,0 +1,1 @@
+//! Benchmarks of the hot path; each file under this folder is one.
