@@ -12,6 +12,7 @@ mod secrets;
 mod settings;
 
 pub use detect::looks_like_tls;
+pub(crate) use error::alert_code;
 pub use error::{Cause, Error, alert_name};
 pub use judge::{Judge, Trust};
 pub use secrets::{Secrets, Traffic};
