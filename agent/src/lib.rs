@@ -27,3 +27,4 @@ pub mod relay;
 pub mod audit;
 
 pub mod pipeline;
+pub mod admin;
