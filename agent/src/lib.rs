@@ -16,6 +16,8 @@
 pub mod refusal;
 pub mod spiffe;
 pub mod sys;
+pub mod units;
+pub mod document;
 pub mod policy;
 pub mod config;
 pub mod intercept;

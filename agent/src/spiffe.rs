@@ -558,7 +558,7 @@ mod tests {
             let id = SpiffeId::parse(&uri).unwrap();
             prop_assert_eq!(id.to_string(), uri);
             prop_assert_eq!(SpiffeId::parse(id.as_str()).unwrap(), id.clone());
-            prop_assert_eq!(id.trust_domain().as_str(), domain);
+            prop_assert_eq!(id.trust_domain_name(), domain);
         }
 
         #[test]
