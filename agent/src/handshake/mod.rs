@@ -1,1 +1,3 @@
 //! handshake
+
+pub mod verify;
