@@ -10,6 +10,7 @@ mod error;
 mod judge;
 mod secrets;
 mod settings;
+pub mod verify;
 
 pub use detect::looks_like_tls;
 pub(crate) use error::alert_code;
