@@ -26,6 +26,18 @@ pub enum Authorized {
 
 /// Leave to shake hands with one of a set of peers.
 ///
+/// It comes from [`authorize`] and goes on by value:
+///
+/// ```
+/// # use wimsey::{authorize::{Authorized, Permit, authorize}, identify::Parties, policy::Policy};
+/// # fn handshake(_: Permit) {}
+/// fn walk(policy: &Policy, parties: Parties) {
+///     if let Ok(Authorized::Mesh(permit)) = authorize(policy, parties) {
+///         handshake(permit)
+///     }
+/// }
+/// ```
+///
 /// It cannot be forged:
 ///
 /// ```compile_fail,E0451
