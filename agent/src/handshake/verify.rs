@@ -236,7 +236,9 @@ impl From<&Rejection> for CertificateError {
         };
         match error {
             // bad_certificate
-            E::Missing | E::TooLong(_) | E::Malformed(_) | E::UriCount(_) | E::Id { .. } => CertificateError::BadEncoding,
+            E::Missing | E::TooLong(_) | E::Malformed(_) | E::UriCount(_) | E::Id { .. } => {
+                CertificateError::BadEncoding
+            }
             // unsupported_certificate
             E::Authority | E::KeyUsage(_) | E::Purpose(_) => CertificateError::InvalidPurpose,
             // unknown_ca

@@ -1,8 +1,5 @@
 use super::*;
-use crate::{
-    identify::testing::*,
-    policy::Matcher,
-};
+use crate::{identify::testing::*, policy::Matcher};
 use rcgen::{BasicConstraints, CertificateParams, CustomExtension, ExtendedKeyUsagePurpose, IsCa, KeyUsagePurpose};
 use rustls::{
     AlertDescription, ClientConfig, ClientConnection, ServerConfig, ServerConnection,
