@@ -332,7 +332,23 @@ mod tests {
                 listener_cookie: 0,
             },
             workload: Workload { number: 1, id: id(workload) },
-            credential: Arc::new(Credential { id: id(workload), certified, not_after: SystemTime::UNIX_EPOCH }),
+            credential: Arc::new(Credential {
+                id: id(workload),
+                certified,
+                not_before: SystemTime::UNIX_EPOCH,
+                not_after: SystemTime::UNIX_EPOCH,
+                serial: "00".into(),
+            }),
+            trust: Arc::default(),
+            facts: crate::identify::attest::Facts {
+                pid: 1,
+                uid: 0,
+                gid: 0,
+                comm: "test".into(),
+                executable: None,
+                cgroup: None,
+                note: None,
+            },
         }
     }
 
