@@ -142,7 +142,7 @@ pub fn guard(skb: *mut __sk_buff) -> i32 {
         return ALLOW;
     }
     // A policy may name the agent's own address, as in 127.0.0.1 with any port.
-    if turned_before(config, cookie, &address, port) {
+    if turned_to(cookie, &address, port).is_some() {
         return ALLOW;
     }
     count(counter::GUARD_DROPPED);
@@ -345,20 +345,22 @@ fn remember(config: &Config, event: &Event, family: u16, agent_port: u16) -> Res
     FLOWS.insert(&event.cookie, &origin, 0)
 }
 
-/// Does this socket's connection to one of the agent's listeners come from a `connect()` that was turned there, and is the
-/// agent still the one who listens?
+/// Is this what a `connect()` of this socket was turned to?
 #[inline(always)]
-pub fn turned_before(config: &Config, cookie: u64, address: &Address, port: u16) -> bool {
+pub fn turned_to(cookie: u64, address: &Address, port: u16) -> Option<&'static Origin> {
     if !is_loopback(address) {
-        return false;
+        return None;
     }
     // SAFETY: rows are replaced only by this same socket's next connect.
-    match unsafe { FLOWS.get(&cookie) } {
-        Some(origin) if origin.agent_port == port => {
-            agent_port(outbound_listener(config, cookie, !is_mapped(address))) == port
-        }
-        _ => false,
-    }
+    let origin = unsafe { FLOWS.get(&cookie) }?;
+    if origin.agent_port == port { Some(origin) } else { None }
+}
+
+/// The same, and the agent is still the one who listens there.
+#[inline(always)]
+fn turned_before(config: &Config, cookie: u64, address: &Address, port: u16) -> bool {
+    turned_to(cookie, address, port).is_some()
+        && agent_port(outbound_listener(config, cookie, !is_mapped(address))) == port
 }
 
 #[inline(always)]

@@ -103,6 +103,13 @@ pub fn reached(address: Address, bound: &Address) -> Address {
     address
 }
 
+/// Chooses between the two forms in which a context shows one address. Both were read before: a choice between the two
+/// fields to read would become arithmetic on a pointer, which the verifier refuses.
+#[inline(always)]
+pub fn choose(family: u32, four: u32, six: Address) -> Address {
+    if family == AF_INET { mapped(four) } else { six }
+}
+
 /// The socket's own end: address (mapped for IPv4) and port.
 ///
 /// # Safety
@@ -112,28 +119,24 @@ pub unsafe fn near_end(ctx: *mut bpf_sock_addr) -> (Address, u16) {
     // SAFETY: promised by the caller; `sk` is never null in these programs.
     unsafe {
         let sk: *mut bpf_sock = (*ctx).__bindgen_anon_1.sk;
-        if word(addr_of!((*sk).family)) == AF_INET {
-            (mapped(word(addr_of!((*sk).src_ip4))), word(addr_of!((*sk).src_port)) as u16)
-        } else {
-            (words(addr_of!((*sk).src_ip6)), word(addr_of!((*sk).src_port)) as u16)
-        }
+        let four = word(addr_of!((*sk).src_ip4));
+        let six = words(addr_of!((*sk).src_ip6));
+        (choose(word(addr_of!((*sk).family)), four, six), word(addr_of!((*sk).src_port)) as u16)
     }
 }
 
-/// The socket's other end, as in [`near_end`].
+/// The socket's other end.
 ///
 /// # Safety
-/// As for [`near_end`].
+/// `sk` is a socket that the verifier knows not to be null.
 #[inline(always)]
 pub unsafe fn far_end(sk: *mut bpf_sock) -> (Address, u16) {
     // SAFETY: promised by the caller. `dst_port` is a 16-bit field.
     unsafe {
+        let four = word(addr_of!((*sk).dst_ip4));
+        let six = words(addr_of!((*sk).dst_ip6));
         let port = u16::from_be(addr_of!((*sk).dst_port).read_volatile());
-        if word(addr_of!((*sk).family)) == AF_INET {
-            (mapped(word(addr_of!((*sk).dst_ip4))), port)
-        } else {
-            (words(addr_of!((*sk).dst_ip6)), port)
-        }
+        (choose(word(addr_of!((*sk).family)), four, six), port)
     }
 }
 
@@ -222,7 +225,14 @@ fn covering(key: &Prefixed) -> Option<&'static Destination> {
 pub fn outbound_listener(config: &Config, cookie: u64, ipv6: bool) -> u32 {
     // Cookies are consecutive numbers, often with a stride: multiplicative hashing spreads them.
     let hash = (cookie.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as u32;
-    hash % config.shards * 2 + ipv6 as u32
+    slot(config, hash, ipv6)
+}
+
+/// Index of a listener of the agent in a socket map.
+#[inline(always)]
+pub fn slot(config: &Config, hash: u32, ipv6: bool) -> u32 {
+    // `config()` has seen that there is a shard, but the compiler would rather panic than believe it.
+    hash.checked_rem(config.shards).unwrap_or(0) * 2 + ipv6 as u32
 }
 
 /// The port of one of the agent's outbound listeners, or 0 where the agent is gone.

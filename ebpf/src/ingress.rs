@@ -8,7 +8,7 @@
 //! *Invariant:* the programs only ever raise the protection of a listener.
 
 use crate::{
-    egress::turned_before,
+    egress::turned_to,
     facts::*,
     maps::*,
     tell::{self, NOBODY, count},
@@ -147,10 +147,8 @@ fn connecting(ops: *mut bpf_sock_ops) {
     if !is_loopback(&tuple.destination) {
         return;
     }
-    if turned_before(config, cookie, &tuple.destination, tuple.destination_port) {
-        if let Some(origin) = unsafe { FLOWS.get(&cookie) } {
-            let _ = ORIGINS.insert(&tuple, origin, 0);
-        }
+    if let Some(origin) = turned_to(cookie, &tuple.destination, tuple.destination_port) {
+        let _ = ORIGINS.insert(&tuple, origin, 0);
     } else {
         // A connection from before may have had these addresses, and nobody shall come in under its name.
         let _ = ORIGINS.remove(&tuple);
@@ -217,14 +215,12 @@ fn listening(ops: *mut bpf_sock_ops) {
 fn tuple(ops: *mut bpf_sock_ops) -> TupleKey {
     // SAFETY: fields of the context that this hook may read. The remote port is in network byte order in the upper half.
     unsafe {
-        let (source, destination) = if word(addr_of!((*ops).family)) == AF_INET {
-            (mapped(word(addr_of!((*ops).local_ip4))), mapped(word(addr_of!((*ops).remote_ip4))))
-        } else {
-            (words(addr_of!((*ops).local_ip6)), words(addr_of!((*ops).remote_ip6)))
-        };
+        let family = word(addr_of!((*ops).family));
+        let (near4, near6) = (word(addr_of!((*ops).local_ip4)), words(addr_of!((*ops).local_ip6)));
+        let (far4, far6) = (word(addr_of!((*ops).remote_ip4)), words(addr_of!((*ops).remote_ip6)));
         TupleKey {
-            source,
-            destination,
+            source: choose(family, near4, near6),
+            destination: choose(family, far4, far6),
             source_port: word(addr_of!((*ops).local_port)) as u16,
             destination_port: u32::from_be(word(addr_of!((*ops).remote_port))) as u16,
             pad: 0,
@@ -242,14 +238,16 @@ pub fn steer(ctx: &SkLookupContext) -> u32 {
         if word(addr_of!((*lookup).protocol)) != IPPROTO_TCP {
             return SK_PASS;
         }
-        let local_port = word(addr_of!((*lookup).local_port)) as u16;
-        let remote_port = u16::from_be(addr_of!((*lookup).remote_port).read_volatile());
-        if word(addr_of!((*lookup).family)) == AF_INET6 {
-            (true, words(addr_of!((*lookup).local_ip6)), local_port, words(addr_of!((*lookup).remote_ip6)), remote_port)
-        } else {
-            let local = mapped(word(addr_of!((*lookup).local_ip4)));
-            (false, local, local_port, mapped(word(addr_of!((*lookup).remote_ip4))), remote_port)
-        }
+        let family = word(addr_of!((*lookup).family));
+        let (local4, local6) = (word(addr_of!((*lookup).local_ip4)), words(addr_of!((*lookup).local_ip6)));
+        let (remote4, remote6) = (word(addr_of!((*lookup).remote_ip4)), words(addr_of!((*lookup).remote_ip6)));
+        (
+            family == AF_INET6,
+            choose(family, local4, local6),
+            word(addr_of!((*lookup).local_port)) as u16,
+            choose(family, remote4, remote6),
+            u16::from_be(addr_of!((*lookup).remote_port).read_volatile()),
+        )
     };
     let mode = protection(&local, local_port, ipv6);
     if mode != LISTENER_PROTECTED && mode != LISTENER_UNKNOWN {
@@ -266,7 +264,7 @@ pub fn steer(ctx: &SkLookupContext) -> u32 {
     let [a, b, c, d] = split(&remote);
     let mixed = (a ^ b ^ c ^ d).wrapping_add((remote_port as u32) << 16 | local_port as u32);
     let hash = mixed.wrapping_mul(0x9e37_79b1) >> 8;
-    let index = hash % config.shards * 2 + ipv6 as u32;
+    let index = slot(config, hash, ipv6);
     if INBOUND.redirect_sk_lookup(ctx, index, 0).is_ok() {
         count(counter::STEERED);
         return SK_PASS;

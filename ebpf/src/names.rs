@@ -5,10 +5,7 @@
 //!
 //! *Invariant:* nothing is decided by what is shown here.
 
-use crate::{
-    facts::*,
-    maps::{FLOWS, LEGS},
-};
+use crate::{egress::turned_to, facts::*, maps::LEGS};
 use aya_ebpf::{bindings::bpf_sock_addr, helpers::bpf_get_socket_cookie};
 use core::ptr::{addr_of, addr_of_mut};
 use wimsey_common::*;
@@ -52,13 +49,8 @@ fn true_peer(ctx: *mut bpf_sock_addr, peer: Address) -> Option<(Address, u16)> {
     // SAFETY: helpers and fields that this hook may use; rows are never changed in place.
     unsafe {
         let port = u16::from_be(word(addr_of!((*ctx).user_port)) as u16);
-        if is_loopback(&peer) {
-            let cookie = bpf_get_socket_cookie(ctx.cast());
-            if let Some(origin) = FLOWS.get(&cookie) {
-                if origin.agent_port == port {
-                    return Some((origin.destination, origin.destination_port));
-                }
-            }
+        if let Some(origin) = turned_to(bpf_get_socket_cookie(ctx.cast()), &peer, port) {
+            return Some((origin.destination, origin.destination_port));
         }
         let (near, near_port) = near_end(ctx);
         let leg = LEGS.get(&TupleKey {
@@ -79,13 +71,8 @@ fn true_self(ctx: *mut bpf_sock_addr) -> Option<(Address, u16)> {
     // SAFETY: helpers and fields that this hook may use; rows are never changed in place.
     unsafe {
         let (peer, peer_port) = far_end((*ctx).__bindgen_anon_1.sk);
-        if !is_loopback(&peer) {
-            return None;
-        }
-        let cookie = bpf_get_socket_cookie(ctx.cast());
-        let origin = FLOWS.get(&cookie)?;
-        let [a, b, c, d] = split(&origin.source);
-        if origin.agent_port != peer_port || a | b | c | d == 0 {
+        let origin = turned_to(bpf_get_socket_cookie(ctx.cast()), &peer, peer_port)?;
+        if split(&origin.source) == [0; 4] {
             return None;
         }
         Some((origin.source, u16::from_be(word(addr_of!((*ctx).user_port)) as u16)))
