@@ -262,6 +262,14 @@ impl Refusal for Reason {
 }
 
 #[cfg(test)]
+impl Permit {
+    /// A permit that no policy gave, for the tests of the rooms behind this one.
+    pub(crate) fn forged(parties: Parties, peers: Peers) -> Self {
+        Self { parties, peers, permissive: None }
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::{
