@@ -273,7 +273,7 @@ impl Permit {
 mod tests {
     use super::*;
     use crate::{
-        identify::Credential,
+        identify::{Credential, attest::Facts},
         intercept::{Flow, OriginalDst},
         policy::{Accounts, Source, Workload},
     };
@@ -328,11 +328,21 @@ mod tests {
                 socket,
                 destination: OriginalDst(destination.parse().unwrap()),
                 source: "10.0.0.1:40000".parse().unwrap(),
+                dial_from: None,
                 task: None,
+                cookie: 0,
                 listener_cookie: 0,
             },
             workload: Workload { number: 1, id: id(workload) },
-            credential: Arc::new(Credential { id: id(workload), certified, not_after: SystemTime::UNIX_EPOCH }),
+            credential: Arc::new(Credential {
+                id: id(workload),
+                certified,
+                not_before: SystemTime::UNIX_EPOCH,
+                not_after: SystemTime::UNIX_EPOCH,
+                serial: "00".into(),
+            }),
+            trust: Arc::default(),
+            facts: Facts { pid: 1, uid: 0, gid: 0, comm: "test".into(), executable: None, cgroup: None, note: None },
         }
     }
 
