@@ -234,8 +234,8 @@ impl Bypass {
     }
 
     /// Takes it apart.
-    pub fn into_parties(self) -> Parties {
-        self.parties
+    pub fn into_parts(self) -> (Parties, Arc<Rule>) {
+        (self.parties, self.rule)
     }
 }
 
@@ -258,6 +258,14 @@ impl Refusal for Reason {
             Self::NoDestination { .. } => "no-destination",
             Self::NobodyAllowed { .. } => "nobody-allowed",
         }
+    }
+}
+
+#[cfg(test)]
+impl Permit {
+    /// A permit that no policy gave, for the tests of the rooms behind this one.
+    pub(crate) fn forged(parties: Parties, peers: Peers) -> Self {
+        Self { parties, peers, permissive: None }
     }
 }
 
