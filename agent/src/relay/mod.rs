@@ -84,3 +84,6 @@ pub async fn carry(pipe: Pipe, limits: &Limits, stop: impl Future<Output = Stop>
     };
     Tally { sent: progress.sent(), received: progress.received(), closed }
 }
+
+#[cfg(test)]
+mod tests;
