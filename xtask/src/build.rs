@@ -132,7 +132,10 @@ mod tests {
 
     #[test]
     fn a_library_and_other_lines_are_no_programs() {
-        assert!(artifact(&TEST.replace("\"executable\":\"/w/target/debug/deps/flows-1f\"", "\"executable\":null")).is_none());
+        assert!(
+            artifact(&TEST.replace("\"executable\":\"/w/target/debug/deps/flows-1f\"", "\"executable\":null"))
+                .is_none()
+        );
         assert!(artifact("{\"reason\":\"build-finished\",\"success\":true}").is_none());
         assert!(artifact("   Compiling lab v0.1.0").is_none());
     }

@@ -38,7 +38,8 @@ impl Image {
         for (link, target) in [("bin", "usr/bin"), ("sbin", "usr/sbin"), ("lib", "usr/lib"), ("lib64", "usr/lib64")] {
             image.entries.insert(link.into(), Entry::Link(target.into()));
         }
-        for folder in ["proc", "sys", "dev", "run", "tmp", "root", "mnt", "var/log", "var/lib", "usr/lib64", "usr/sbin"] {
+        for folder in ["proc", "sys", "dev", "run", "tmp", "root", "mnt", "var/log", "var/lib", "usr/lib64", "usr/sbin"]
+        {
             image.folder(folder);
         }
         image.entries.insert("var/run".into(), Entry::Link("/run".into()));

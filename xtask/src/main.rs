@@ -3,9 +3,13 @@
 //! *Invariant:* CI runs these verbs and nothing else, so what passes here passes there.
 
 mod build;
+mod check;
+mod count;
 mod initramfs;
 mod run;
 mod setup;
+mod source;
+mod test;
 mod vm;
 
 use std::process::ExitCode;
@@ -52,11 +56,28 @@ fn verb(words: &[String]) -> Fallible {
     match verb.as_str() {
         "setup" => setup::ensure(&[Need::Toolchain, Need::Build, Need::Check, Need::Lab, Need::Vm]),
         "build" => build::agent().map(|built| println!("  {}", built.wimsey.display())),
+        "check" => check::verb(),
+        "test" => test::verb(rest, after),
         "vm" => vm::verb(rest, after),
+        "policy" => check::policy(rest),
+        "bench" => bench(after),
         "help" | "--help" | "-h" => {
             println!("{HELP}");
             Ok(())
         }
         other => Err(format!("no verb {other}\n\n{HELP}").into()),
     }
+}
+
+/// The benchmarks of `benches/`.
+fn bench(filter: &[String]) -> Fallible {
+    setup::ensure(&[Need::Toolchain])?;
+    let mut command = setup::cargo(&["bench", "-p", "wimsey-benches", "--"]);
+    command.args(filter);
+    let show = |line: &str| {
+        println!("{line}");
+        true
+    };
+    let ended = run::step("benchmarks").unshown().each_line(show).watch(command)?;
+    if ended.success() { Ok(()) } else { Err(format!("benchmarks: {}", ended.how()).into()) }
 }

@@ -140,7 +140,14 @@ impl Ended {
 pub fn step<'a>(label: impl Into<String>) -> Step<'a> {
     let label = label.into();
     let name: String = label.chars().map(|c| if c.is_ascii_alphanumeric() || c == '.' { c } else { '-' }).collect();
-    Step { log: work("logs").join(format!("{name}.log")), label, limit: None, silence: None, each_line: None, shown: true }
+    Step {
+        log: work("logs").join(format!("{name}.log")),
+        label,
+        limit: None,
+        silence: None,
+        each_line: None,
+        shown: true,
+    }
 }
 
 impl<'a> Step<'a> {
@@ -216,7 +223,8 @@ impl<'a> Step<'a> {
                 _ => {}
             }
             if cut.is_none() {
-                cut = over(self.limit, started, "took longer than").or_else(|| over(self.silence, spoke, "wrote nothing for"));
+                cut = over(self.limit, started, "took longer than")
+                    .or_else(|| over(self.silence, spoke, "wrote nothing for"));
             }
             if cut.is_some() {
                 process.end();

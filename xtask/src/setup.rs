@@ -50,7 +50,8 @@ const LAB_PACKAGES: &[&str] = &[
     "openssl",
     "util-linux",
 ];
-const VM_PACKAGES: &[&str] = &["qemu-system-x86", "busybox-static", "dash", "kmod", "xz-utils", "binutils", "apt", "dpkg"];
+const VM_PACKAGES: &[&str] =
+    &["qemu-system-x86", "busybox-static", "dash", "kmod", "xz-utils", "binutils", "apt", "dpkg"];
 
 /// Packages whose services Debian would start, and enable, on installation.
 const SERVICES: &[(&str, &str)] = &[("nginx-light", "nginx.service"), ("redis-server", "redis-server.service")];
@@ -184,9 +185,8 @@ fn toolchain_parts_missing() -> Vec<&'static str> {
 
 /// Whether a dotted version is the wanted one or newer.
 fn at_least(version: &str, wanted: &str) -> bool {
-    let numbers = |text: &str| -> Vec<u32> {
-        text.split(['.', '-', '+']).map_while(|part| part.parse().ok()).collect()
-    };
+    let numbers =
+        |text: &str| -> Vec<u32> { text.split(['.', '-', '+']).map_while(|part| part.parse().ok()).collect() };
     numbers(version) >= numbers(wanted)
 }
 

@@ -30,15 +30,53 @@ const SUITES: [(&str, &str); 4] = [
 
 /// Modules that the guests load or may load on demand; those they depend on come along.
 const MODULES: &[&str] = &[
-    "tls", "gcm", "ccm", "ctr", "cmac", "ghash_generic", "aesni_intel", "ghash_clmulni_intel", "chacha20poly1305",
-    "chacha", "chacha_x86_64", "poly1305_x86_64", "crc32c_intel", "veth", "dummy", "tun", "inet_diag", "tcp_diag",
-    "udp_diag", "unix_diag", "sch_netem", "sch_ingress", "cls_bpf", "mptcp_diag",
+    "tls",
+    "gcm",
+    "ccm",
+    "ctr",
+    "cmac",
+    "ghash_generic",
+    "aesni_intel",
+    "ghash_clmulni_intel",
+    "chacha20poly1305",
+    "chacha",
+    "chacha_x86_64",
+    "poly1305_x86_64",
+    "crc32c_intel",
+    "veth",
+    "dummy",
+    "tun",
+    "inet_diag",
+    "tcp_diag",
+    "udp_diag",
+    "unix_diag",
+    "sch_netem",
+    "sch_ingress",
+    "cls_bpf",
+    "mptcp_diag",
 ];
 
 /// Programs of the host that every guest has. What only some jobs need is named by the job.
 const PROGRAMS: &[&str] = &[
-    "dash", "bash", "busybox", "kmod", "ip", "ss", "tc", "tcpdump", "nginx", "redis-server", "redis-cli",
-    "redis-benchmark", "curl", "openssl", "nsenter", "unshare", "setpriv", "timeout", "strace",
+    "dash",
+    "bash",
+    "busybox",
+    "kmod",
+    "ip",
+    "ss",
+    "tc",
+    "tcpdump",
+    "nginx",
+    "redis-server",
+    "redis-cli",
+    "redis-benchmark",
+    "curl",
+    "openssl",
+    "nsenter",
+    "unshare",
+    "setpriv",
+    "timeout",
+    "strace",
 ];
 
 /// Programs without which a guest can still do its job.
@@ -46,9 +84,22 @@ const OPTIONAL: &[&str] = &["strace", "redis-benchmark", "bash"];
 
 /// Text on the console that means that the kernel is in trouble.
 const TROUBLE: &[&str] = &[
-    "Kernel panic", "BUG:", "Oops:", "general protection fault", "soft lockup", "hard LOCKUP",
-    "blocked for more than", "detected stall", "self-detected stall", "WARNING: CPU", "kernel BUG at", "double fault",
-    "Unable to handle", "refcount_t:", "KASAN:", "Out of memory: Killed",
+    "Kernel panic",
+    "BUG:",
+    "Oops:",
+    "general protection fault",
+    "soft lockup",
+    "hard LOCKUP",
+    "blocked for more than",
+    "detected stall",
+    "self-detected stall",
+    "WARNING: CPU",
+    "kernel BUG at",
+    "double fault",
+    "Unable to handle",
+    "refcount_t:",
+    "KASAN:",
+    "Out of memory: Killed",
 ];
 
 /// A kernel, ready to boot.
@@ -137,7 +188,13 @@ pub fn verb(words: &[String], command: &[String]) -> Fallible {
     let mut table = Vec::new();
     for kernel in kernels(words)? {
         let verdict = boot(&kernel, &Job::new("probe", &script), |line| println!("    {line}"))?;
-        table.push(format!("  {:<20} {:<26} {} ({})", kernel.suite, kernel.release, verdict.line(), seconds(verdict.took)));
+        table.push(format!(
+            "  {:<20} {:<26} {} ({})",
+            kernel.suite,
+            kernel.release,
+            verdict.line(),
+            seconds(verdict.took)
+        ));
         if !verdict.success() {
             failed.push(kernel.release);
         }
@@ -220,7 +277,16 @@ fn qemu(kernel: &Kernel, job: &Job, image: &Path, mark: &str) -> Command {
     let mut command = merged("setpriv");
     command.args(["--pdeathsig", "KILL", "qemu-system-x86_64"]);
     // Plain "max" offers cmpxchg16b, whose emulation crashed one boot in three of 6.12.
-    command.args(["-accel", "tcg,thread=multi", "-cpu", "max,-cx16", "-m", "2048", "-smp", &job.processors.to_string()]);
+    command.args([
+        "-accel",
+        "tcg,thread=multi",
+        "-cpu",
+        "max,-cx16",
+        "-m",
+        "2048",
+        "-smp",
+        &job.processors.to_string(),
+    ]);
     command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio"]);
     command.arg("-kernel").arg(kernel.folder.join("vmlinuz")).arg("-initrd").arg(image);
     // The emulated processors are slow and share the host: the kernel's own alarms get more time, as xtask has its own.
