@@ -5,12 +5,14 @@
 mod build;
 mod check;
 mod count;
+mod demo;
 mod initramfs;
 mod run;
 mod setup;
 mod source;
 mod test;
 mod vm;
+mod wire;
 
 use std::process::ExitCode;
 
@@ -56,6 +58,7 @@ fn verb(words: &[String]) -> Fallible {
     match verb.as_str() {
         "setup" => setup::ensure(&[Need::Toolchain, Need::Build, Need::Check, Need::Lab, Need::Vm]),
         "build" => build::agent().map(|built| println!("  {}", built.wimsey.display())),
+        "demo" => demo::verb(rest),
         "check" => check::verb(),
         "test" => test::verb(rest, after),
         "vm" => vm::verb(rest, after),

@@ -351,11 +351,6 @@ impl Process {
         Ok(Self { child, group, ended: false })
     }
 
-    /// The process id.
-    pub fn id(&self) -> u32 {
-        self.child.id()
-    }
-
     /// The exit status, if it has ended.
     pub fn poll(&mut self) -> Fallible<Option<ExitStatus>> {
         let mut groups = lock(&GROUPS);

@@ -234,7 +234,16 @@ fn named(word: &str) -> Fallible<Kernel> {
 }
 
 /// Boots a kernel with a job. Every line of the console, from the job's first on, goes to `each_line`.
-pub fn boot(kernel: &Kernel, job: &Job, mut each_line: impl FnMut(&str)) -> Fallible<Verdict> {
+pub fn boot(kernel: &Kernel, job: &Job, each_line: impl FnMut(&str)) -> Fallible<Verdict> {
+    watch(kernel, job, each_line, true)
+}
+
+/// The same, with nothing on the screen but what `each_line` puts there.
+pub fn boot_unshown(kernel: &Kernel, job: &Job, each_line: impl FnMut(&str)) -> Fallible<Verdict> {
+    watch(kernel, job, each_line, false)
+}
+
+fn watch(kernel: &Kernel, job: &Job, mut each_line: impl FnMut(&str), shown: bool) -> Fallible<Verdict> {
     let image = image(kernel, job)?;
     let mark = format!("verdict-{:x}", std::process::id());
     let mut code = None;
@@ -263,7 +272,10 @@ pub fn boot(kernel: &Kernel, job: &Job, mut each_line: impl FnMut(&str)) -> Fall
         after_trouble < 60
     };
     let label = format!("guest {} {}", kernel.release, job.name);
-    let step = step(label).limit(job.limit).silence(job.silence).each_line(watch);
+    let mut step = step(label).limit(job.limit).silence(job.silence).each_line(watch);
+    if !shown {
+        step = step.unshown();
+    }
     let ended = step.watch(qemu(kernel, job, &image, &mark))?;
     let _ = fs::remove_file(&image);
     if trouble.is_none() && code.is_none() {
