@@ -245,6 +245,10 @@ pub fn boot_unshown(kernel: &Kernel, job: &Job, each_line: impl FnMut(&str)) -> 
 
 fn watch(kernel: &Kernel, job: &Job, mut each_line: impl FnMut(&str), shown: bool) -> Fallible<Verdict> {
     let image = image(kernel, job)?;
+    let made = image.clone();
+    let _undo = crate::run::on_exit(move || {
+        let _ = fs::remove_file(made);
+    });
     let mark = format!("verdict-{:x}", std::process::id());
     let mut code = None;
     let mut trouble: Option<String> = None;
@@ -277,7 +281,6 @@ fn watch(kernel: &Kernel, job: &Job, mut each_line: impl FnMut(&str), shown: boo
         step = step.unshown();
     }
     let ended = step.watch(qemu(kernel, job, &image, &mark))?;
-    let _ = fs::remove_file(&image);
     if trouble.is_none() && code.is_none() {
         trouble = ended.cut.clone().map(|cut| format!("the guest {cut}"));
     }
