@@ -234,8 +234,8 @@ impl Bypass {
     }
 
     /// Takes it apart.
-    pub fn into_parties(self) -> Parties {
-        self.parties
+    pub fn into_parts(self) -> (Parties, Arc<Rule>) {
+        (self.parties, self.rule)
     }
 }
 
@@ -273,7 +273,7 @@ impl Permit {
 mod tests {
     use super::*;
     use crate::{
-        identify::Credential,
+        identify::{Credential, attest::Facts},
         intercept::{Flow, OriginalDst},
         policy::{Accounts, Source, Workload},
     };
@@ -328,7 +328,9 @@ mod tests {
                 socket,
                 destination: OriginalDst(destination.parse().unwrap()),
                 source: "10.0.0.1:40000".parse().unwrap(),
+                dial_from: None,
                 task: None,
+                cookie: 0,
                 listener_cookie: 0,
             },
             workload: Workload { number: 1, id: id(workload) },
@@ -340,15 +342,7 @@ mod tests {
                 serial: "00".into(),
             }),
             trust: Arc::default(),
-            facts: crate::identify::attest::Facts {
-                pid: 1,
-                uid: 0,
-                gid: 0,
-                comm: "test".into(),
-                executable: None,
-                cgroup: None,
-                note: None,
-            },
+            facts: Facts { pid: 1, uid: 0, gid: 0, comm: "test".into(), executable: None, cgroup: None, note: None },
         }
     }
 

@@ -269,7 +269,17 @@ mod tests {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let socket = tokio::net::TcpStream::connect(address).await.unwrap();
-        Flow { id: 1, direction, socket, destination: OriginalDst(address), source: address, task, listener_cookie: 0 }
+        Flow {
+            id: 1,
+            direction,
+            socket,
+            destination: OriginalDst(address),
+            source: address,
+            dial_from: None,
+            task,
+            cookie: 0,
+            listener_cookie: 0,
+        }
     }
 
     fn policy(entries: &[(&str, &[String])]) -> Policy {

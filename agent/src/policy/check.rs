@@ -6,8 +6,8 @@
 //! but the choice of the name among several rules that allow the same thing.
 
 use super::{
-    Accounts, Allow, AllowIndex, Kind, Listeners, MAX_DESTINATIONS, MAX_VERDICTS, MAX_WORKLOADS, Matcher, Plain,
-    Policy, Preexisting, Rejected, Rule, Source, Workload, kernel,
+    Accounts, Allow, AllowIndex, Kind, Listeners, MAX_CANDIDATES, MAX_DESTINATIONS, MAX_VERDICTS, MAX_WORKLOADS,
+    Matcher, Plain, Policy, Preexisting, Rejected, Rule, Source, Workload, kernel,
     language::{AllowRule, InboundRule, PlainRule, Ports, Statements, WorkloadEntry},
     selector::Selector,
     table::{Region, Table},
@@ -451,6 +451,7 @@ fn build(
     for (what, count, most) in [
         ("rows of destinations", policy.kernel.destinations.len(), MAX_DESTINATIONS),
         ("pairs of workload and destination", policy.kernel.verdicts.len(), MAX_VERDICTS),
+        ("pairs of user and group", policy.candidates(&[]).len(), MAX_CANDIDATES),
     ] {
         if count > most {
             let what = format!("the rules make more than {most} {what} for the kernel");

@@ -37,10 +37,13 @@ use table::{Region, Table};
 
 /// Most registration entries in one policy.
 pub const MAX_WORKLOADS: usize = 65_535;
-/// Most rows of [`KernelPolicy::destinations`].
+/// Most rows of [`KernelPolicy::destinations`]. Like the two below, half of what the map of the kernel programs holds:
+/// during a reload it holds two policies.
 pub const MAX_DESTINATIONS: usize = 65_535;
 /// Most rows of [`KernelPolicy::verdicts`].
 pub const MAX_VERDICTS: usize = 131_072;
+/// Most rows of [`Policy::candidates`] for one set of cgroup selectors.
+pub const MAX_CANDIDATES: usize = 32_768;
 
 /// A whole, checked policy.
 #[derive(Debug)]

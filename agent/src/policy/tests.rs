@@ -506,6 +506,25 @@ fn a_policy_must_say_its_trust_domain() {
 }
 
 #[test]
+fn a_policy_that_would_not_fit_into_the_kernel_maps_is_refused() {
+    let mut text =
+        String::from("[[allow]]\nfrom = { pattern = \"spiffe://td/*\" }\nto = { pattern = \"spiffe://td/*\" }\n");
+    for number in 0..400 {
+        let (high, low) = (number / 250, number % 250 + 1);
+        text += &format!(
+            "[[workload]]\nid = \"spiffe://td/w{number}\"\nselectors = [\"unix:uid:{}\"]\n\
+             [[destination]]\naddress = \"10.0.{high}.{low}:80\"\nid = \"spiffe://td/w{number}\"\n",
+            number + 1
+        );
+    }
+    assert_eq!(
+        refusal(&text),
+        "policies: the rules make more than 131072 pairs of workload and destination for the kernel; \
+         write fewer workloads, destinations or ports on this host, or wider networks"
+    );
+}
+
+#[test]
 fn rules_about_nobody_are_warnings_with_a_suggestion() {
     let policy = policy(
         "[[workload]]\nid = \"spiffe://td/redis\"\nselectors = [\"unix:uid:1\"]\n\

@@ -1,0 +1,72 @@
+#!/bin/sh
+# Prepares a node for Wimsey: `provision.sh [alpha|beta|stranger]`. The Vagrantfile runs it as root on each of its
+# machines, and the guests of `cargo xtask test vm` run the same file, so it cannot rot. What a machine does not have
+# (apt, systemd, a built agent) is skipped; running it again changes nothing.
+set -eu
+role=${1:-guest}
+here=$(dirname "$0")
+
+# Packages: the programs of the demo. A guest brings its own.
+if [ "$role" != guest ]; then
+	export DEBIAN_FRONTEND=noninteractive
+	apt-get -q update
+	apt-get -q install -y --no-install-recommends nginx-light redis-server redis-tools curl openssl tcpdump iproute2
+fi
+
+# Modules: kernel TLS with its ciphers, and the socket diagnosis that closes a connection whose right has ended. A
+# kernel that has them built in, or has none, is no error: `wimsey doctor` says what it found.
+for module in tls gcm aesni_intel ghash_clmulni_intel chacha20poly1305 veth inet_diag tcp_diag sch_netem; do
+	modprobe -q "$module" 2>/dev/null || true
+done
+if [ -d /etc/modules-load.d ]; then
+	printf 'tls\ntcp_diag\n' >/etc/modules-load.d/wimsey.conf
+fi
+
+# File systems: the cgroup hierarchy that the programs are attached to, and the place where they are pinned.
+if ! grep -q ' cgroup2 ' /proc/self/mounts; then
+	mkdir -p /sys/fs/cgroup
+	mount -t cgroup2 cgroup2 /sys/fs/cgroup
+fi
+if ! grep -q ' /sys/fs/bpf bpf ' /proc/self/mounts; then
+	mount -t bpf bpf /sys/fs/bpf
+fi
+
+# A burst of connections waits in the listeners' queues while their handshakes go on.
+settings='net.core.somaxconn=4096
+net.ipv4.tcp_max_syn_backlog=4096'
+echo "$settings" | while read -r setting; do
+	sysctl -q -w "$setting"
+done
+if [ -d /etc/sysctl.d ]; then
+	echo "$settings" >/etc/sysctl.d/60-wimsey.conf
+fi
+
+# The agent, on the machines that are to have one. Build it on the host first: cargo xtask build
+agent=$here/../target/release/wimsey
+if [ "$role" = guest ] || [ "$role" = stranger ]; then
+	exit 0
+fi
+if [ ! -x "$agent" ]; then
+	echo "no $agent: run \`cargo xtask build\` on the host, then \`vagrant provision\`" >&2
+	exit 1
+fi
+install -m 755 "$agent" /usr/local/bin/wimsey
+mkdir -p /etc/wimsey/policies /var/lib/wimsey /var/log/wimsey
+grep -q ' beta$' /etc/hosts || printf '192.168.57.11 alpha\n192.168.57.12 beta\n192.168.57.13 stranger\n' >>/etc/hosts
+
+# One authority for both nodes. Alpha makes it and leaves it in the shared folder; a real fleet uses SPIRE.
+shared=$here/../target/vagrant-ca
+if [ ! -d "$shared" ]; then
+	wimsey ca init --trust-domain example.org --dir "$shared"
+fi
+if [ ! -d /etc/wimsey/ca ]; then
+	cp -r "$shared" /etc/wimsey/ca
+	chmod -R go= /etc/wimsey/ca
+fi
+cp "$here/policy.toml" /etc/wimsey/policies/lab.toml
+cp "$here/agent.toml" /etc/wimsey/agent.toml
+cp "$here/wimsey.service" /etc/systemd/system/wimsey.service
+systemctl daemon-reload
+systemctl enable --now wimsey.service
+systemctl restart nginx.service redis-server.service
+wimsey status

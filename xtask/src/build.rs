@@ -1,0 +1,142 @@
+//! The kernel programs, then the agent around them, then the lab.
+//!
+//! *Invariant:* the agent that the lab, the demo and the guests run embeds the object built here, never an older one.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use crate::run::{During, Fallible, merged, root, step, work};
+use crate::setup::{self, Need};
+
+/// What a build gives.
+pub struct Built {
+    /// The agent and command line.
+    pub wimsey: PathBuf,
+}
+
+/// What the lab's build gives.
+pub struct Lab {
+    /// The test programs of `tests/`, by name.
+    pub tests: Vec<(String, PathBuf)>,
+    /// The other programs of `tests/`, by name.
+    pub programs: Vec<(String, PathBuf)>,
+}
+
+/// Builds the kernel programs and the agent.
+pub fn agent() -> Fallible<Built> {
+    setup::ensure(&[Need::Toolchain, Need::Build])?;
+    kernel_programs()?;
+    // The agent's build script looks for the object at the place where it was just made. No variable says so: with one,
+    // every switch between xtask and a plain cargo would build the agent anew.
+    step("agent, release").run(setup::cargo(&["build", "--release", "-p", "wimsey"]))?;
+    Ok(Built { wimsey: root().join("target/release/wimsey") })
+}
+
+/// Builds the lab's tests and programs without running them.
+pub fn lab() -> Fallible<Lab> {
+    let mut lab = Lab { tests: Vec::new(), programs: Vec::new() };
+    let command = setup::cargo(&["test", "-p", "lab", "--bins", "--tests", "--no-run", "--message-format=json"]);
+    let each = |line: &str| {
+        if let Some(artifact) = artifact(line) {
+            let list = if artifact.test { &mut lab.tests } else { &mut lab.programs };
+            list.retain(|(name, _)| *name != artifact.name);
+            list.push((artifact.name, artifact.executable));
+        }
+        true
+    };
+    let step = step("lab").each_line(each);
+    step.run(command)?;
+    // A program's own unit tests come as a test of the same name as the program; they are part of the list.
+    lab.tests.sort();
+    lab.programs.sort();
+    Ok(lab)
+}
+
+/// Where the kernel programs' object is.
+pub fn object_path() -> PathBuf {
+    root().join("ebpf/target/bpfel-unknown-none/release/wimsey-ebpf")
+}
+
+/// A command of the kernel programs' workspace: its target has no prebuilt `core`, and building one is unstable.
+pub fn bpf_cargo(verb: &str, rest: &[&str]) -> Command {
+    let mut command = merged("cargo");
+    command.args([verb, "--release", "-Z", "build-std=core", "--target", "bpfel-unknown-none"]).args(rest);
+    command.current_dir(root().join("ebpf")).env("RUSTC_BOOTSTRAP", "1").env_remove("RUSTFLAGS");
+    setup::pin(&mut command);
+    command
+}
+
+/// Builds the kernel programs.
+pub fn kernel_programs() -> Fallible {
+    step("kernel programs").run(bpf_cargo("build", &[]))?;
+    if object_path().is_file() {
+        return Ok(());
+    }
+    Err(format!("the build of ebpf/ left no {}", object_path().display()).into())
+}
+
+/// A copy without debug information: what goes into a guest is loaded into its memory.
+pub fn stripped(file: &Path) -> Fallible<PathBuf> {
+    let name = file.file_name().ok_or_else(|| format!("{} has no name", file.display()))?;
+    let copy = work("stripped").join(name);
+    let newer = |a: &Path, b: &Path| -> Option<bool> {
+        Some(fs::metadata(a).ok()?.modified().ok()? > fs::metadata(b).ok()?.modified().ok()?)
+    };
+    if newer(&copy, file) == Some(true) {
+        return Ok(copy);
+    }
+    let mut strip = Command::new("strip");
+    strip.args(["--strip-debug", "-o"]).arg(&copy).arg(file);
+    let status = strip.status().during("cannot run strip (package binutils)")?;
+    if status.success() { Ok(copy) } else { Err(format!("strip of {} failed", file.display()).into()) }
+}
+
+struct Artifact {
+    name: String,
+    executable: PathBuf,
+    test: bool,
+}
+
+/// What a line of `--message-format=json` says about an executable. Cargo writes one object a line, its keys unspaced.
+fn artifact(line: &str) -> Option<Artifact> {
+    if !line.starts_with("{\"reason\":\"compiler-artifact\"") {
+        return None;
+    }
+    let executable = PathBuf::from(text_after(line, "\"executable\":\"")?);
+    let target = line.split_once("\"target\":{")?.1;
+    let name = text_after(target, "\"name\":\"")?.to_owned();
+    let profile = line.split_once("\"profile\":{")?.1;
+    let test = profile.split_once("\"test\":")?.1.starts_with("true");
+    Some(Artifact { name, executable, test })
+}
+
+fn text_after<'a>(line: &'a str, key: &str) -> Option<&'a str> {
+    line.split_once(key)?.1.split('"').next()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::artifact;
+
+    const TEST: &str = r#"{"reason":"compiler-artifact","package_id":"path+file:///w/tests#lab@0.1.0","manifest_path":"/w/tests/Cargo.toml","target":{"kind":["test"],"crate_types":["bin"],"name":"flows","src_path":"/w/tests/flows.rs","edition":"2024","doc":false,"doctest":false,"test":true},"profile":{"opt_level":"1","debuginfo":"line-tables-only","debug_assertions":true,"overflow_checks":true,"test":true},"features":[],"filenames":["/w/target/debug/deps/flows-1f"],"executable":"/w/target/debug/deps/flows-1f","fresh":true}"#;
+
+    #[test]
+    fn a_test_program_is_found_in_what_cargo_prints() {
+        let found = artifact(TEST).unwrap();
+        assert_eq!((found.name.as_str(), found.test), ("flows", true));
+        assert_eq!(found.executable.to_str(), Some("/w/target/debug/deps/flows-1f"));
+        let program = TEST.replace("\"overflow_checks\":true,\"test\":true", "\"overflow_checks\":true,\"test\":false");
+        assert!(!artifact(&program).unwrap().test);
+    }
+
+    #[test]
+    fn a_library_and_other_lines_are_no_programs() {
+        assert!(
+            artifact(&TEST.replace("\"executable\":\"/w/target/debug/deps/flows-1f\"", "\"executable\":null"))
+                .is_none()
+        );
+        assert!(artifact("{\"reason\":\"build-finished\",\"success\":true}").is_none());
+        assert!(artifact("   Compiling lab v0.1.0").is_none());
+    }
+}

@@ -1,0 +1,246 @@
+//! The verb `check`: everything that can be said about the tree without running the agent.
+//!
+//! *Invariant:* every check runs, also after one has failed, and what could not be checked is counted by name.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use crate::build;
+use crate::count::Count;
+use crate::run::{During, Fallible, root, seconds, step, tail, work};
+use crate::setup::{self, Need};
+use crate::source;
+
+/// Lines of code before the tests of a file; a longer file becomes a folder with the same door.
+const LONGEST_FILE: usize = 700;
+
+/// Runs all checks.
+pub fn verb() -> Fallible {
+    setup::ensure(&[Need::Toolchain, Need::Build])?;
+    let deny = setup::ensure(&[Need::Check]);
+    let mut checks = Checks::default();
+    checks.tree();
+    let xtask = root().join("xtask/Cargo.toml").to_string_lossy().into_owned();
+    let own = work("own").to_string_lossy().into_owned();
+
+    checks.cargo("format", setup::cargo(&["fmt", "--all", "--check"]));
+    checks.cargo("format of xtask", setup::cargo(&["fmt", "--manifest-path", &xtask, "--check"]));
+    checks.cargo("format of ebpf", in_ebpf(setup::cargo(&["fmt", "--check"])));
+    checks.cargo("kernel programs build", build::bpf_cargo("build", &[]));
+    checks.cargo("lints of ebpf", build::bpf_cargo("clippy", &["--", "-D", "warnings"]));
+    checks.cargo("lints", setup::cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]));
+    let lints = ["clippy", "--manifest-path", &xtask, "--target-dir", &own, "--all-targets", "--", "-D", "warnings"];
+    checks.cargo("lints of xtask", setup::cargo(&lints));
+    let mut documentation = setup::cargo(&["doc", "--workspace", "--no-deps"]);
+    documentation.env("RUSTDOCFLAGS", "-D warnings");
+    checks.cargo("documentation", documentation);
+    match deny {
+        Ok(()) => {
+            checks.cargo("licences, bans, sources", setup::cargo(&["deny", "check", "licenses", "bans", "sources"]));
+            checks.advisories();
+        }
+        Err(failure) => {
+            for name in ["licences, bans, sources", "advisories"] {
+                checks.skip(name, &failure.to_string());
+            }
+        }
+    }
+    checks.policies();
+    checks.end()
+}
+
+fn in_ebpf(mut command: Command) -> Command {
+    command.current_dir(root().join("ebpf"));
+    command
+}
+
+/// The verb `policy`: checks directories of policies and runs their expectations.
+pub fn policy(folders: &[String]) -> Fallible {
+    setup::ensure(&[Need::Toolchain])?;
+    let mut command = setup::cargo(&["run", "--quiet", "-p", "wimsey", "--", "policy", "test"]);
+    if folders.is_empty() {
+        command.args(examples());
+    } else {
+        command.args(folders.iter().map(|folder| fs::canonicalize(folder).unwrap_or_else(|_| folder.into())));
+    }
+    let ended = step("policies").each_line(|line| {
+        println!("    {line}");
+        true
+    });
+    let ended = ended.watch(command)?;
+    if ended.success() { Ok(()) } else { Err(format!("wimsey policy test: {}", ended.how()).into()) }
+}
+
+fn examples() -> Vec<PathBuf> {
+    let listed = fs::read_dir(root().join("policies/examples")).into_iter().flatten().flatten();
+    let mut examples: Vec<PathBuf> = listed.map(|entry| entry.path()).collect();
+    examples.sort();
+    examples
+}
+
+#[derive(Default)]
+struct Checks {
+    count: Count,
+}
+
+impl Checks {
+    /// A check by a program: it passes when the program does.
+    fn cargo(&mut self, name: &str, command: Command) {
+        match step(name).watch(command) {
+            Ok(ended) if ended.success() => self.count.passed += 1,
+            Ok(ended) => self.fail(name, &format!("{}\n  whole log: {}", tail(&ended.log, 40), ended.log.display())),
+            Err(failure) => self.fail(name, &failure.to_string()),
+        }
+    }
+
+    /// A check of our own: it passes when it finds nothing.
+    fn own(&mut self, name: &str, find: impl FnOnce() -> Fallible<Vec<String>>) {
+        let started = Instant::now();
+        match find() {
+            Ok(found) if found.is_empty() => {
+                println!("  {name} ({})", seconds(started.elapsed()));
+                self.count.passed += 1;
+            }
+            Ok(found) => {
+                self.fail(name, &found.iter().map(|line| format!("    {line}")).collect::<Vec<_>>().join("\n"))
+            }
+            Err(failure) => self.fail(name, &failure.to_string()),
+        }
+    }
+
+    fn fail(&mut self, name: &str, what: &str) {
+        println!("  FAILED: {name}\n{what}");
+        self.count.failed.push(name.to_owned());
+    }
+
+    fn skip(&mut self, name: &str, reason: &str) {
+        println!("  skipped: {name} ({reason})");
+        self.count.skipped.push((name.to_owned(), reason.to_owned()));
+    }
+
+    /// What is said about the tree by reading it.
+    fn tree(&mut self) {
+        self.own("order of modules", || {
+            let agent = root().join("agent/src");
+            let library = fs::read_to_string(agent.join("lib.rs")).during("agent/src/lib.rs")?;
+            let mut found = Vec::new();
+            for (path, text) in rust_files(&["agent/src"])? {
+                found.extend(source::upward_imports(&library, &path.replacen("agent/src/", "", 1), &text));
+            }
+            Ok(found)
+        });
+        self.own("fence around unsafe", || {
+            let files = rust_files(&["agent", "benches", "ebpf/common", "tests", "xtask/src"])?;
+            Ok(files.iter().flat_map(|(path, text)| source::unsafe_outside(path, text)).collect())
+        });
+        self.own("length of files", || {
+            let files = rust_files(&["agent/src", "ebpf", "tests", "xtask/src"])?;
+            let long = files.iter().map(|(path, text)| (path, source::lines_before_tests(text)));
+            let long = long.filter(|(_, lines)| *lines > LONGEST_FILE);
+            Ok(long.map(|(path, lines)| format!("{path}: {lines} lines before its tests; make it a folder")).collect())
+        });
+        self.own("numbers of decisions", || Ok(repeated_decisions(&root().join("docs/adr"))));
+        let promises = root().join("docs/SPECIFICATION.md");
+        match fs::read_to_string(&promises) {
+            Ok(text) => self.promises(&text),
+            Err(_) => self.skip("tests that SPECIFICATION.md names", "there is no docs/SPECIFICATION.md"),
+        }
+    }
+
+    fn promises(&mut self, text: &str) {
+        self.own("tests that SPECIFICATION.md names", || {
+            let files = rust_files(&["agent", "benches", "ebpf", "tests", "xtask/src"])?;
+            let code: String = files.into_iter().map(|(_, text)| text).collect();
+            let named = source::named_tests(text);
+            if named.is_empty() {
+                return Ok(vec!["it names no test at all (write `Test: \\`name\\`` or a table column Test)".into()]);
+            }
+            let missing = named.into_iter().filter(|name| !code.contains(&format!("fn {name}(")));
+            Ok(missing.map(|name| format!("no test {name}")).collect())
+        });
+        let pending = text.matches("test pending").count();
+        if pending > 0 {
+            self.skip("promises of SPECIFICATION.md", &format!("{pending} say \"test pending\""));
+        }
+    }
+
+    /// Advisories need a database that is fetched from a git host; where that cannot be reached, it is said.
+    fn advisories(&mut self) {
+        let name = "advisories";
+        let mut command = setup::cargo(&["deny", "check", "advisories"]);
+        command.env("GIT_TERMINAL_PROMPT", "0");
+        match step(name).limit(Duration::from_secs(120)).watch(command) {
+            Ok(ended) if ended.success() => self.count.passed += 1,
+            Ok(ended) => {
+                let text = fs::read_to_string(&ended.log).unwrap_or_default();
+                if ended.cut.is_some() || text.contains("failed to fetch advisory database") {
+                    self.skip(name, "the advisory database cannot be fetched from here");
+                } else {
+                    self.fail(name, &tail(&ended.log, 60));
+                }
+            }
+            Err(failure) => self.fail(name, &failure.to_string()),
+        }
+    }
+
+    fn policies(&mut self) {
+        if examples().is_empty() {
+            self.skip("policies", "there is no policies/examples");
+            return;
+        }
+        let mut command = setup::cargo(&["run", "--quiet", "-p", "wimsey", "--", "policy", "test"]);
+        command.args(examples());
+        self.cargo("policies", command);
+    }
+
+    fn end(self) -> Fallible {
+        print!("\n{}", self.count.details());
+        println!("{}", self.count.line());
+        if self.count.failed.is_empty() { Ok(()) } else { std::process::exit(1) }
+    }
+}
+
+/// Every Rust file below these folders of the repository, with its path from the root.
+fn rust_files(folders: &[&str]) -> Fallible<Vec<(String, String)>> {
+    let mut files = Vec::new();
+    for folder in folders {
+        collect(&root(), &root().join(folder), &mut files)?;
+    }
+    files.sort();
+    Ok(files)
+}
+
+fn collect(root: &Path, folder: &Path, files: &mut Vec<(String, String)>) -> Fallible {
+    for entry in fs::read_dir(folder).during(folder.display())? {
+        let path = entry.during(folder.display())?.path();
+        if path.is_dir() {
+            if path.file_name().is_none_or(|name| name != "target") {
+                collect(root, &path, files)?;
+            }
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            let name = path.strip_prefix(root).unwrap_or(&path).to_string_lossy().into_owned();
+            files.push((name, fs::read_to_string(&path).during(path.display())?));
+        }
+    }
+    Ok(())
+}
+
+fn repeated_decisions(folder: &Path) -> Vec<String> {
+    let mut numbers: BTreeMap<String, Vec<String>> = BTreeMap::new();
+    let mut found = Vec::new();
+    for entry in fs::read_dir(folder).into_iter().flatten().flatten() {
+        let name = entry.file_name().to_string_lossy().into_owned();
+        let number: String = name.chars().take_while(char::is_ascii_digit).collect();
+        if number.len() == 4 && name.ends_with(".md") {
+            numbers.entry(number).or_default().push(name);
+        } else if name != "README.md" {
+            found.push(format!("docs/adr/{name}: a decision is NNNN-title.md"));
+        }
+    }
+    let repeated = numbers.into_iter().filter(|(_, names)| names.len() > 1);
+    found.extend(repeated.map(|(number, names)| format!("number {number} twice: {}", names.join(", "))));
+    found
+}

@@ -1,0 +1,284 @@
+//! What can be said about Rust source by reading it: imports, `unsafe`, length, and the tests that a page names.
+//!
+//! This is not a parser. Comments and the text of strings are blanked first; what is left is searched for words.
+//!
+//! *Invariant:* pure; no file is read here.
+
+/// What a module of the agent imports from below itself in the reading order of lib.rs. `path` is from `agent/src/`.
+pub fn upward_imports(library: &str, path: &str, text: &str) -> Vec<String> {
+    let order = modules(library);
+    let own = path.split('/').next().unwrap_or(path).trim_end_matches(".rs");
+    // lib.rs and main.rs stand outside of the order.
+    let Some(place) = order.iter().position(|name| name == own) else {
+        if own == "lib" || own == "main" {
+            return Vec::new();
+        }
+        return vec![format!("agent/src/{path}: not listed in lib.rs")];
+    };
+    let mut found = Vec::new();
+    for (line, name) in imports(before_tests(text)) {
+        let listed = order.iter().position(|other| *other == name);
+        if listed.is_some_and(|listed| listed > place) {
+            found.push(format!("agent/src/{path}:{line}: imports {name}, which is listed after {own}"));
+        }
+    }
+    found
+}
+
+/// The modules of lib.rs, in order.
+fn modules(library: &str) -> Vec<String> {
+    let clean = blanked(library);
+    let words = clean.lines().filter_map(|line| {
+        let line = line.trim();
+        let line = line.strip_prefix("pub(crate) ").or_else(|| line.strip_prefix("pub ")).unwrap_or(line);
+        line.strip_prefix("mod ")?.strip_suffix(';')
+    });
+    words.map(str::to_owned).collect()
+}
+
+/// Every `crate::name` with its line, those in `crate::{one, two::three}` too.
+fn imports(text: &str) -> Vec<(usize, String)> {
+    let clean = blanked(text);
+    let mut found = Vec::new();
+    for (at, _) in clean.match_indices("crate::") {
+        // `$crate::` and `some_crate::` are other words.
+        let before = clean[..at].chars().next_back();
+        if before.is_some_and(|c| c.is_alphanumeric() || c == '_') {
+            continue;
+        }
+        let line = clean[..at].matches('\n').count() + 1;
+        let rest = &clean[at + "crate::".len()..];
+        if let Some(group) = rest.strip_prefix('{') {
+            found.extend(heads(group).into_iter().map(|name| (line, name)));
+        } else {
+            found.push((line, word(rest).to_owned()));
+        }
+    }
+    found
+}
+
+/// The first words of the members of a group, up to its closing brace.
+fn heads(group: &str) -> Vec<String> {
+    let mut names = Vec::new();
+    let mut depth = 0;
+    let mut member = String::new();
+    for c in group.chars() {
+        match c {
+            '{' => depth += 1,
+            '}' if depth == 0 => break,
+            '}' => depth -= 1,
+            ',' if depth == 0 => names.push(word(std::mem::take(&mut member).trim()).to_owned()),
+            _ if depth == 0 => member.push(c),
+            _ => {}
+        }
+    }
+    names.push(word(member.trim()).to_owned());
+    names.retain(|name| !name.is_empty());
+    names
+}
+
+fn word(text: &str) -> &str {
+    let end = text.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(text.len());
+    &text[..end]
+}
+
+/// Every `unsafe` outside the places that may say it. `path` is from the root.
+pub fn unsafe_outside(path: &str, text: &str) -> Vec<String> {
+    let fenced = path == "agent/src/sys.rs" || path.starts_with("agent/src/sys/") || path == "tests/src/sys.rs";
+    if fenced {
+        return Vec::new();
+    }
+    let clean = blanked(text);
+    let mut found = Vec::new();
+    for (number, line) in clean.lines().enumerate() {
+        let says = line.split(|c: char| !c.is_alphanumeric() && c != '_').any(|word| word == "unsafe");
+        let plain_old_data =
+            path.starts_with("ebpf/common/") && line.trim().starts_with("unsafe impl") && line.contains("Pod");
+        if says && !plain_old_data {
+            found.push(format!("{path}:{}: unsafe outside sys.rs", number + 1));
+        }
+    }
+    found
+}
+
+/// The number of lines before the file's tests.
+pub fn lines_before_tests(text: &str) -> usize {
+    before_tests(text).lines().count()
+}
+
+fn before_tests(text: &str) -> &str {
+    let end = text.find("\n#[cfg(test)]\nmod ").unwrap_or(text.len());
+    &text[..end]
+}
+
+/// Tests that a page of promises names: words in backticks after `Test:` or `Tests:`, or in a table's column of that
+/// name. A path such as `flows::name` names its last part.
+pub fn named_tests(page: &str) -> Vec<String> {
+    let mut found = Vec::new();
+    let mut column = None;
+    for line in page.lines() {
+        let line = line.trim();
+        if line.starts_with('|') {
+            let cells: Vec<&str> = line.trim_matches('|').split('|').map(str::trim).collect();
+            if let Some(at) = cells.iter().position(|cell| matches!(*cell, "Test" | "Tests")) {
+                column = Some(at);
+            } else if let Some(cell) = column.and_then(|at| cells.get(at)) {
+                found.extend(quoted(cell));
+            }
+            continue;
+        }
+        column = None;
+        for key in ["Test:", "Tests:"] {
+            if let Some((_, rest)) = line.split_once(key) {
+                found.extend(quoted(rest));
+            }
+        }
+    }
+    found.sort();
+    found.dedup();
+    found
+}
+
+fn quoted(text: &str) -> Vec<String> {
+    let words = text.split('`').skip(1).step_by(2).map(|word| word.rsplit("::").next().unwrap_or(word));
+    let names = words.filter(|word| !word.is_empty() && word.chars().all(|c| c.is_ascii_alphanumeric() || c == '_'));
+    names.map(str::to_owned).collect()
+}
+
+/// The text with comments and the insides of strings replaced by spaces; lines stay where they are.
+fn blanked(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    let chars: Vec<char> = text.chars().collect();
+    let at = |i: usize| chars.get(i).copied().unwrap_or('\0');
+    let mut i = 0;
+    while i < chars.len() {
+        let end = match (at(i), at(i + 1)) {
+            ('/', '/') => (i..chars.len()).find(|&j| at(j) == '\n').unwrap_or(chars.len()),
+            ('/', '*') => after_comment(&chars, i),
+            ('r', '"' | '#') if !is_word(at(i.wrapping_sub(1))) => after_raw(&chars, i).unwrap_or(i + 1),
+            ('"', _) => after_string(&chars, i),
+            // A character, not a lifetime: 'x' or an escape.
+            ('\'', '\\') => (i + 3..chars.len()).find(|&j| at(j) == '\'').map_or(chars.len(), |j| j + 1),
+            ('\'', _) if at(i + 2) == '\'' => i + 3,
+            _ => i + 1,
+        };
+        if end == i + 1 {
+            out.push(at(i));
+        } else {
+            out.extend((i..end).map(|j| if at(j) == '\n' { '\n' } else { ' ' }));
+        }
+        i = end;
+    }
+    out
+}
+
+fn is_word(c: char) -> bool {
+    c.is_alphanumeric() || c == '_'
+}
+
+fn after_comment(chars: &[char], start: usize) -> usize {
+    let mut depth = 0;
+    let mut i = start;
+    while i < chars.len() {
+        match (chars[i], chars.get(i + 1)) {
+            ('/', Some('*')) => (depth, i) = (depth + 1, i + 1),
+            ('*', Some('/')) => (depth, i) = (depth - 1, i + 1),
+            _ => {}
+        }
+        i += 1;
+        if depth == 0 {
+            return i;
+        }
+    }
+    i
+}
+
+fn after_string(chars: &[char], start: usize) -> usize {
+    let mut i = start + 1;
+    while i < chars.len() {
+        match chars[i] {
+            '\\' => i += 1,
+            '"' => return i + 1,
+            _ => {}
+        }
+        i += 1;
+    }
+    i.min(chars.len())
+}
+
+/// The end of `r"..."` or `r#"..."#`; None when it is something else, such as `r#type`.
+fn after_raw(chars: &[char], start: usize) -> Option<usize> {
+    let hashes = chars[start + 1..].iter().take_while(|c| **c == '#').count();
+    if chars.get(start + 1 + hashes) != Some(&'"') {
+        return None;
+    }
+    let mut i = start + 2 + hashes;
+    while i < chars.len() {
+        if chars[i] == '"' && chars[i + 1..].iter().take(hashes).filter(|c| **c == '#').count() == hashes {
+            return Some(i + 1 + hashes);
+        }
+        i += 1;
+    }
+    Some(chars.len())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LIBRARY: &str = "//! mod fake;\npub mod spiffe;\npub mod policy;\n\npub mod relay;\nmod pipeline;\n";
+
+    #[test]
+    fn an_upward_import_is_found_wherever_it_is_written() {
+        let found = |text: &str| upward_imports(LIBRARY, "policy/mod.rs", text);
+        assert!(found("use crate::spiffe::SpiffeId;\n").is_empty());
+        assert_eq!(
+            found("use crate::relay::Pipe;\n"),
+            ["agent/src/policy/mod.rs:1: imports relay, which is listed after policy"]
+        );
+        assert_eq!(found("\nfn f() { crate::pipeline::walk() }\n").len(), 1);
+        assert_eq!(found("use crate::{spiffe::{A, B}, relay::{C, D}};\n").len(), 1);
+        assert_eq!(found("use crate::{\n    spiffe,\n    pipeline,\n};\n").len(), 1);
+    }
+
+    #[test]
+    fn comments_strings_tests_and_other_crates_are_no_imports() {
+        let found = |text: &str| upward_imports(LIBRARY, "policy.rs", text);
+        assert!(found("//! See [`crate::relay`].\n/* crate::relay */ fn f() {}\n").is_empty());
+        assert!(
+            found("const X: &str = \"crate::relay\"; const Y: char = '\"'; const Z: &str = r#\"crate::relay\"#;\n")
+                .is_empty()
+        );
+        assert!(found("fn f() { other_crate::relay() }\n").is_empty());
+        assert!(found("fn f() {}\n\n#[cfg(test)]\nmod tests {\n    use crate::relay::Pipe;\n}\n").is_empty());
+        assert!(found("use crate::policy::Rule;\n").is_empty());
+    }
+
+    #[test]
+    fn a_file_that_lib_does_not_list_is_told() {
+        assert_eq!(upward_imports(LIBRARY, "stray.rs", "").len(), 1);
+        assert!(upward_imports(LIBRARY, "main.rs", "use crate::relay;").is_empty());
+    }
+
+    #[test]
+    fn unsafe_is_found_outside_its_fence_only() {
+        assert_eq!(unsafe_outside("agent/src/relay.rs", "fn f() {\n    unsafe { g() }\n}\n").len(), 1);
+        assert!(unsafe_outside("agent/src/sys.rs", "unsafe { g() }").is_empty());
+        assert!(unsafe_outside("agent/src/relay.rs", "#![deny(unsafe_code)] // no unsafe here\n").is_empty());
+        assert!(unsafe_outside("ebpf/common/src/lib.rs", "unsafe impl aya::Pod for Origin {}\n").is_empty());
+        assert_eq!(unsafe_outside("ebpf/common/src/lib.rs", "unsafe fn f() {}\n").len(), 1);
+    }
+
+    #[test]
+    fn tests_are_read_from_a_page_of_promises() {
+        let page = "- No plaintext. Test: `flows::no_plaintext_is_seen`, `half_close_works`\n\
+                    | Promise | Test |\n|---|---|\n| `x` is small | `x_is_small` |\n\nThe map `net_prio` is no test.\n";
+        assert_eq!(named_tests(page), ["half_close_works", "no_plaintext_is_seen", "x_is_small"]);
+    }
+
+    #[test]
+    fn lines_after_the_tests_do_not_count() {
+        assert_eq!(lines_before_tests("a\nb\n\n#[cfg(test)]\nmod tests {\n}\n"), 2);
+        assert_eq!(lines_before_tests("a\nb\n"), 2);
+    }
+}

@@ -1,0 +1,220 @@
+//! The verb `test`: three tiers, each with a counted list of what ran and what could not.
+//!
+//! pure needs nothing but the toolchain. namespaces runs the lab on this host's kernel, as root. vm runs the same lab in
+//! a guest for each supported Debian kernel, with engine `kernel`.
+//!
+//! *Invariant:* the last line is the sum of all tiers, and a tier that could not run at all is in it as skipped.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::{Duration, Instant};
+
+use crate::build::{self, Lab};
+use crate::count::{Count, Reader};
+use crate::run::{Fallible, merged, root, seconds, step, work};
+use crate::setup::{self, Need};
+use crate::vm::{self, Job, Kernel};
+
+/// How much slower a guest is than the host: one emulated instruction costs about this many real ones.
+const GUEST_SLOWNESS: u32 = 10;
+/// The longest that one kernel's tests may take.
+const GUEST_LIMIT: Duration = Duration::from_secs(9 * 60);
+/// The longest that a guest may say nothing. A test may be long, so this is longer than any.
+const GUEST_SILENCE: Duration = Duration::from_secs(4 * 60);
+
+/// Runs the named tiers, or all.
+pub fn verb(tiers: &[String], filter: &[String]) -> Fallible {
+    let known = ["pure", "namespaces", "vm"];
+    if let Some(wrong) = tiers.iter().find(|tier| !known.contains(&tier.as_str())) {
+        return Err(format!("no tier {wrong}; there are {}", known.join(", ")).into());
+    }
+    let started = Instant::now();
+    let wanted = |tier: &str| tiers.is_empty() || tiers.iter().any(|name| name == tier);
+    let mut report = Report::default();
+    setup::ensure(&[Need::Toolchain])?;
+    if wanted("pure") {
+        report.tier("pure", || pure(filter))?;
+    }
+    if wanted("namespaces") || wanted("vm") {
+        // Without the programs some tests of the lab say so; without the linker there is no agent to test.
+        let missing = setup::ensure(&[Need::Lab]).err();
+        if let Some(failure) = missing {
+            println!("  {failure}");
+        }
+        let built = build::agent()?;
+        let lab = build::lab()?;
+        if wanted("namespaces") {
+            report.tier("namespaces", || namespaces(&lab, filter))?;
+        }
+        if wanted("vm") {
+            guests(&mut report, &built.wimsey, &lab, filter)?;
+        }
+    }
+    report.end(started.elapsed())
+}
+
+#[derive(Default)]
+struct Report {
+    sum: Count,
+    tiers: Vec<String>,
+}
+
+impl Report {
+    fn tier(&mut self, name: &str, run: impl FnOnce() -> Fallible<Count>) -> Fallible {
+        let started = Instant::now();
+        let count = run()?;
+        self.add(name, count, started.elapsed());
+        Ok(())
+    }
+
+    fn add(&mut self, name: &str, count: Count, took: Duration) {
+        let text = format!("tier {name:<22} {} ({})\n{}", count.line(), seconds(took), count.details());
+        print!("{text}");
+        self.tiers.push(text);
+        self.sum.add(count);
+    }
+
+    fn end(self, took: Duration) -> Fallible {
+        println!("\n{}({})", self.tiers.concat(), seconds(took));
+        println!("{}", self.sum.line());
+        if self.sum.failed.is_empty() { Ok(()) } else { std::process::exit(1) }
+    }
+}
+
+fn pure(filter: &[String]) -> Fallible<Count> {
+    let mut count = Count::default();
+    let own = work("own").to_string_lossy().into_owned();
+    let xtask = root().join("xtask/Cargo.toml").to_string_lossy().into_owned();
+    let sets: [(&str, Vec<&str>); 2] = [
+        ("tests of wimsey", vec!["test", "--no-fail-fast", "-p", "wimsey", "-p", "wimsey-common"]),
+        ("tests of xtask", vec!["test", "--no-fail-fast", "--manifest-path", &xtask, "--target-dir", &own]),
+    ];
+    for (label, mut args) in sets {
+        if !filter.is_empty() {
+            args.push("--");
+            args.extend(filter.iter().map(String::as_str));
+        }
+        count.add(libtest(label, setup::cargo(&args))?);
+    }
+    Ok(count)
+}
+
+fn namespaces(lab: &Lab, filter: &[String]) -> Fallible<Count> {
+    let mut count = Count::default();
+    for (name, program) in &lab.tests {
+        let mut command = merged(program);
+        command.args(filter).current_dir(root().join("tests"));
+        setup::pin(&mut command);
+        count.add(libtest(&format!("lab {name}"), command)?);
+    }
+    Ok(count)
+}
+
+/// Runs a command that prints what libtest prints.
+fn libtest(label: &str, command: Command) -> Fallible<Count> {
+    let mut reader = Reader::default();
+    reader.line(&format!("Running {label}"));
+    let ended = step(label).each_line(|line| {
+        reader.line(line);
+        true
+    });
+    let ended = ended.watch(command)?;
+    let mut count = reader.end();
+    if !ended.success() && count.failed.is_empty() {
+        // It did not compile, or it ended before its first test.
+        count.failed.push(format!("{label}: {}", ended.how()));
+    }
+    if !count.failed.is_empty() {
+        println!("{}\n  whole log: {}", crate::run::tail(&ended.log, 60), ended.log.display());
+    }
+    Ok(count)
+}
+
+fn guests(report: &mut Report, wimsey: &Path, lab: &Lab, filter: &[String]) -> Fallible {
+    let kernels = match vm::kernels(&[]) {
+        Ok(kernels) => kernels,
+        Err(failure) => {
+            let reason = failure.to_string().lines().next().unwrap_or("no kernels").to_owned();
+            println!("  {failure}");
+            for suite in vm::DEFAULT {
+                report.add(&format!("vm {suite}"), all_skipped(lab, filter, suite, &reason), Duration::ZERO);
+            }
+            return Ok(());
+        }
+    };
+    for kernel in kernels {
+        report.tier(&format!("vm {}", kernel.release), || guest(&kernel, wimsey, lab, filter))?;
+    }
+    Ok(())
+}
+
+fn guest(kernel: &Kernel, wimsey: &Path, lab: &Lab, filter: &[String]) -> Fallible<Count> {
+    let mut reader = Reader::default();
+    let verdict = vm::boot(kernel, &job(wimsey, lab, filter)?, |line| reader.line(line))?;
+    let mut count = reader.end();
+    // The kernels of this tier all have what engine `kernel` needs. Where it was not used, something is broken.
+    let (engine, others) = count.skipped.into_iter().partition(|(_, reason)| reason.contains("engine"));
+    count.skipped = others;
+    count
+        .failed
+        .extend(engine.into_iter().map(|(name, reason): (String, String)| format!("{name}: skipped ({reason})")));
+    if let Some(trouble) = &verdict.trouble {
+        count.failed.push(format!("the guest itself: {trouble}"));
+    } else if !verdict.success() && count.failed.is_empty() {
+        count.failed.push(format!("the guest itself: {}", verdict.line()));
+    }
+    if !count.failed.is_empty() {
+        println!("{}\n  whole console: {}", crate::run::tail(&verdict.log, 60), verdict.log.display());
+    }
+    for (name, _) in &mut count.skipped {
+        *name = format!("{} on {}", name, kernel.series());
+    }
+    for name in &mut count.failed {
+        *name = format!("{} on {}", name, kernel.series());
+    }
+    Ok(count)
+}
+
+/// The lab in a guest: the same test programs, one after the other.
+fn job(wimsey: &Path, lab: &Lab, filter: &[String]) -> Fallible<Job> {
+    let mut programs = vec![(build::stripped(wimsey)?, "/usr/local/bin/wimsey".to_owned())];
+    for (name, program) in &lab.programs {
+        programs.push((build::stripped(program)?, format!("/lab/{name}")));
+    }
+    let mut names = Vec::new();
+    for (name, program) in lab.tests.iter().filter(|(name, _)| !lab.programs.iter().any(|(other, _)| other == name)) {
+        programs.push((build::stripped(program)?, format!("/lab/test-{name}")));
+        names.push(name.as_str());
+    }
+    let filter: String = filter.iter().map(|word| format!(" '{}'", word.replace('\'', "'\\''"))).collect();
+    let mut job = Job::new(
+        "lab",
+        &format!(
+            "export WIMSEY_ENGINE=kernel WIMSEY_BIN=/usr/local/bin/wimsey LAB_APP=/lab/lab-app LAB_SLOW={GUEST_SLOWNESS}\n\
+             cd /tmp\nwimsey doctor\ncode=0\nfor name in {}; do\n  echo \"Running $name\"\n  /lab/test-$name{filter} || code=1\n\
+             done\nexit $code",
+            names.join(" ")
+        ),
+    );
+    job.programs = programs;
+    job.limit = GUEST_LIMIT;
+    job.silence = GUEST_SILENCE;
+    Ok(job)
+}
+
+/// Every test of the lab, as skipped for one reason.
+fn all_skipped(lab: &Lab, filter: &[String], suite: &str, reason: &str) -> Count {
+    let mut count = Count::default();
+    let programs: Vec<&PathBuf> = lab.tests.iter().map(|(_, program)| program).collect();
+    for program in programs {
+        let listed = Command::new(program).arg("--list").args(filter).output();
+        let listed = listed.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
+        for name in listed.lines().filter_map(|line| line.strip_suffix(": test")) {
+            count.skipped.push((format!("{name} on {suite}"), reason.to_owned()));
+        }
+    }
+    if count.skipped.is_empty() {
+        count.skipped.push((format!("the lab on {suite}"), reason.to_owned()));
+    }
+    count
+}
