@@ -331,6 +331,7 @@ mod tests {
                 dial_from: None,
                 task: None,
                 cookie: 0,
+                protected: true,
                 listener_cookie: 0,
             },
             workload: Workload { number: 1, id: id(workload) },
@@ -369,7 +370,7 @@ mod tests {
         };
         assert_eq!(&*bypass.rule().name, "dns");
         assert_eq!(bypass.parties().workload.id, id("curl"));
-        assert_eq!(bypass.into_parties().flow.id, 1);
+        assert_eq!(bypass.into_parts().0.flow.id, 1);
     }
 
     #[test]

@@ -48,7 +48,7 @@ async fn accepting<T: Send + 'static>(client: impl FnOnce(std::net::TcpStream) -
     let error = accept(permit, terms).await.err().expect("nobody may get in here");
     assert!(error.permit().parties().flow.socket.local_addr().is_ok(), "the flow is given back");
     assert!(!error.to_string().is_empty());
-    let (summary, permit) = (Summary { code: error.code(), culprit: error.culprit() }, error.into_permit());
+    let (summary, permit) = (Summary { code: error.code(), culprit: error.culprit() }, error.into_parts().1);
     // As the pipeline does: the socket goes with the permit.
     drop(permit);
     (summary, client.await.unwrap())

@@ -278,6 +278,7 @@ mod tests {
             dial_from: None,
             task,
             cookie: 0,
+            protected: true,
             listener_cookie: 0,
         }
     }

@@ -73,7 +73,7 @@ fn an_application_bound_to_an_address_keeps_it() {
     assert_eq!(client.line(), "connected to 10.77.0.2:80 from 10.77.0.1");
     // Its port is taken, by itself; its address is not.
     let door = world.door();
-    let dialled = world.run(door.dial(SERVER.parse().unwrap(), flow.dial_from)).unwrap();
+    let dialled = world.run(door.dialler().dial(SERVER.parse().unwrap(), flow.dial_from)).unwrap();
     assert_eq!(dialled.local_addr().unwrap().ip().to_string(), HERE);
     assert_eq!(server.accept().unwrap().1.ip().to_string(), HERE);
 }
@@ -233,7 +233,7 @@ fn the_guard_drops_what_did_not_come_through_the_connect_hook() {
     assert_eq!(world.refusal().reason, REASON_GUARD);
     // The agent's own connection is let through, though it comes from the same process.
     let door = world.door();
-    world.run(door.dial(SERVER.parse().unwrap(), None)).unwrap();
+    world.run(door.dialler().dial(SERVER.parse().unwrap(), None)).unwrap();
 }
 
 #[test]
@@ -287,7 +287,7 @@ fn a_protected_listener_is_reached_through_the_agent_and_sees_the_true_client() 
         assert_eq!((flow.task.unwrap().tgid, flow.listener_cookie), (server.pid(), listening.row.cookie));
         assert!(remote.line().starts_with("connected"));
 
-        let mut leg = world.run(door.leg(flow.destination, flow.source)).unwrap();
+        let mut leg = world.run(door.dialler().leg(flow.destination, flow.source)).unwrap();
         world.run(leg.write_all(b"hello")).unwrap();
         let shown = match at.starts_with('[') && !from.contains(':') {
             true => format!("[::ffff:{from}]:7000"),
@@ -320,7 +320,7 @@ fn nobody_imitates_the_agents_last_leg() {
     assert_eq!(server.line(), "listening");
     let door = world.door();
     let to = OriginalDst("10.77.0.2:8080".parse().unwrap());
-    let leg = world.run(door.leg(to, "10.77.0.1:7000".parse().unwrap())).unwrap();
+    let leg = world.run(door.dialler().leg(to, "10.77.0.1:7000".parse().unwrap())).unwrap();
     let had = leg.local_addr().unwrap();
     server.line();
     leg.set_zero_linger().unwrap();

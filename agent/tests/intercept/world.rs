@@ -58,7 +58,7 @@ pub struct World {
     pub options: Options,
     netns: String,
     programs: Option<Programs>,
-    door: Option<Door>,
+    door: Option<std::rc::Rc<Door>>,
     _run_dir: tempfile::TempDir,
 }
 
@@ -156,7 +156,7 @@ impl World {
         let mut programs = patiently(|| Programs::load(&self.options))?;
         let doorway = programs.doorways().pop().unwrap();
         let _inside = self.runtime.enter();
-        self.door = Some(doorway.open()?);
+        self.door = Some(doorway.open()?.into());
         self.programs = Some(programs);
         Ok(())
     }
@@ -176,7 +176,7 @@ impl World {
         self.programs.as_mut().unwrap()
     }
 
-    pub fn door(&self) -> Door {
+    pub fn door(&self) -> std::rc::Rc<Door> {
         self.door.clone().unwrap()
     }
 
