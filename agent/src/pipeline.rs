@@ -172,23 +172,18 @@ impl<'a> Walk<'a> {
             Err(denied) => return attempt.refuse(denied.parties.flow.socket, &Error::Authorize(denied.reason)),
         };
         match self.meet(&mut attempt, permit).await {
-            Ok((pipe, basis, rule)) => self.carry(attempt, pipe, basis, Some(rule)).await,
-            Err((error, socket)) => attempt.refuse(socket, &error),
+            Ok(Met { pipe, basis, rule }) => self.carry(attempt, pipe, basis, Some(rule)).await,
+            Err(unmet) => attempt.refuse(unmet.socket, &unmet.error),
         }
     }
 
     /// Dials and shakes hands; once more with engine `user` where the kernel failed after it had taken up TLS.
-    async fn meet(
-        &self,
-        attempt: &mut Attempt<'a>,
-        mut permit: Permit,
-    ) -> Result<(Pipe, Basis, Arc<Rule>), (Error, Option<TcpStream>)> {
+    async fn meet(&self, attempt: &mut Attempt<'a>, mut permit: Permit) -> Result<Met, Box<Unmet>> {
         let mut engine = self.shared.engine;
         loop {
-            let flow = &permit.parties().flow;
-            let network = match self.dial(flow).await {
+            let network = match self.dial(&permit.parties().flow).await {
                 Ok(network) => network,
-                Err(error) => return Err((error, Some(permit.into_parties().flow.socket))),
+                Err(error) => return Err(Unmet::with(error, permit)),
             };
             let session = {
                 let _turn = self.shared.handshakes.acquire().await;
@@ -196,22 +191,22 @@ impl<'a> Walk<'a> {
                     Ok(session) => session,
                     Err(error) => {
                         let (error, permit) = attempt.unmet(error);
-                        return Err((error, Some(permit.into_parties().flow.socket)));
+                        return Err(Unmet::with(error, permit));
                     }
                 }
             };
             let (basis, rule) = attempt.agreed(&session);
             match offload::arm(session, None, engine) {
-                Ok(pipe) => return Ok((pipe, basis, rule)),
+                Ok(pipe) => return Ok(Met { pipe, basis, rule }),
                 Err(error) if error.may_redial() && engine != Choice::User => {
                     tracing::warn!(%error, "dialling again with engine user");
                     engine = Choice::User;
                     match error.into_permit() {
                         Some(again) => permit = again,
-                        None => return Err((Error::Closing, None)),
+                        None => return Err(Box::new(Unmet { error: Error::Closing, socket: None })),
                     }
                 }
-                Err(error) => return Err((Error::Offload(error), None)),
+                Err(error) => return Err(Box::new(Unmet { error: Error::Offload(error), socket: None })),
             }
         }
     }
@@ -328,6 +323,25 @@ impl<'a> Walk<'a> {
             deadline: tokio::time::Instant::now() + self.shared.config.timeouts.handshake,
             ciphers: engine.ciphers(),
         }
+    }
+}
+
+/// A peer that was reached, and shaken hands with.
+struct Met {
+    pipe: Pipe,
+    basis: Basis,
+    rule: Arc<Rule>,
+}
+
+/// A peer that was not, and the application's socket where it is still open.
+struct Unmet {
+    error: Error,
+    socket: Option<TcpStream>,
+}
+
+impl Unmet {
+    fn with(error: Error, permit: Permit) -> Box<Self> {
+        Box::new(Self { error, socket: Some(permit.into_parties().flow.socket) })
     }
 }
 
