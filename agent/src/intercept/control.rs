@@ -231,12 +231,18 @@ impl Programs {
     }
 
     /// The next thing that the daemon should know. Cgroups that appear are classified on the way. Cancel safe.
+    ///
+    /// When the counter `EVENTS_LOST` has risen, something was not told: [`Programs::listeners`] then finds what listens.
     pub async fn notice(&mut self) -> Result<Notice, Error> {
         loop {
-            self.read_events()?;
-            self.watch_cgroups()?;
+            // Only then is more read: in a flood the ring buffer fills and events are counted as lost, not hoarded here.
             if let Some(notice) = self.notices.pop_front() {
                 return Ok(notice);
+            }
+            self.watch_cgroups()?;
+            self.read_events()?;
+            if !self.notices.is_empty() {
+                continue;
             }
             let failed = || "waiting for events of the kernel programs".into();
             let [events, cgroups] = match &mut self.wakers {

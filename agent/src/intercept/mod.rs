@@ -9,6 +9,9 @@
 //! shard:    Doorway::open ▶ Door ▶ accept_outbound / accept_inbound ▶ Flow ... Dialler: dial / leg
 //! ```
 //!
+//! In this order at start: `load`, `install`, then `listeners` and `set_listener_mode` for each, then `preexisting`. After a
+//! reload: `install`, and the listeners again, since the new policy may see their owners with other eyes.
+//!
 //! *Invariant:* a flow's destination is what the kernel recorded under the connection's own addresses, never a guess.
 
 mod cgroups;
