@@ -103,12 +103,12 @@ impl Machine {
             Self::Client(machine) => {
                 let group = machine.negotiated_key_exchange_group();
                 let (secrets, schedule) = machine.dangerous_into_kernel_connection().map_err(Cause::unready)?;
-                (group, Secrets::new(secrets, Schedule::Client(schedule)))
+                (group, Secrets::new(secrets, Schedule::Client(schedule)).map_err(Cause::unready)?)
             }
             Self::Server(machine) => {
                 let group = machine.negotiated_key_exchange_group();
                 let (secrets, schedule) = machine.dangerous_into_kernel_connection().map_err(Cause::unready)?;
-                (group, Secrets::new(secrets, Schedule::Server(schedule)))
+                (group, Secrets::new(secrets, Schedule::Server(schedule)).map_err(Cause::unready)?)
             }
         };
         Ok(Finished { secrets, group })

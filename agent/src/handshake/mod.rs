@@ -14,7 +14,7 @@ pub mod verify;
 pub use detect::looks_like_tls;
 pub(crate) use error::alert_code;
 pub use error::{Cause, Error, alert_name};
-pub use secrets::{Secrets, Traffic};
+pub use secrets::{Aead, Secrets, Traffic};
 pub use settings::Ciphers;
 
 use crate::{authorize::Permit, policy::Rule};

@@ -3,19 +3,16 @@
 //! The structures are those of linux/tls.h. Nothing here sends or receives.
 //! *Invariant:* a failure after the protocol was put on the socket is reported as such: the caller gives the socket up.
 
-use super::engine::Ability;
+use super::{engine::Ability, record};
 use crate::{
-    handshake::{Secrets, Traffic},
+    handshake::{Aead, Secrets, Traffic},
     sys::tls::{self, TlsHalf},
 };
-use rustls::{ConnectionTrafficSecrets, SupportedCipherSuite};
 use std::{
     io,
     os::fd::{AsFd, BorrowedFd},
 };
 use zeroize::Zeroizing;
-
-use super::record::AES_GCM_REKEY;
 
 /// `TLS_1_3_VERSION`.
 const VERSION: u16 = 0x0304;
@@ -35,8 +32,8 @@ pub(super) struct Armed {
     ability: Ability,
     /// Bytes that had been put into the connection before the keys.
     base: u64,
-    /// The cipher has a limit of records.
-    limited: bool,
+    /// After how many records a fresh key is due.
+    due: u64,
 }
 
 /// Why the kernel has not the keys.
@@ -56,7 +53,6 @@ pub(super) enum ArmError {
 /// record, and makes sure that it has them.
 pub(super) fn arm(
     socket: &impl AsFd,
-    suite: SupportedCipherSuite,
     transmit: &Traffic,
     receive: &Traffic,
     ability: Ability,
@@ -72,9 +68,7 @@ pub(super) fn arm(
         tls::set_tls_keys(socket, half, info.as_bytes()).map_err(half_way(step))?;
         info.confirm(socket, half).map_err(half_way("getsockopt"))?;
     }
-    let limited = !matches!(transmit.secrets, ConnectionTrafficSecrets::Chacha20Poly1305 { .. });
-    debug_assert!(suite.tls13().is_some(), "the handshake offers nothing else");
-    Ok(Armed { ability, base, limited })
+    Ok(Armed { ability, base, due: record::rekey_after(transmit.aead()) })
 }
 
 /// What engine `kernel` keeps for a connection.
@@ -87,17 +81,15 @@ pub(crate) struct KernelKeys {
     earlier_records: u64,
     /// Records under the present key, not fewer than there are.
     records: u64,
-    due: u64,
 }
 
 impl KernelKeys {
     pub(super) fn new(armed: Armed, secrets: Secrets) -> Self {
-        let due = if armed.limited { AES_GCM_REKEY } else { u64::MAX };
-        Self { secrets, armed, plaintext: 0, earlier_records: 0, records: 0, due }
+        Self { secrets, armed, plaintext: 0, earlier_records: 0, records: 0 }
     }
 
     pub(super) fn set_due(&mut self, records: u64) {
-        self.due = self.due.min(records);
+        self.armed.due = self.armed.due.min(records);
     }
 
     /// Is this side the client?
@@ -112,7 +104,7 @@ impl KernelKeys {
 
     /// Is it time for a fresh key?
     pub(crate) fn is_due(&self) -> bool {
-        self.records >= self.due
+        self.records >= self.armed.due
     }
 
     /// So many bytes were handed to the socket in one call.
@@ -142,13 +134,18 @@ impl KernelKeys {
     /// records of a non-blocking sender, and loses them when the socket is shut down before that.
     pub(crate) fn has_drained(&self, socket: BorrowedFd<'_>) -> io::Result<bool> {
         let records = self.earlier_records.wrapping_add(sequence(socket)?);
-        let expected = self.armed.base.wrapping_add(self.plaintext).wrapping_add(OVERHEAD.wrapping_mul(records));
-        Ok(tls::bytes_queued_ever(socket)? == expected)
+        has_left(socket, self.armed.base, self.plaintext, records)
     }
 }
 
+/// Are so many bytes of plaintext in so many records in the connection, besides `base` bytes from before the keys?
+pub(super) fn has_left(socket: BorrowedFd<'_>, base: u64, plaintext: u64, records: u64) -> io::Result<bool> {
+    let expected = base.wrapping_add(plaintext).wrapping_add(OVERHEAD.wrapping_mul(records));
+    Ok(tls::bytes_queued_ever(socket)? == expected)
+}
+
 /// Records sent under the present key.
-fn sequence(socket: BorrowedFd<'_>) -> io::Result<u64> {
+pub(super) fn sequence(socket: BorrowedFd<'_>) -> io::Result<u64> {
     let mut info = Zeroizing::new([0; MAX_INFO]);
     let length = told(socket, TlsHalf::Transmit, &mut info)?;
     info.get(..length)
@@ -175,17 +172,12 @@ pub(super) struct CryptoInfo {
 
 impl CryptoInfo {
     pub(super) fn new(traffic: &Traffic) -> io::Result<Self> {
-        let (cipher, key, mask) = match &traffic.secrets {
-            ConnectionTrafficSecrets::Aes128Gcm { key, iv } => (AES_128, key.as_ref(), iv.as_ref()),
-            ConnectionTrafficSecrets::Aes256Gcm { key, iv } => (AES_256, key.as_ref(), iv.as_ref()),
-            ConnectionTrafficSecrets::Chacha20Poly1305 { key, iv } => (CHACHA, key.as_ref(), iv.as_ref()),
-            _ => return Err(io::ErrorKind::Unsupported.into()),
-        };
+        let (cipher, key, mask) = (cipher(traffic.aead()), traffic.key(), traffic.mask());
         // AES-GCM: the first four bytes of the nonce mask are the `salt`, which stands behind the key.
         let (salt, mask) = mask.split_at_checked(if cipher == CHACHA { 0 } else { 4 }).unwrap_or_default();
         let mut info = Self { bytes: Zeroizing::new([0; MAX_INFO]), length: 0 };
         let (version, cipher_bytes) = (VERSION.to_ne_bytes(), cipher.to_ne_bytes());
-        let sequence = traffic.sequence.to_be_bytes();
+        let sequence = traffic.sequence().to_be_bytes();
         for part in [&version[..], &cipher_bytes, mask, key, salt, &sequence] {
             let end = info.length + part.len();
             info.bytes.get_mut(info.length..end).ok_or(io::ErrorKind::InvalidInput)?.copy_from_slice(part);
@@ -211,6 +203,14 @@ impl CryptoInfo {
     }
 }
 
+fn cipher(aead: Aead) -> u16 {
+    match aead {
+        Aead::Aes128Gcm => AES_128,
+        Aead::Aes256Gcm => AES_256,
+        Aead::ChaCha20Poly1305 => CHACHA,
+    }
+}
+
 fn length_of(cipher: u16) -> Option<usize> {
     match cipher {
         AES_128 => Some(40),
@@ -222,13 +222,11 @@ fn length_of(cipher: u16) -> Option<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rustls::crypto::cipher::{AeadKey, Iv};
 
     #[test]
     fn the_structure_for_the_kernel_is_laid_out_as_in_linux_tls_h() {
-        let key = AeadKey::from([0xaa; 32]);
-        let iv = Iv::new([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]);
-        let traffic = Traffic { sequence: 5, secrets: ConnectionTrafficSecrets::Aes256Gcm { key, iv } };
+        let mask = Zeroizing::new([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]);
+        let traffic = Traffic::new(Aead::Aes256Gcm, 5, Zeroizing::new([0xaa; 32]), mask);
         let info = CryptoInfo::new(&traffic).unwrap();
         let bytes = info.as_bytes();
         assert_eq!(bytes.len(), 56);
@@ -238,10 +236,10 @@ mod tests {
         assert_eq!(bytes[12..44], [0xaa; 32], "key");
         assert_eq!(bytes[44..48], [0, 1, 2, 3], "salt");
         assert_eq!(bytes[48..], [0, 0, 0, 0, 0, 0, 0, 5], "rec_seq");
-        let key = AeadKey::from([0xbb; 32]);
-        let iv = Iv::new([9; 12]);
-        let traffic = Traffic { sequence: 0, secrets: ConnectionTrafficSecrets::Chacha20Poly1305 { key, iv } };
+        let traffic = Traffic::new(Aead::ChaCha20Poly1305, 0, Zeroizing::new([0xbb; 32]), Zeroizing::new([9; 12]));
         let info = CryptoInfo::new(&traffic).unwrap();
         assert_eq!((info.as_bytes().len(), &info.as_bytes()[4..16]), (56, &[9; 12][..]));
+        let traffic = Traffic::new(Aead::Aes128Gcm, 0, Zeroizing::new([0xcc; 32]), Zeroizing::new([9; 12]));
+        assert_eq!(CryptoInfo::new(&traffic).unwrap().as_bytes().len(), 40);
     }
 }

@@ -84,11 +84,10 @@ enum Keyed {
 }
 
 fn key(network: &TcpStream, secrets: &mut Secrets, choice: Choice) -> Result<Keyed, Cause> {
-    let suite = secrets.suite();
     let transmit = secrets.next_transmit().map_err(Cause::Secrets)?;
     let receive = secrets.next_receive().map_err(Cause::Secrets)?;
     if let Choice::Kernel(ability) = choice {
-        match kernel::arm(network, suite, &transmit, &receive, ability) {
+        match kernel::arm(network, &transmit, &receive, ability) {
             Ok(armed) => return Ok(Keyed::Kernel(armed)),
             // The socket is as it was.
             Err(kernel::ArmError::NotTaken(error)) => {
@@ -97,9 +96,9 @@ fn key(network: &TcpStream, secrets: &mut Secrets, choice: Choice) -> Result<Key
             Err(kernel::ArmError::HalfWay { step, error }) => return Err(Cause::Kernel { step, error }),
         }
     }
-    let spent = |_| Cause::Secrets(rustls::Error::General("the agreed cipher is not one of ours".into()));
-    let sealer = Sealer::new(transmit.sequence, &transmit.secrets).map_err(spent)?;
-    let opener = Opener::new(receive.sequence, &receive.secrets).map_err(spent)?;
+    let spent = |_| Cause::Secrets(rustls::Error::General("aws-lc takes none of these keys".into()));
+    let sealer = Sealer::new(&transmit).map_err(spent)?;
+    let opener = Opener::new(&receive).map_err(spent)?;
     Ok(Keyed::User(sealer, opener))
 }
 

@@ -4,8 +4,8 @@
 //! lay. Nothing here reads a socket, allocates per record or knows what a record's content means.
 //! *Invariant:* a sequence number is used once, and a record that fails authentication gives no byte of plaintext.
 
+use crate::handshake::{Aead, Traffic};
 use aws_lc_rs::aead;
-use rustls::ConnectionTrafficSecrets;
 use std::ops::Range;
 use zeroize::Zeroize;
 
@@ -21,7 +21,16 @@ pub const TRAILER: usize = 1 + aead::MAX_TAG_LEN;
 pub const FULL_RECORD: usize = HEADER + MAX_PLAINTEXT + TRAILER;
 
 /// Records sealed under one AES-GCM key before a fresh one is taken: half of what RFC 9846 section 5.5 and rustls allow.
-pub const AES_GCM_REKEY: u64 = 1 << 23;
+const AES_GCM_REKEY: u64 = 1 << 23;
+
+/// After how many records a fresh key is due.
+pub fn rekey_after(aead: Aead) -> u64 {
+    match aead {
+        Aead::Aes128Gcm | Aead::Aes256Gcm => AES_GCM_REKEY,
+        // Not before the sequence number ends (RFC 9846 section 5.5).
+        Aead::ChaCha20Poly1305 => u64::MAX,
+    }
+}
 
 /// What a record carries, by its number on the wire.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,11 +80,9 @@ pub struct Opener {
 }
 
 impl Sealer {
-    /// A sealer that starts at `sequence`.
-    pub fn new(sequence: u64, secrets: &ConnectionTrafficSecrets) -> Result<Self, Spent> {
-        let keys = Keys::new(sequence, secrets)?;
-        let due = if keys.key.algorithm() == &aead::CHACHA20_POLY1305 { u64::MAX } else { AES_GCM_REKEY };
-        Ok(Self { keys, due })
+    /// A sealer for these secrets.
+    pub fn new(traffic: &Traffic) -> Result<Self, Spent> {
+        Ok(Self { keys: Keys::new(traffic)?, due: rekey_after(traffic.aead()) })
     }
 
     /// Is it time to send a KeyUpdate?
@@ -114,9 +121,9 @@ impl Sealer {
 }
 
 impl Opener {
-    /// An opener that starts at `sequence`.
-    pub fn new(sequence: u64, secrets: &ConnectionTrafficSecrets) -> Result<Self, Spent> {
-        Ok(Self { keys: Keys::new(sequence, secrets)? })
+    /// An opener for these secrets.
+    pub fn new(traffic: &Traffic) -> Result<Self, Spent> {
+        Ok(Self { keys: Keys::new(traffic)? })
     }
 
     /// Opens a whole record in place: what it carries, and where in `record` the content lies.
@@ -163,15 +170,14 @@ struct Keys {
 }
 
 impl Keys {
-    fn new(sequence: u64, secrets: &ConnectionTrafficSecrets) -> Result<Self, Spent> {
-        let (algorithm, key, mask) = match secrets {
-            ConnectionTrafficSecrets::Aes128Gcm { key, iv } => (&aead::AES_128_GCM, key, iv),
-            ConnectionTrafficSecrets::Aes256Gcm { key, iv } => (&aead::AES_256_GCM, key, iv),
-            ConnectionTrafficSecrets::Chacha20Poly1305 { key, iv } => (&aead::CHACHA20_POLY1305, key, iv),
-            _ => return Err(Spent),
+    fn new(traffic: &Traffic) -> Result<Self, Spent> {
+        let algorithm = match traffic.aead() {
+            Aead::Aes128Gcm => &aead::AES_128_GCM,
+            Aead::Aes256Gcm => &aead::AES_256_GCM,
+            Aead::ChaCha20Poly1305 => &aead::CHACHA20_POLY1305,
         };
-        let key = aead::LessSafeKey::new(aead::UnboundKey::new(algorithm, key.as_ref()).map_err(|_| Spent)?);
-        Ok(Self { key, mask: mask.as_ref().try_into().map_err(|_| Spent)?, sequence })
+        let key = aead::LessSafeKey::new(aead::UnboundKey::new(algorithm, traffic.key()).map_err(|_| Spent)?);
+        Ok(Self { key, mask: *traffic.mask(), sequence: traffic.sequence() })
     }
 
     fn next_nonce(&mut self) -> Result<aead::Nonce, Spent> {
@@ -195,22 +201,25 @@ impl Drop for Keys {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use rustls::crypto::cipher::{AeadKey, Iv};
+    use zeroize::Zeroizing;
 
-    fn secrets(kind: u8) -> ConnectionTrafficSecrets {
-        let iv = Iv::new([7; 12]);
-        let key = AeadKey::from([kind; 32]);
-        match kind {
-            0 => ConnectionTrafficSecrets::Aes256Gcm { key, iv },
-            _ => ConnectionTrafficSecrets::Chacha20Poly1305 { key, iv },
-        }
+    fn traffic(aead: Aead, sequence: u64) -> Traffic {
+        Traffic::new(aead, sequence, Zeroizing::new([9; 32]), Zeroizing::new([7; 12]))
+    }
+
+    fn sealer(aead: Aead, sequence: u64) -> Sealer {
+        Sealer::new(&traffic(aead, sequence)).unwrap()
+    }
+
+    fn opener(aead: Aead, sequence: u64) -> Opener {
+        Opener::new(&traffic(aead, sequence)).unwrap()
     }
 
     #[test]
     fn what_is_sealed_is_opened_in_order_and_only_once() {
-        for kind in [0, 1] {
-            let mut sealer = Sealer::new(0, &secrets(kind)).unwrap();
-            let mut opener = Opener::new(0, &secrets(kind)).unwrap();
+        for aead in Aead::ALL {
+            let mut sealer = sealer(aead, 0);
+            let mut opener_in_order = opener(aead, 0);
             let mut first = [0; FULL_RECORD];
             for length in [0, 1, 100, MAX_PLAINTEXT] {
                 first[HEADER..HEADER + length].fill(0xa5);
@@ -218,24 +227,24 @@ mod tests {
                 assert_eq!(whole, HEADER + length + TRAILER);
                 assert_eq!(measure(&first), Ok(Some(whole)));
                 let replay = first;
-                let (content, at) = opener.open(&mut first[..whole]).unwrap();
+                let (content, at) = opener_in_order.open(&mut first[..whole]).unwrap();
                 assert_eq!((content, at.len()), (ContentType::APPLICATION_DATA, length));
                 assert!(first[at].iter().all(|byte| *byte == 0xa5));
                 let mut replay = replay;
-                assert_eq!(Opener::new(9, &secrets(kind)).unwrap().open(&mut replay[..whole]), Err(BadRecord::Forged));
+                assert_eq!(opener(aead, 9).open(&mut replay[..whole]), Err(BadRecord::Forged));
             }
         }
     }
 
     #[test]
     fn one_flipped_bit_anywhere_is_a_forgery() {
-        let mut sealer = Sealer::new(3, &secrets(0)).unwrap();
+        let mut sealer = sealer(Aead::Aes128Gcm, 3);
         let mut record = [1; HEADER + 20 + TRAILER];
         let whole = sealer.seal(ContentType::APPLICATION_DATA, &mut record, 20).unwrap();
         for at in 0..whole {
             let mut tampered = record;
             tampered[at] ^= 0x10;
-            assert_eq!(Opener::new(3, &secrets(0)).unwrap().open(&mut tampered), Err(BadRecord::Forged), "byte {at}");
+            assert_eq!(opener(Aead::Aes128Gcm, 3).open(&mut tampered), Err(BadRecord::Forged), "byte {at}");
         }
     }
 
@@ -256,24 +265,24 @@ mod tests {
         // Sealing with type 0 and further zeroes in the content is what padding looks like from inside.
         let mut record = [0; HEADER + 8 + TRAILER];
         record[HEADER..HEADER + 3].copy_from_slice(&[b'h', b'i', 23]);
-        Sealer::new(0, &secrets(1)).unwrap().seal(ContentType(0), &mut record, 8).unwrap();
-        let (content, at) = Opener::new(0, &secrets(1)).unwrap().open(&mut record).unwrap();
+        sealer(Aead::ChaCha20Poly1305, 0).seal(ContentType(0), &mut record, 8).unwrap();
+        let (content, at) = opener(Aead::ChaCha20Poly1305, 0).open(&mut record).unwrap();
         assert_eq!((content, &record[at]), (ContentType::APPLICATION_DATA, &b"hi"[..]));
         let mut record = [0; HEADER + 8 + TRAILER];
-        Sealer::new(0, &secrets(1)).unwrap().seal(ContentType(0), &mut record, 8).unwrap();
-        assert_eq!(Opener::new(0, &secrets(1)).unwrap().open(&mut record), Err(BadRecord::Untyped));
+        sealer(Aead::ChaCha20Poly1305, 0).seal(ContentType(0), &mut record, 8).unwrap();
+        assert_eq!(opener(Aead::ChaCha20Poly1305, 0).open(&mut record), Err(BadRecord::Untyped));
     }
 
     #[test]
     fn a_sequence_number_never_wraps() {
-        let mut sealer = Sealer::new(u64::MAX, &secrets(1)).unwrap();
+        let mut sealer = sealer(Aead::ChaCha20Poly1305, u64::MAX);
         assert_eq!(sealer.seal(ContentType::ALERT, &mut [0; 64], 2), Err(Spent));
     }
 
     #[test]
     fn a_fresh_aes_gcm_key_is_due_long_before_its_limit_and_a_chacha_key_never() {
-        assert!(!Sealer::new(AES_GCM_REKEY - 1, &secrets(0)).unwrap().is_due());
-        assert!(Sealer::new(AES_GCM_REKEY, &secrets(0)).unwrap().is_due());
-        assert!(!Sealer::new(1 << 40, &secrets(1)).unwrap().is_due());
+        assert!(!sealer(Aead::Aes128Gcm, AES_GCM_REKEY - 1).is_due());
+        assert!(sealer(Aead::Aes256Gcm, AES_GCM_REKEY).is_due());
+        assert!(!sealer(Aead::ChaCha20Poly1305, 1 << 40).is_due());
     }
 }

@@ -48,7 +48,7 @@ impl User {
     fn next_receive_key(&mut self) -> Result<(), Fault> {
         let spent = Fault::Ours(CloseReason::KeysSpent);
         let traffic = self.keys.secrets.next_receive().map_err(|_| spent)?;
-        self.keys.opener = Opener::new(traffic.sequence, &traffic.secrets).map_err(|_| spent)?;
+        self.keys.opener = Opener::new(&traffic).map_err(|_| spent)?;
         Ok(())
     }
 
@@ -188,7 +188,7 @@ impl Lane for User {
         self.asked = false;
         let traffic = self.keys.secrets.next_transmit().map_err(|_| spent)?;
         let due = self.keys.sealer.due();
-        self.keys.sealer = Sealer::new(traffic.sequence, &traffic.secrets).map_err(|_| spent)?;
+        self.keys.sealer = Sealer::new(&traffic).map_err(|_| spent)?;
         self.keys.sealer.set_due(due);
         Ok(true)
     }

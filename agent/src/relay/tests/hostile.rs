@@ -81,7 +81,7 @@ async fn floods_of_nothing_come_to_an_end() {
     for _ in 0..100 {
         peer.send(22, &[24, 0, 0, 1, 1]).await;
         let traffic = peer.secrets.next_transmit().unwrap();
-        peer.sealer = Sealer::new(traffic.sequence, &traffic.secrets).unwrap();
+        peer.sealer = Sealer::new(&traffic).unwrap();
     }
     assert!(is_reset(&mut relay.application).await);
     assert_eq!(relay.closed().await.closed, CloseReason::PeerViolation(Violation::Flood));
@@ -178,7 +178,7 @@ async fn a_key_update_is_followed_and_answered_before_the_next_data() {
     for round in 0..5_u8 {
         peer.send(22, &[24, 0, 0, 1, 1]).await;
         let traffic = peer.secrets.next_transmit().unwrap();
-        peer.sealer = Sealer::new(traffic.sequence, &traffic.secrets).unwrap();
+        peer.sealer = Sealer::new(&traffic).unwrap();
         peer.send(23, &[round; 3]).await;
         let mut three = [0; 3];
         relay.application.read_exact(&mut three).await.unwrap();
@@ -186,7 +186,7 @@ async fn a_key_update_is_followed_and_answered_before_the_next_data() {
         relay.application.write_all(b"answer").await.unwrap();
         assert_eq!(peer.receive().await, Some((22, vec![24, 0, 0, 1, 0])), "not asking back");
         let traffic = peer.secrets.next_receive().unwrap();
-        peer.opener = Opener::new(traffic.sequence, &traffic.secrets).unwrap();
+        peer.opener = Opener::new(&traffic).unwrap();
         assert_eq!(peer.receive().await, Some((23, b"answer".to_vec())));
     }
 }

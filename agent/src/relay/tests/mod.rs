@@ -112,8 +112,8 @@ impl Peer {
         let (permit, dialled, mut secrets) = session.into_parts();
         let socket = dialled.unwrap_or_else(|| permit.into_parties().flow.socket);
         let (transmit, receive) = (secrets.next_transmit().unwrap(), secrets.next_receive().unwrap());
-        let sealer = Sealer::new(transmit.sequence, &transmit.secrets).unwrap();
-        let opener = Opener::new(receive.sequence, &receive.secrets).unwrap();
+        let sealer = Sealer::new(&transmit).unwrap();
+        let opener = Opener::new(&receive).unwrap();
         Self { socket, sealer, opener, secrets }
     }
 
