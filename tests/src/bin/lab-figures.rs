@@ -1,0 +1,2 @@
+//! figures
+fn main() {}
