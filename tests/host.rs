@@ -1,8 +1,8 @@
 //! The lab itself, and the wire oracle: without them no other test proves anything. None of this needs an agent.
 
 use lab::policy::PORT;
-use lab::stranger::{self, Tls};
-use lab::world::events;
+use lab::stranger::Tls;
+use lab::world::{events, pick};
 use lab::{Mint, clock, lab, or_skip, skip};
 use std::io::Write;
 use std::net::TcpListener;
@@ -20,10 +20,9 @@ fn hosts_reach_each_other_by_both_families_and_see_true_addresses() {
         (&lab.stranger, lab.beta.at(PORT)),
         (&lab.stranger, lab.beta.at6(PORT)),
     ] {
-        let said = lab.echo_once(host, "client", to, &[]);
-        assert!(said.iter().all(|event| event["ok"] == true), "{to}: {said:?}");
+        let said = lab.expect_echo(host, "client", to, &[]);
         let accepted = server.event(|event| event["event"] == "accepted");
-        let local: std::net::SocketAddr = said[1]["local"].as_str().unwrap().parse().unwrap();
+        let local: std::net::SocketAddr = pick(&said, "names")["local"].as_str().unwrap().parse().unwrap();
         let seen: std::net::SocketAddr = accepted["peer"].as_str().unwrap().parse().unwrap();
         assert_eq!(local.port(), seen.port());
         assert_eq!(local.ip().to_canonical(), seen.ip());
@@ -34,7 +33,7 @@ fn hosts_reach_each_other_by_both_families_and_see_true_addresses() {
 fn the_oracle_finds_a_marker_in_a_packet() {
     let lab = lab!();
     let _server = lab.serve_echo(&lab.beta, "server", &[lab.beta.at(PORT)]);
-    lab.echo_once(&lab.alpha, "client", lab.beta.at(PORT), &[]);
+    lab.expect_echo(&lab.alpha, "client", lab.beta.at(PORT), &[]);
     let wire = lab.wire();
     assert_eq!(wire.lost, 0);
     assert!(wire.search(lab.marker().as_bytes()).unwrap().starts_with("in a packet"));

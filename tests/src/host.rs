@@ -41,6 +41,16 @@ impl Host {
         )
     }
 
+    /// Gives the host one more address.
+    pub fn also(&self, address: &str) -> crate::Result<()> {
+        ip(&self.netns, &format!("addr add {address} dev eth0\n"))
+    }
+
+    /// Tells the host which other one an address belongs to.
+    pub fn routes(&self, address: &str, to: &Host) -> crate::Result<()> {
+        ip(&self.netns, &format!("route add {address} via {} dev eth0\n", to.v4))
+    }
+
     /// IPv4 address and port.
     pub fn at(&self, port: u16) -> SocketAddr {
         SocketAddr::new(IpAddr::V4(self.v4), port)

@@ -25,14 +25,18 @@ pub struct Capture {
 }
 
 impl Capture {
-    /// Starts it in the namespace that joins the hosts, keeping so many bytes of each packet (0: all).
-    pub(crate) fn start(netns: &str, directory: &Path, bytes: usize) -> crate::Result<Self> {
+    /// Starts it in the namespace that joins the hosts, keeping so many bytes of each packet (0: all). For many packets
+    /// the kernel hands them over in blocks, which loses fewer and may take a second.
+    pub(crate) fn start(netns: &str, directory: &Path, bytes: usize, many: bool) -> crate::Result<Self> {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let file = directory.join(format!("wire-{}.pcap", NUMBER.fetch_add(1, Ordering::Relaxed)));
         let place = enter::Place { netns: Some(netns.to_owned()), ..enter::Place::default() };
         let tcpdump = skip::find("tcpdump").context("no tcpdump on PATH")?;
         let mut command = enter::command(&tcpdump, &place).map_err(|skip| anyhow::anyhow!(skip.0))?;
-        command.args(["-i", "any", "-Q", "in", "-n", "-U", "--immediate-mode", "-Z", "root"]);
+        command.args(["-i", "any", "-Q", "in", "-n", "-U", "-Z", "root"]);
+        if !many {
+            command.arg("--immediate-mode");
+        }
         command.args(["-B", "16384", "-s", &bytes.to_string(), "-w"]).arg(&file).arg("tcp or udp");
         let tcpdump = Program::start(command, "tcpdump")?;
         let listening = clock::until(clock::seconds(20), || tcpdump.stderr().contains("listening on").then_some(()));

@@ -115,7 +115,7 @@ impl Lab {
         let cgroup = mount.join(&name);
         let cgroups = keep(Item::Cgroup(cgroup.clone()));
         std::fs::create_dir(&cgroup).with_context(|| format!("make cgroup {}", cgroup.display()))?;
-        let capture = Capture::start(&wire, &directory, 0)?;
+        let capture = Capture::start(&wire, &directory, 0, false)?;
         Ok(Self {
             test,
             number,
@@ -248,13 +248,32 @@ impl Lab {
         self.run(host, cgroup, &[&words, options, steps].concat())
     }
 
-    /// A client that says a line with the marker and wants it back.
+    /// A client that says a line with the marker and wants it back. Gives what each of its steps came to.
     #[track_caller]
-    pub fn echo_once(&self, host: &Host, cgroup: &str, to: SocketAddr, options: &[&str]) -> Vec<Value> {
-        let say = format!("send:{}\\n", self.marker);
-        let program = self.talk(host, cgroup, to, options, &["names", &say, "line", "half-close", "to-end"]);
+    pub fn echo(&self, host: &Host, cgroup: &str, to: SocketAddr, options: &[&str]) -> Vec<Value> {
         // With Fast Open the first step has to be what is sent.
+        let say = format!("send:{}\\n", self.marker);
+        let program = self.talk(host, cgroup, to, options, &[&say, "line", "names", "half-close", "to-end"]);
         events(&program.outcome().stdout)
+    }
+
+    /// The same, and it has to work.
+    #[track_caller]
+    pub fn expect_echo(&self, host: &Host, cgroup: &str, to: SocketAddr, options: &[&str]) -> Vec<Value> {
+        let said = self.echo(host, cgroup, to, options);
+        assert!(said.len() == 6 && said.iter().all(|event| event["ok"] == true), "{to} {options:?}: {said:#?}");
+        assert_eq!(pick(&said, "line")["text"], self.marker);
+        said
+    }
+
+    /// The same, and it has to be refused, either at `connect` or by a reset, before a byte came back. Gives the error.
+    #[track_caller]
+    pub fn expect_no_echo(&self, host: &Host, cgroup: &str, to: SocketAddr, options: &[&str]) -> String {
+        let said = self.echo(host, cgroup, to, options);
+        let failed = said.last().filter(|event| event["ok"] == false);
+        let Some(failed) = failed else { panic!("this should have been refused: {said:#?}") };
+        assert!(failed["step"] != "names" && failed["step"] != "to-end", "refused too late: {said:#?}");
+        failed["error"].as_str().unwrap_or_default().to_owned()
     }
 
     /// Agents on alpha and beta with one policy; none with `LAB_PLAIN=1`.
@@ -282,9 +301,19 @@ impl Lab {
 
     /// From now on only the first bytes of each packet are kept, for bulk flows.
     pub fn capture_heads(&self) {
-        *self.capture.lock().unwrap_or_else(PoisonError::into_inner) = None;
-        match Capture::start(&self.wire, &self.directory, 256) {
-            Ok(capture) => *self.capture.lock().unwrap_or_else(PoisonError::into_inner) = Some(capture),
+        self.recapture(256);
+    }
+
+    /// From now on the capture is made for very many packets.
+    pub fn capture_many(&self) {
+        self.recapture(0);
+    }
+
+    fn recapture(&self, bytes: usize) {
+        let mut capture = self.capture.lock().unwrap_or_else(PoisonError::into_inner);
+        *capture = None;
+        match Capture::start(&self.wire, &self.directory, bytes, true) {
+            Ok(fresh) => *capture = Some(fresh),
             Err(error) => panic!("{error:#}"),
         }
     }
@@ -348,6 +377,24 @@ impl Drop for Lab {
 /// The JSON lines of an output.
 pub fn events(text: &str) -> Vec<Value> {
     text.lines().filter_map(|line| serde_json::from_str(line).ok()).collect()
+}
+
+/// What this step came to.
+#[track_caller]
+pub fn pick<'a>(events: &'a [Value], step: &str) -> &'a Value {
+    match events.iter().find(|event| event["step"] == step) {
+        Some(event) => event,
+        None => panic!("no step {step}: {events:#?}"),
+    }
+}
+
+/// The address that an event tells.
+#[track_caller]
+pub fn address(event: &Value, name: &str) -> SocketAddr {
+    match event[name].as_str().and_then(|text| text.parse().ok()) {
+        Some(address) => address,
+        None => panic!("no address {name}: {event}"),
+    }
 }
 
 fn probe() -> Result<(), Skip> {
