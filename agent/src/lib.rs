@@ -16,6 +16,8 @@
 pub mod refusal;
 pub mod spiffe;
 pub mod sys;
+pub mod units;
+pub mod document;
 pub mod policy;
 pub mod config;
 pub mod intercept;
@@ -27,3 +29,4 @@ pub mod relay;
 pub mod audit;
 
 pub mod pipeline;
+pub mod admin;

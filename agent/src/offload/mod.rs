@@ -1,1 +1,3 @@
-//! offload
+//! offload: a `Session` in, a `Pipe` out.
+
+pub mod record;
