@@ -83,6 +83,21 @@ pub fn raw_on(mut stream: TcpStream, bytes: &[u8]) -> Attempt {
     }
 }
 
+/// What a peer does wrong after a good handshake.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Break {
+    /// FIN without close_notify.
+    Truncate,
+    /// Plaintext where a record should be.
+    Plaintext,
+    /// A record whose tag is wrong.
+    Tamper,
+    /// A record longer than TLS allows.
+    Oversized,
+    /// A record that ends in the middle, and FIN.
+    HalfRecord,
+}
+
 /// How a TLS client or server is set up.
 #[derive(Clone)]
 pub struct Tls {
@@ -170,6 +185,59 @@ impl Tls {
         let _ = tls.conn.complete_io(&mut tls.sock);
         match tls.read_to_end(&mut attempt.answer) {
             Ok(_) => Attempt { end: "close_notify".to_owned(), ..attempt },
+            Err(error) => attempt.failed(&error),
+        }
+    }
+
+    /// Completes the handshake, sends bytes as records, and then breaks the protocol in one way.
+    pub fn talk_and_break(&self, to: SocketAddr, svid: &Svid, bytes: &[u8], how: Break) -> Attempt {
+        let mut attempt = Attempt::default();
+        let mut stream = match connect(to) {
+            Ok(stream) => stream,
+            Err(error) => return attempt.failed(&error),
+        };
+        attempt.connected = true;
+        let name = ServerName::try_from("lab.invalid").unwrap_or_else(|error| panic!("{error}"));
+        let mut connection =
+            ClientConnection::new(self.client(Some(svid)), name).unwrap_or_else(|error| panic!("{error}"));
+        while connection.is_handshaking() {
+            if let Err(error) = connection.complete_io(&mut stream) {
+                return attempt.failed(&error);
+            }
+        }
+        attempt.handshake = true;
+        let mut tls = rustls::Stream::new(&mut connection, &mut stream);
+        let mut back = vec![0; bytes.len()];
+        // The echo shows that all went well until now.
+        if let Err(error) = tls.write_all(bytes).and_then(|()| tls.flush()).and_then(|()| tls.read_exact(&mut back)) {
+            return attempt.failed(&error);
+        }
+        let broken = match how {
+            Break::Truncate => stream.shutdown(Shutdown::Write),
+            Break::Plaintext => stream.write_all(b"GET /plaintext HTTP/1.1\r\n\r\n"),
+            Break::Tamper => {
+                let mut record = Vec::new();
+                let _ = connection.writer().write_all(b"tampered with");
+                let _ = connection.write_tls(&mut record);
+                if let Some(last) = record.last_mut() {
+                    *last ^= 1;
+                }
+                stream.write_all(&record)
+            }
+            Break::Oversized => {
+                let mut record = vec![23, 3, 3, 0xff, 0xff];
+                record.resize(65540, 0);
+                stream.write_all(&record)
+            }
+            Break::HalfRecord => {
+                stream.write_all(&[23, 3, 3, 1, 0, 1, 2, 3]).and_then(|()| stream.shutdown(Shutdown::Write))
+            }
+        };
+        if let Err(error) = broken {
+            return attempt.failed(&error);
+        }
+        match stream.read_to_end(&mut Vec::new()) {
+            Ok(_) => Attempt { end: "eof".to_owned(), ..attempt },
             Err(error) => attempt.failed(&error),
         }
     }
