@@ -2,11 +2,11 @@
 //!
 //! *Invariant:* a measurement that could not be made is an error, never a number.
 
-use crate::servers::SINK;
+use crate::servers::{DONE, SINK};
 use anyhow::Context;
 use serde_json::{Value, json};
 use std::io::{Read, Write};
-use std::net::{Shutdown, SocketAddr, TcpStream};
+use std::net::{SocketAddr, TcpStream};
 use std::time::{Duration, Instant};
 
 fn connect(to: SocketAddr) -> crate::Result<TcpStream> {
@@ -26,7 +26,7 @@ pub fn throughput(to: SocketAddr, time: Duration) -> crate::Result<Value> {
         stream.write_all(&block)?;
         bytes += block.len() as u64;
     }
-    stream.shutdown(Shutdown::Write)?;
+    stream.write_all(&[DONE])?;
     let mut answer = [0];
     stream.read_exact(&mut answer)?;
     let seconds = began.elapsed().as_secs_f64();

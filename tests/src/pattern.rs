@@ -40,7 +40,7 @@ impl Summing {
 
 /// Writes so many bytes of the pattern.
 pub fn write(sink: &mut impl Write, marker: &str, bytes: u64) -> io::Result<Sum> {
-    let mut block: Vec<u8> = marker.bytes().chain([b'\n']).cycle().take(BLOCK).collect();
+    let mut block: Vec<u8> = marker.bytes().chain(*b"\n").cycle().take(BLOCK).collect();
     let mut sum = Summing::default();
     let mut left = bytes;
     let mut number = 0_u64;

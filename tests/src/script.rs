@@ -249,7 +249,7 @@ fn to_end(stream: &mut TcpStream) -> io::Result<Value> {
 }
 
 fn fill(stream: &mut TcpStream, marker: &str, quiet: Duration) -> io::Result<Value> {
-    let block: Vec<u8> = marker.bytes().chain([b'\n']).cycle().take(64 * 1024).collect();
+    let block: Vec<u8> = marker.bytes().chain(*b"\n").cycle().take(64 * 1024).collect();
     stream.set_nonblocking(true)?;
     let mut taken = 0_u64;
     let mut last = Instant::now();

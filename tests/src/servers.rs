@@ -13,8 +13,11 @@ use std::net::{SocketAddr, TcpStream, UdpSocket};
 use std::sync::Arc;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 
-/// First byte of a client that wants all it sends to be thrown away, and one byte when it is done.
+/// First byte of a client that wants all it sends to be thrown away, and one byte when it has sent [`DONE`]. Not a
+/// half-close: what stands in between may not pass that on.
 pub const SINK: u8 = 1;
+/// Last byte of such a client.
+pub const DONE: u8 = 2;
 
 /// What a connection of the echo server is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -27,13 +30,12 @@ enum Task {
 pub fn echo(addresses: &[SocketAddr], report: bool) -> crate::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async move {
-        let mut servers = Vec::new();
         for address in addresses {
             let listener = dial::listen(*address).with_context(|| format!("listen on {address}"))?;
             listener.set_nonblocking(true)?;
             let listener = tokio::net::TcpListener::from_std(listener)?;
             ready(&listener.local_addr()?.to_string());
-            servers.push(tokio::spawn(async move {
+            tokio::spawn(async move {
                 loop {
                     match listener.accept().await {
                         Ok((stream, peer)) => drop(tokio::spawn(echo_one(stream, peer, report))),
@@ -43,12 +45,9 @@ pub fn echo(addresses: &[SocketAddr], report: bool) -> crate::Result<()> {
                         }
                     }
                 }
-            }));
+            });
         }
-        for server in servers {
-            server.await?;
-        }
-        Ok(())
+        std::future::pending().await
     })
 }
 
@@ -74,14 +73,13 @@ async fn pump(stream: &mut tokio::net::TcpStream, bytes: &mut u64) -> io::Result
         let size = stream.read(&mut buffer).await?;
         let task = *task.get_or_insert(if buffer[0] == SINK { Task::Sink } else { Task::Echo });
         if size == 0 {
-            if task == Task::Sink {
-                stream.write_all(&[SINK]).await?;
-            }
             return stream.shutdown().await;
         }
         *bytes += size as u64;
-        if task == Task::Echo {
-            stream.write_all(&buffer[..size]).await?;
+        match task {
+            Task::Echo => stream.write_all(&buffer[..size]).await?,
+            Task::Sink if buffer[size - 1] == DONE => stream.write_all(&[DONE]).await?,
+            Task::Sink => {}
         }
         if size == buffer.len() && size < 256 * 1024 {
             buffer.resize(256 * 1024, 0);
@@ -189,7 +187,7 @@ pub fn udp_talk(to: SocketAddr, connected: bool, text: &str) -> crate::Result<()
         socket.send_to(text.as_bytes(), to)
     };
     let mut buffer = vec![0; 65536];
-    let answer = sent.and_then(|_| socket.recv_from(&mut buffer)).map(|(size, from)| (size, from));
+    let answer = sent.and_then(|_| socket.recv_from(&mut buffer));
     script::say(&match answer {
         Ok((size, from)) => json!({
             "step": "udp", "ok": true, "from": from.to_string(), "text": String::from_utf8_lossy(&buffer[..size]),

@@ -77,15 +77,25 @@ impl Lab {
     pub fn open(test: &'static str) -> Result<Self, Skip> {
         static PROBE: OnceLock<Result<(), Skip>> = OnceLock::new();
         PROBE.get_or_init(probe).clone()?;
+        Self::make(test, true)
+    }
+
+    /// The same without a capture, for measurements.
+    pub fn open_unwatched(name: &'static str) -> Result<Self, Skip> {
+        probe()?;
+        Self::make(name, false)
+    }
+
+    fn make(test: &'static str, watched: bool) -> Result<Self, Skip> {
         let slot = Slot::take();
         let mount = cgroup2().ok_or_else(|| Skip::because("no cgroup2 mounted"))?;
-        match Self::make(test, mount, slot) {
+        match Self::build(test, mount, slot, watched) {
             Ok(lab) => Ok(lab),
             Err(error) => panic!("the lab itself: {error:#}"),
         }
     }
 
-    fn make(test: &'static str, mount: PathBuf, slot: Slot) -> crate::Result<Self> {
+    fn build(test: &'static str, mount: PathBuf, slot: Slot, watched: bool) -> crate::Result<Self> {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let pid = std::process::id();
@@ -115,11 +125,11 @@ impl Lab {
         let cgroup = mount.join(&name);
         let cgroups = keep(Item::Cgroup(cgroup.clone()));
         std::fs::create_dir(&cgroup).with_context(|| format!("make cgroup {}", cgroup.display()))?;
-        let capture = Capture::start(&wire, &directory, 0, false)?;
+        let capture = if watched { Some(Capture::start(&wire, &directory, 0, false)?) } else { None };
         Ok(Self {
             test,
             number,
-            capture: Mutex::new(Some(capture)),
+            capture: Mutex::new(capture),
             mount,
             cgroups: Some(cgroups),
             alpha,
