@@ -5,11 +5,15 @@
 //!
 //! *Invariant:* a key that nobody asked for is a problem, never ignored.
 
-use std::{collections::BTreeMap, fmt, sync::Arc};
+use rustix::fs::{Mode, OFlags};
+use std::{collections::BTreeMap, fmt, io::Read, os::unix::fs::MetadataExt, path::Path, sync::Arc};
 use toml::{
     Spanned,
     de::{DeTable, DeValue},
 };
+
+/// Largest file that is read, in bytes.
+const MAX_FILE: u64 = 16 << 20;
 
 /// Where something is written. Line 0 is the file as a whole.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -65,6 +69,40 @@ pub enum TextOrTable<'d> {
     Text(At<&'d str>),
     /// A table.
     Table(Table<'d>),
+}
+
+/// Reads a file that says what the agent does; the error is what is wrong with it and what to do. What everybody on the
+/// host can write is refused.
+///
+/// Opens first and looks then, so that what is checked is what is read. Non-blocking: a pipe must not hold up a start.
+pub fn read(path: &Path) -> Result<String, (String, String)> {
+    let unreadable = |error: std::io::Error| {
+        let instead = match error.kind() {
+            std::io::ErrorKind::NotFound => "write it, or name another file",
+            _ => "make it readable for root, or remove it",
+        };
+        (format!("the file cannot be read ({error})"), instead.to_owned())
+    };
+    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
+    let descriptor = rustix::fs::open(path, flags, Mode::empty()).map_err(|error| unreadable(error.into()))?;
+    let file = std::fs::File::from(descriptor);
+    let metadata = file.metadata().map_err(unreadable)?;
+    if !metadata.is_file() {
+        return Err(("this is not a regular file".into(), "give it another name, or write a file".into()));
+    }
+    if metadata.mode() & 0o002 != 0 {
+        return Err(("everybody can write to this file".into(), format!("run: chmod o-w {}", path.display())));
+    }
+    let mut bytes = Vec::new();
+    file.take(MAX_FILE + 1).read_to_end(&mut bytes).map_err(unreadable)?;
+    if u64::try_from(bytes.len()).is_ok_and(|length| length > MAX_FILE) {
+        return Err((format!("the file is larger than {} MiB", MAX_FILE >> 20), "split it".into()));
+    }
+    String::from_utf8(bytes).map_err(|error| {
+        let line =
+            error.as_bytes().iter().take(error.utf8_error().valid_up_to()).filter(|byte| **byte == b'\n').count() + 1;
+        (format!("line {line} is not UTF-8 text"), "write it in UTF-8".into())
+    })
 }
 
 impl<'t> Document<'t> {

@@ -52,6 +52,15 @@ pub struct End {
     pub address: SocketAddr,
 }
 
+impl std::fmt::Display for End {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match &self.id {
+            Some(id) => write!(f, "{id} ({})", self.address),
+            None => self.address.fmt(f),
+        }
+    }
+}
+
 /// What the handshake agreed on.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Tls {
@@ -72,6 +81,14 @@ pub struct Process {
     pub cgroup: u64,
     /// Name of the task: a hint for people, chosen by the program itself.
     pub comm: String,
+}
+
+impl From<&wimsey_common::Task> for Process {
+    fn from(task: &wimsey_common::Task) -> Self {
+        let comm = task.comm.split(|byte| *byte == 0).next().unwrap_or_default();
+        let comm = String::from_utf8_lossy(comm).into_owned();
+        Self { pid: task.tgid, uid: task.uid, cgroup: task.cgroup, comm }
+    }
 }
 
 /// Bytes of the application, seen from this host's workload.
@@ -170,8 +187,8 @@ pub(crate) mod tests_support {
             process: Some(Process { pid: 4242, uid: 1000, cgroup: 77, comm: "curl".into() }),
             stage: "relay",
             culprit: None,
-            code: "finished",
-            reason: "both ends finished".into(),
+            code: "complete",
+            reason: "complete".into(),
             bytes: Bytes { sent: 80, received: 612 },
             duration_ms: 12,
         }
@@ -194,7 +211,7 @@ mod tests {
                 r#""destination":{"id":"spiffe://example.org/web","address":"10.0.0.2:80"},"method":"mtls","#,
                 r#""tls":{"group":"X25519MLKEM768","cipher":"TLS13_AES_128_GCM_SHA256"},"engine":"user","#,
                 r#""rule":"curl-to-web","process":{"pid":4242,"uid":1000,"cgroup":77,"comm":"curl"},"stage":"relay","#,
-                r#""code":"finished","reason":"both ends finished","bytes":{"sent":80,"received":612},"#,
+                r#""code":"complete","reason":"complete","bytes":{"sent":80,"received":612},"#,
                 r#""duration_ms":12}"#,
                 "\n"
             )

@@ -59,7 +59,7 @@ pub(super) async fn run(network: &TcpStream, mut machine: Machine) -> Result<Fin
             }
             Ok(Step::Closed) => return Err(Cause::Closed),
             Err(error) => {
-                machine.drain_alert(&mut outgoing);
+                machine.drain_alert(&mut incoming, &mut outgoing);
                 let cause = Cause::from_rustls(error, machine.is_client());
                 leave(network, &mut outgoing, &cause).await;
                 return Err(cause);
@@ -91,13 +91,11 @@ impl Machine {
         }
     }
 
-    /// Encodes what rustls still wants to say after an error: at most one alert.
-    fn drain_alert(&mut self, outgoing: &mut Vec<u8>) {
-        for _ in 0..4 {
-            if !matches!(self.step(&mut [], outgoing), (_, Ok(Step::Again))) {
-                break;
-            }
-        }
+    /// Encodes what rustls still wants to say after an error: one alert, or nothing. Asked a second time, or about another
+    /// buffer than the one that it failed on, rustls would look for messages where there are none any more.
+    fn drain_alert(&mut self, incoming: &mut [u8], outgoing: &mut Vec<u8>) {
+        // What it answers besides the alert is the error that is known already.
+        let (_discard, _step) = self.step(incoming, outgoing);
     }
 
     fn finish(self) -> Result<Finished, Cause> {

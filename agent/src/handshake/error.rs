@@ -3,6 +3,7 @@
 //! *Invariant:* an error gives the permit back, so that the caller still has the flow, its socket and what the audit
 //! record needs; it holds no secret.
 
+use super::verify::{PeerVerifier, Rejection};
 use crate::{
     authorize::Permit,
     refusal::{Culprit, Refusal},
@@ -12,7 +13,6 @@ use rustls::{AlertDescription, CertificateError, PeerIncompatible, PeerMisbehave
 use std::{
     fmt,
     io::{self, ErrorKind},
-    sync::Arc,
 };
 
 /// A failed handshake.
@@ -44,15 +44,15 @@ pub enum Cause {
     /// No certificate.
     #[error("the peer showed no certificate: give it an X.509-SVID")]
     NoCertificate,
-    /// The certificate was refused.
+    /// The verifier refused it: its certificate, or because no rule admits it.
+    #[error(transparent)]
+    Rejected(Rejection),
+    /// Its certificate is good, but it could not sign with it.
     #[error("the peer's certificate was refused: {0}")]
     Certificate(CertificateError),
-    /// It is who it says, but may not.
-    #[error("no rule allows this peer here: add an [[allow]] rule if it should be")]
-    NotPermitted,
-    /// The judge accepted a certificate without a name.
-    #[error("the peer was accepted without a SPIFFE ID: this is a defect, please report it")]
-    Unnamed,
+    /// The handshake is over and nobody judged the peer.
+    #[error("the handshake ended without a verdict on the peer: this is a defect, please report it")]
+    Unjudged,
     /// Time is up.
     #[error("the peer did not finish the handshake in time")]
     Stalled,
@@ -77,7 +77,15 @@ pub enum Cause {
 }
 
 impl Error {
-    pub(super) fn new(cause: Cause, peer: Option<SpiffeId>, permit: Permit) -> Self {
+    /// The verifier says more about a certificate than rustls can carry, so its words win.
+    pub(super) fn judged(cause: Cause, judge: &PeerVerifier, permit: Permit) -> Self {
+        let (peer, rejection) = match judge.verdict() {
+            Some(Ok(admitted)) => (Some(admitted.peer.id.clone()), None),
+            Some(Err(rejection @ Rejection::NotPermitted(id))) => (Some(id.clone()), Some(rejection)),
+            Some(Err(rejection)) => (None, Some(rejection)),
+            None => (None, None),
+        };
+        let cause = rejection.map_or(cause, |rejection| Cause::Rejected(rejection.clone()));
         Self { cause, peer, permit: Box::new(permit) }
     }
     /// What went wrong.
@@ -112,9 +120,9 @@ impl std::error::Error for Error {}
 impl Refusal for Error {
     fn culprit(&self) -> Culprit {
         match &self.cause {
-            Cause::NotPermitted => Culprit::Policy,
+            Cause::Rejected(rejection) => rejection.culprit(),
             Cause::Network(_) => Culprit::Host,
-            Cause::Unready(_) | Cause::Unnamed => Culprit::Ourselves,
+            Cause::Unready(_) | Cause::Unjudged => Culprit::Ourselves,
             _ => Culprit::Peer,
         }
     }
@@ -141,7 +149,6 @@ impl Cause {
         match error {
             Tls::AlertReceived(alert) => Self::Alert(alert),
             Tls::NoCertificatesPresented => Self::NoCertificate,
-            Tls::InvalidCertificate(CertificateError::ApplicationVerificationFailure) => Self::NotPermitted,
             Tls::InvalidCertificate(reason) => Self::Certificate(reason),
             Tls::PeerSentOversizedRecord => Self::Oversized,
             Tls::PeerIncompatible(reason) => match reason {
@@ -169,11 +176,13 @@ impl Cause {
         }
     }
 
-    /// The alert for what was refused before rustls saw it (RFC 9846 section 5.1).
+    /// The alert for what rustls did not see, or has no alert for (RFC 9846 sections 5.1 and 6.2).
     pub(super) fn plain_alert(&self) -> Option<u8> {
         match self {
             Self::NotTls { .. } => Some(u8::from(AlertDescription::UnexpectedMessage)),
             Self::Oversized => Some(u8::from(AlertDescription::RecordOverflow)),
+            Self::Protocol(rustls::Error::InvalidMessage(_)) => Some(u8::from(AlertDescription::DecodeError)),
+            Self::Protocol(_) => Some(u8::from(AlertDescription::UnexpectedMessage)),
             _ => None,
         }
     }
@@ -185,9 +194,9 @@ impl Cause {
             Self::Version => "peer-tls-version",
             Self::Incompatible(_) => "peer-tls-incompatible",
             Self::NoCertificate => "peer-no-certificate",
-            Self::Certificate(reason) => certificate_code(reason),
-            Self::NotPermitted => "peer-not-permitted",
-            Self::Unnamed => "peer-unnamed",
+            Self::Rejected(rejection) => rejection.code(),
+            Self::Certificate(_) => "peer-certificate-signature",
+            Self::Unjudged => "peer-unjudged",
             Self::Stalled => "peer-stalled",
             Self::Closed => "peer-closed",
             Self::Reset => "peer-reset",
@@ -197,32 +206,6 @@ impl Cause {
             Self::Unready(_) => "handshake-unready",
         }
     }
-}
-
-fn certificate_code(reason: &CertificateError) -> &'static str {
-    use CertificateError as Certificate;
-    match reason {
-        Certificate::BadEncoding | Certificate::UnhandledCriticalExtension => "peer-certificate-malformed",
-        Certificate::Expired | Certificate::ExpiredContext { .. } => "peer-certificate-expired",
-        Certificate::NotValidYet | Certificate::NotValidYetContext { .. } => "peer-certificate-not-yet-valid",
-        Certificate::Revoked => "peer-certificate-revoked",
-        Certificate::UnknownIssuer => "peer-certificate-untrusted",
-        Certificate::UnknownRevocationStatus
-        | Certificate::ExpiredRevocationList
-        | Certificate::ExpiredRevocationListContext { .. } => "peer-certificate-revocation-unknown",
-        Certificate::BadSignature
-        | Certificate::UnsupportedSignatureAlgorithmContext { .. }
-        | Certificate::UnsupportedSignatureAlgorithmForPublicKeyContext { .. } => "peer-certificate-signature",
-        Certificate::NotValidForName | Certificate::NotValidForNameContext { .. } => "peer-certificate-name",
-        Certificate::InvalidPurpose | Certificate::InvalidPurposeContext { .. } => "peer-certificate-purpose",
-        Certificate::Other(reason) => named_code(&reason.0).unwrap_or("peer-certificate-unacceptable"),
-        _ => "peer-certificate-unacceptable",
-    }
-}
-
-/// The verifier's own reasons travel through rustls as `Other`, and keep their codes.
-fn named_code(_reason: &Arc<dyn std::error::Error + Send + Sync>) -> Option<&'static str> {
-    None
 }
 
 macro_rules! alerts {

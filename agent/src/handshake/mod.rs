@@ -7,18 +7,17 @@
 mod detect;
 mod driver;
 mod error;
-mod judge;
 mod secrets;
 mod settings;
 pub mod verify;
 
 pub use detect::looks_like_tls;
+pub(crate) use error::alert_code;
 pub use error::{Cause, Error, alert_name};
-pub use judge::{Judge, Trust};
 pub use secrets::{Secrets, Traffic};
 pub use settings::Ciphers;
 
-use crate::{authorize::Permit, policy::Rule, spiffe::SpiffeId};
+use crate::{authorize::Permit, policy::Rule};
 use driver::{Finished, Machine};
 use rustls::{client::UnbufferedClientConnection, pki_types::ServerName, server::UnbufferedServerConnection};
 use std::sync::Arc;
@@ -26,12 +25,11 @@ use tokio::{
     net::TcpStream,
     time::{Instant, timeout_at},
 };
+use verify::{PeerVerifier, Role, VerifiedPeer};
 
 /// What a handshake needs to know besides the permit.
-#[derive(Clone)]
+#[derive(Clone, Copy, Debug)]
 pub struct Terms {
-    /// Whose certificates are believed.
-    pub trust: Arc<dyn Trust>,
     /// When the handshake has to be over, as a whole.
     pub deadline: Instant,
     /// The cipher suites that the engine of this host can carry.
@@ -43,7 +41,7 @@ pub struct Session {
     permit: Permit,
     /// Outbound: the connection that was dialled. Inbound: the network is the flow's own socket.
     dialled: Option<TcpStream>,
-    peer: SpiffeId,
+    peer: VerifiedPeer,
     rule: Arc<Rule>,
     group: &'static str,
     cipher: &'static str,
@@ -51,8 +49,8 @@ pub struct Session {
 }
 
 /// Shakes hands as the client, over `network`, which was dialled for the flow in `permit`.
-pub async fn connect(permit: Permit, network: TcpStream, terms: &Terms) -> Result<Session, Error> {
-    let judge = terms.trust.judge(permit.peers());
+pub async fn connect(permit: Permit, network: TcpStream, terms: Terms) -> Result<Session, Error> {
+    let judge = judge(&permit, Role::Server);
     let outcome = async {
         let config = settings::client(&permit.parties().credential, judge.clone(), terms.ciphers)?;
         // The address only fills a required argument: it is not sent (RFC 6066 section 3), and it names nobody (R48).
@@ -61,23 +59,27 @@ pub async fn connect(permit: Permit, network: TcpStream, terms: &Terms) -> Resul
         shake(&network, Machine::Client(machine), terms.deadline).await
     };
     match outcome.await {
-        Ok(finished) => Session::new(permit, Some(network), &*judge, finished),
-        Err(cause) => Err(Error::new(cause, judge.peer(), permit)),
+        Ok(finished) => Session::new(permit, Some(network), &judge, finished),
+        Err(cause) => Err(Error::judged(cause, &judge, permit)),
     }
 }
 
 /// Shakes hands as the server, over the flow's own socket. A client without a certificate is refused.
-pub async fn accept(permit: Permit, terms: &Terms) -> Result<Session, Error> {
-    let judge = terms.trust.judge(permit.peers());
+pub async fn accept(permit: Permit, terms: Terms) -> Result<Session, Error> {
+    let judge = judge(&permit, Role::Client);
     let outcome = async {
         let config = settings::server(&permit.parties().credential, judge.clone(), terms.ciphers)?;
         let machine = UnbufferedServerConnection::new(config).map_err(Cause::unready)?;
         shake(&permit.parties().flow.socket, Machine::Server(machine), terms.deadline).await
     };
     match outcome.await {
-        Ok(finished) => Session::new(permit, None, &*judge, finished),
-        Err(cause) => Err(Error::new(cause, judge.peer(), permit)),
+        Ok(finished) => Session::new(permit, None, &judge, finished),
+        Err(cause) => Err(Error::judged(cause, &judge, permit)),
     }
+}
+
+fn judge(permit: &Permit, role: Role) -> Arc<PeerVerifier> {
+    PeerVerifier::new(role, permit.parties().trust.clone(), permit.peers().clone())
 }
 
 async fn shake(network: &TcpStream, machine: Machine, deadline: Instant) -> Result<Finished, Cause> {
@@ -90,15 +92,16 @@ async fn shake(network: &TcpStream, machine: Machine, deadline: Instant) -> Resu
 }
 
 impl Session {
-    fn new(permit: Permit, dialled: Option<TcpStream>, judge: &dyn Judge, finished: Finished) -> Result<Self, Error> {
-        // The judge asked the permit while the certificate was on the table; asked again here, a mistake in the judge
-        // alone lets nobody in.
-        let Some(peer) = judge.peer() else {
-            return Err(Error::new(Cause::Unnamed, None, permit));
+    fn new(
+        permit: Permit,
+        dialled: Option<TcpStream>,
+        judge: &PeerVerifier,
+        finished: Finished,
+    ) -> Result<Self, Error> {
+        let Some(Ok(admitted)) = judge.verdict() else {
+            return Err(Error::judged(Cause::Unjudged, judge, permit));
         };
-        let Some(rule) = permit.peers().admits(&peer).cloned() else {
-            return Err(Error::new(Cause::NotPermitted, Some(peer), permit));
-        };
+        let (peer, rule) = (admitted.peer.clone(), admitted.rule.clone());
         let group = finished.group.and_then(|group| group.name().as_str()).unwrap_or("unknown");
         let cipher = settings::cipher_name(finished.secrets.suite());
         Ok(Self { permit, dialled, peer, rule, group, cipher, secrets: finished.secrets })
@@ -108,8 +111,8 @@ impl Session {
     pub fn permit(&self) -> &Permit {
         &self.permit
     }
-    /// Who is on the other end.
-    pub fn peer(&self) -> &SpiffeId {
+    /// Who is on the other end, by which certificate.
+    pub fn peer(&self) -> &VerifiedPeer {
         &self.peer
     }
     /// The rule that admits the peer.
@@ -129,3 +132,8 @@ impl Session {
         (self.permit, self.dialled, self.secrets)
     }
 }
+
+#[cfg(test)]
+pub(crate) mod testing;
+#[cfg(test)]
+mod tests;

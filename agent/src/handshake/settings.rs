@@ -2,16 +2,16 @@
 //!
 //! *Invariant:* TLS 1.3 alone; both ends show a certificate; nothing of one connection is kept for another (R56, R57).
 
-use super::{Cause, judge::Judge};
+use super::{Cause, verify::PeerVerifier};
 use crate::identify::Credential;
 use rustls::{
     CipherSuite, ClientConfig, ServerConfig, SupportedCipherSuite,
-    client::{Resumption, danger::ServerCertVerifier},
+    client::Resumption,
     crypto::{
         CryptoProvider,
         aws_lc_rs::{self, cipher_suite, kx_group},
     },
-    server::{NoServerSessionStorage, danger::ClientCertVerifier},
+    server::NoServerSessionStorage,
     sign::SingleCertAndKey,
     version::TLS13,
 };
@@ -71,16 +71,15 @@ pub(super) fn cipher_name(suite: SupportedCipherSuite) -> &'static str {
 
 pub(super) fn client(
     credential: &Credential,
-    judge: Arc<dyn Judge>,
+    judge: Arc<PeerVerifier>,
     ciphers: Ciphers,
 ) -> Result<Arc<ClientConfig>, Cause> {
-    let verifier: Arc<dyn ServerCertVerifier> = judge;
     let own = Arc::new(SingleCertAndKey::from(credential.certified.clone()));
     let mut config = ClientConfig::builder_with_provider(ciphers.provider().clone())
         .with_protocol_versions(&[&TLS13])
         .map_err(Cause::unready)?
         .dangerous()
-        .with_custom_certificate_verifier(verifier)
+        .with_custom_certificate_verifier(judge)
         .with_client_cert_resolver(own);
     config.resumption = Resumption::disabled();
     config.enable_sni = false;
@@ -91,15 +90,14 @@ pub(super) fn client(
 
 pub(super) fn server(
     credential: &Credential,
-    judge: Arc<dyn Judge>,
+    judge: Arc<PeerVerifier>,
     ciphers: Ciphers,
 ) -> Result<Arc<ServerConfig>, Cause> {
-    let verifier: Arc<dyn ClientCertVerifier> = judge;
     let own = Arc::new(SingleCertAndKey::from(credential.certified.clone()));
     let mut config = ServerConfig::builder_with_provider(ciphers.provider().clone())
         .with_protocol_versions(&[&TLS13])
         .map_err(Cause::unready)?
-        .with_client_cert_verifier(verifier)
+        .with_client_cert_verifier(judge)
         .with_cert_resolver(own);
     config.session_storage = Arc::new(NoServerSessionStorage {});
     config.send_tls13_tickets = 0;

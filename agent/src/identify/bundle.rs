@@ -188,8 +188,8 @@ impl Trust {
 impl Anchors {
     /// Reads the bundle of a trust domain from a PEM file and checks all of it.
     pub fn load(domain: &TrustDomain, path: &Path, now: SystemTime) -> Result<Self, BundleError> {
-        let bytes = files::read(path, Guard::Public)
-            .map_err(|source| BundleError::File { domain: domain.clone(), source })?;
+        let bytes =
+            files::read(path, Guard::Public).map_err(|source| BundleError::File { domain: domain.clone(), source })?;
         Self::parse(domain, path, &bytes, now)
     }
 

@@ -105,7 +105,9 @@ pub enum CaError {
         expected: TrustDomain,
     },
     /// It is over.
-    #[error("certificate authority: {path} expired at {not_after}: make a new one with wimsey ca init in a new directory")]
+    #[error(
+        "certificate authority: {path} expired at {not_after}: make a new one with wimsey ca init in a new directory"
+    )]
     Expired {
         /// The file.
         path: PathBuf,
@@ -131,7 +133,9 @@ pub enum CaError {
         key: PathBuf,
     },
     /// What it issues is not accepted with its own certificate as the anchor.
-    #[error("certificate authority: {path}: an SVID that it signs does not verify: {why}. Make one with wimsey ca init")]
+    #[error(
+        "certificate authority: {path}: an SVID that it signs does not verify: {why}. Make one with wimsey ca init"
+    )]
     Unfit {
         /// The certificate file.
         path: PathBuf,
@@ -277,7 +281,13 @@ impl Authority {
         params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
         params.use_authority_key_identifier_extension = true;
         let certificate = params.signed_by(&key, &self.issuer).map_err(|error| crypto("signing an SVID", error))?;
-        Ok(Issued { certificate: certificate.der().clone(), key: document, not_before, not_after, serial: hex(&serial) })
+        Ok(Issued {
+            certificate: certificate.der().clone(),
+            key: document,
+            not_before,
+            not_after,
+            serial: hex(&serial),
+        })
     }
 
     /// Its trust domain.

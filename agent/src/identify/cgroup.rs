@@ -45,6 +45,12 @@ impl Hierarchy {
         Ok(Self { mount, root, paths: RwLock::default() })
     }
 
+    /// Where it is mounted.
+    #[cfg(test)]
+    pub(crate) fn mount(&self) -> &Path {
+        &self.mount
+    }
+
     /// Id of the cgroup that now has this path. `None`: there is none.
     pub(crate) fn id_of(&self, path: &str) -> io::Result<Option<u64>> {
         let relative = match path.trim_start_matches('/') {

@@ -101,11 +101,7 @@ impl Version {
     }
 }
 
-fn read(
-    mut file: File,
-    version: Version,
-    known: &Mutex<HashMap<Version, [u8; 32]>>,
-) -> Result<[u8; 32], NoDigest> {
+fn read(mut file: File, version: Version, known: &Mutex<HashMap<Version, [u8; 32]>>) -> Result<[u8; 32], NoDigest> {
     let begun = SystemTime::now();
     let mut context = Context::new(&SHA256);
     let mut buffer = vec![0u8; 128 * 1024];

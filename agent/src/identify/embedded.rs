@@ -282,7 +282,9 @@ impl Provider for Embedded {
     fn retain(&self, workloads: &[Workload]) {
         let _registering = lock(&self.registering);
         let mut next = HashMap::clone(&self.slots.load());
-        next.retain(|(number, id), _| workloads.iter().any(|workload| workload.number == *number && workload.id == *id));
+        next.retain(|(number, id), _| {
+            workloads.iter().any(|workload| workload.number == *number && workload.id == *id)
+        });
         self.slots.store(Arc::new(next));
     }
 
@@ -328,6 +330,9 @@ impl std::fmt::Debug for Embedded {
 
 impl Source {
     fn load(settings: Settings, now: SystemTime) -> Result<Self, EmbeddedError> {
+        if settings.svid_ttl < Duration::from_secs(1) {
+            return Err(CaError::NoLife(settings.svid_ttl).into());
+        }
         let authority = Authority::load(&settings.ca_dir, Some(&settings.trust_domain), now)?;
         let mut trust = Trust::new().with(settings.trust_domain.clone(), authority.anchors().clone());
         for (domain, path) in &settings.bundles {
@@ -560,6 +565,8 @@ mod tests {
         let mut broken = bench.settings.clone();
         broken.bundles.push((domain_of("example.net"), "/nonexistent/bundle.pem".into()));
         assert_eq!(bench.provider.reload(broken).unwrap_err().code(), "bundle-missing");
+        let lifeless = Settings { svid_ttl: Duration::ZERO, ..bench.settings.clone() };
+        assert_eq!(bench.provider.reload(lifeless).unwrap_err().code(), "ca-no-life");
         assert!(Arc::ptr_eq(&old, &bench.provider.ready(&workload(1)).unwrap()));
         assert!(bench.provider.status().last_error.is_some());
 

@@ -4,7 +4,7 @@
 //! written appears whole or not at all.
 //!
 //! *Invariant:* a file that somebody other than root or the agent's own user can change is never read as trusted, and
-//! key bytes are never in a buffer that is not wiped.
+//! every buffer made here that may hold key bytes is wiped.
 
 use crate::refusal::{Culprit, Refusal};
 use std::{

@@ -121,11 +121,7 @@ impl Identities {
         &self.attestor
     }
 
-    async fn local(
-        &self,
-        flow: &Flow,
-        registry: &dyn Registry,
-    ) -> Result<(Workload, Facts, Arc<Credential>), Error> {
+    async fn local(&self, flow: &Flow, registry: &dyn Registry) -> Result<(Workload, Facts, Arc<Credential>), Error> {
         let Attested { workload, facts } = match (flow.direction, &flow.task) {
             (Direction::Outbound, Some(task)) => self.attestor.dialler(task, registry).await?,
             (Direction::Outbound, None) => return Err(Error::NoRecord),
@@ -201,5 +197,171 @@ impl Refusal for Unidentified {
     }
     fn code(&self) -> &'static str {
         self.error.code()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{embedded::*, testing::*, *};
+    use crate::{
+        intercept::OriginalDst,
+        policy::{Accounts, Source},
+    };
+    use std::{os::unix::process::CommandExt, path::PathBuf, process::Command, time::Duration};
+    use wimsey_common::Task;
+
+    /// A user that is not root, so that an entry may name it alone.
+    const NOBODY: u32 = 65534;
+
+    struct Bench {
+        _scratch: tempfile::TempDir,
+        identities: Identities,
+        child: std::process::Child,
+        executable: PathBuf,
+    }
+
+    impl Bench {
+        /// A host with an authority and a process of nobody; without root that cannot be had.
+        fn new() -> Option<Self> {
+            let attestor = match Attestor::discover() {
+                Ok(attestor) if rustix::process::geteuid().is_root() => Arc::new(attestor),
+                _ => {
+                    eprintln!("skipped: needs root and the unified cgroup hierarchy");
+                    return None;
+                }
+            };
+            let scratch = tempfile::tempdir().unwrap();
+            let ca_dir = scratch.path().join("ca");
+            let trust_domain = domain_of("example.org");
+            ca::init(&ca_dir, &trust_domain, ca::DEFAULT_LIFE, SystemTime::now()).unwrap();
+            let svid_ttl = Duration::from_secs(3600);
+            let settings = Settings { ca_dir, trust_domain, svid_ttl, bundles: Vec::new() };
+            let identities = Identities::new(Arc::new(Embedded::open(settings).unwrap()), attestor);
+            let child = Command::new("/bin/sleep").arg("60").uid(NOBODY).gid(NOBODY).spawn().unwrap();
+            let executable = std::fs::canonicalize("/bin/sleep").unwrap();
+            Some(Self { _scratch: scratch, identities, child, executable })
+        }
+
+        fn task(&self) -> Task {
+            let now = rustix::time::clock_gettime_dynamic(rustix::time::DynamicClockId::Boottime).unwrap();
+            let cgroup = std::fs::read_to_string(format!("/proc/{}/cgroup", self.child.id())).unwrap();
+            let cgroup = cgroup.lines().find_map(|line| line.strip_prefix("0::")).unwrap();
+            Task {
+                tgid: self.child.id(),
+                uid: NOBODY,
+                gid: NOBODY,
+                workload: 0,
+                cgroup: cgroup::Hierarchy::discover().unwrap().id_of(cgroup).unwrap().unwrap(),
+                at: u64::try_from(now.tv_sec).unwrap() * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap(),
+                comm: [0; 16],
+            }
+        }
+    }
+
+    impl Drop for Bench {
+        fn drop(&mut self) {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+    }
+
+    async fn flow(direction: Direction, task: Option<Task>) -> Flow {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let socket = tokio::net::TcpStream::connect(address).await.unwrap();
+        Flow { id: 1, direction, socket, destination: OriginalDst(address), source: address, task, listener_cookie: 0 }
+    }
+
+    fn policy(entries: &[(&str, &[String])]) -> Policy {
+        let mut text = String::from("trust_domain = \"example.org\"\n");
+        for (id, selectors) in entries {
+            text += &format!("[[workload]]\nid = \"spiffe://example.org/{id}\"\nselectors = {selectors:?}\n");
+        }
+        let source = Source { file: "test.toml".into(), text };
+        Policy::parse("test", &[source], &Accounts::default()).unwrap()
+    }
+
+    fn nobody() -> String {
+        format!("unix:uid:{NOBODY}")
+    }
+
+    #[tokio::test]
+    async fn a_dialler_gets_the_credential_of_its_most_specific_entry() {
+        let Some(bench) = Bench::new() else { return };
+        let path = format!("unix:path:{}", bench.executable.display());
+        let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, &std::fs::read(&bench.executable).unwrap());
+        let digest = format!("unix:sha256:{}", x509::hex(digest.as_ref()));
+        let policy = policy(&[
+            ("any", &[nobody()]),
+            ("sleep", &[nobody(), path.clone()]),
+            ("exact", &[nobody(), path, digest]),
+            ("other", &[nobody(), format!("unix:gid:{NOBODY}"), "unix:path:/bin/other".into()]),
+        ]);
+        let flow = flow(Direction::Outbound, Some(bench.task())).await;
+        let parties = identify(flow, &policy, &bench.identities).await.unwrap();
+        assert_eq!(parties.workload.id, id_of("spiffe://example.org/exact"));
+        assert_eq!(parties.credential.id, parties.workload.id);
+        assert!(parties.credential.is_valid(SystemTime::now()));
+        assert!(parties.trust.anchors(&domain_of("example.org")).is_some());
+        assert_eq!(parties.facts.executable.as_ref(), Some(&bench.executable));
+    }
+
+    #[tokio::test]
+    async fn a_process_without_an_entry_is_unknown_and_the_flow_comes_back() {
+        let Some(bench) = Bench::new() else { return };
+        let policy = policy(&[("other", &[nobody(), "unix:path:/bin/other".into()])]);
+        for direction in [Direction::Outbound, Direction::Inbound] {
+            let flow = flow(direction, Some(bench.task())).await;
+            let refused = identify(flow, &policy, &bench.identities).await.unwrap_err();
+            assert!(refused.error.is_unknown());
+            assert_eq!((refused.code(), refused.culprit()), ("unknown-workload", Culprit::Policy));
+            assert_eq!(refused.flow.id, 1);
+            let text = refused.to_string();
+            assert!(text.contains("sleep") && text.contains("uid 65534") && text.contains("cgroup"), "{text}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_dialler_that_died_is_refused_and_a_listener_of_the_dead_is_not() {
+        let Some(mut bench) = Bench::new() else { return };
+        let policy = policy(&[("any", &[nobody()])]);
+        let task = bench.task();
+        bench.child.kill().unwrap();
+        bench.child.wait().unwrap();
+        let outbound = flow(Direction::Outbound, Some(task)).await;
+        let refused = identify(outbound, &policy, &bench.identities).await.unwrap_err();
+        assert_eq!((refused.code(), refused.error.is_unknown()), ("process-died", false));
+        let inbound = flow(Direction::Inbound, Some(task)).await;
+        assert!(identify(inbound, &policy, &bench.identities).await.is_ok());
+    }
+
+    #[tokio::test]
+    async fn two_entries_that_match_equally_well_are_ambiguous() {
+        let Some(bench) = Bench::new() else { return };
+        let path = format!("unix:path:{}", bench.executable.display());
+        let policy = policy(&[("one", &[nobody(), path]), ("two", &[nobody(), format!("unix:gid:{NOBODY}")])]);
+        let flow = flow(Direction::Outbound, Some(bench.task())).await;
+        let refused = identify(flow, &policy, &bench.identities).await.unwrap_err();
+        assert_eq!((refused.code(), refused.culprit()), ("ambiguous-entries", Culprit::Policy));
+    }
+
+    #[tokio::test]
+    async fn nobody_is_guessed_where_nothing_was_recorded() {
+        let Some(bench) = Bench::new() else { return };
+        let policy = policy(&[("any", &[nobody()])]);
+        let outbound = identify(flow(Direction::Outbound, None).await, &policy, &bench.identities).await.unwrap_err();
+        assert_eq!(outbound.code(), "no-origin");
+        let inbound = identify(flow(Direction::Inbound, None).await, &policy, &bench.identities).await.unwrap_err();
+        assert_eq!((inbound.code(), inbound.error.is_unknown()), ("listener-without-owner", false));
+    }
+
+    #[tokio::test]
+    async fn keys_are_not_in_the_debug_text_of_a_credential() {
+        let Some(bench) = Bench::new() else { return };
+        let policy = policy(&[("any", &[nobody()])]);
+        let flow = flow(Direction::Outbound, Some(bench.task())).await;
+        let parties = identify(flow, &policy, &bench.identities).await.unwrap();
+        let text = format!("{:?}", parties.credential);
+        assert!(text.contains("spiffe://example.org/any") && !text.contains("certified"), "{text}");
     }
 }

@@ -147,7 +147,9 @@ impl Process {
         let directory = openat(&self.directory, "fd", flags, Mode::empty())?;
         for entry in rustix::fs::Dir::read_from(&directory)? {
             let entry = entry?;
-            let Some(number) = entry.file_name().to_str().ok().and_then(|name| name.parse::<i32>().ok()) else { continue };
+            let Some(number) = entry.file_name().to_str().ok().and_then(|name| name.parse::<i32>().ok()) else {
+                continue;
+            };
             // Whatever closes between two looks is not the one that is looked for.
             let Ok(target) = readlinkat(&directory, entry.file_name(), Vec::new()) else { continue };
             if !target.to_bytes().starts_with(b"socket:[") {

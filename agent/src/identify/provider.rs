@@ -57,7 +57,9 @@ pub enum ProviderError {
         culprit: Culprit,
     },
     /// The one that was got is not valid at this time.
-    #[error("the credential of {id} is valid from {not_before} to {not_after}, and the clock says {now}: set the clock")]
+    #[error(
+        "the credential of {id} is valid from {not_before} to {not_after}, and the clock says {now}: set the clock"
+    )]
     NotValidNow {
         /// For whom.
         id: SpiffeId,

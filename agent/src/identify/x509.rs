@@ -72,10 +72,8 @@ impl<'a> Parsed<'a> {
     }
 
     pub(crate) fn key_usage(&self) -> Result<Option<KeyUsage>, Malformed> {
-        let usage = self
-            .certificate
-            .key_usage()
-            .map_err(|_| Malformed("its key usage is there twice or cannot be read"))?;
+        let usage =
+            self.certificate.key_usage().map_err(|_| Malformed("its key usage is there twice or cannot be read"))?;
         Ok(usage.map(|usage| KeyUsage {
             digital_signature: usage.value.digital_signature(),
             key_cert_sign: usage.value.key_cert_sign(),

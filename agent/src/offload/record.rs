@@ -88,6 +88,11 @@ impl Sealer {
         self.due = self.due.min(records);
     }
 
+    /// After how many records that time comes.
+    pub fn due(&self) -> u64 {
+        self.due
+    }
+
     /// Seals the first `length` bytes behind the header in `slot`, and gives the length of the whole record.
     pub fn seal(&mut self, content_type: ContentType, slot: &mut [u8], length: usize) -> Result<usize, Spent> {
         let body = length + TRAILER;

@@ -6,14 +6,11 @@
 
 use super::{Accounts, Policy, check, language};
 use crate::{
-    document::{Place, Problems},
+    document::{self, Place, Problems},
     refusal::{Culprit, Refusal},
 };
-use rustix::fs::{Mode, OFlags};
-use std::{io::Read, os::unix::fs::MetadataExt, path::Path, sync::Arc};
+use std::{os::unix::fs::MetadataExt, path::Path, sync::Arc};
 
-/// Largest file that is read, in bytes.
-const MAX_FILE: u64 = 16 << 20;
 /// Most files of one directory.
 const MAX_FILES: usize = 4096;
 
@@ -90,7 +87,7 @@ fn read(directory: &Path, shown: &str, problems: &mut Problems) -> Vec<Source> {
     for name in names {
         let path = directory.join(&name);
         let place = Place { file: path.display().to_string().into(), line: 0 };
-        match read_file(&path) {
+        match document::read(&path) {
             Ok(text) => sources.push(Source { file: place.file, text }),
             Err((what, instead)) => problems.add(&place, what, instead),
         }
@@ -110,33 +107,6 @@ fn names(directory: &Path) -> std::io::Result<Vec<String>> {
     }
     names.sort();
     Ok(names)
-}
-
-/// Opens first and looks then, so that what is checked is what is read. Non-blocking: a pipe must not hold up a start.
-fn read_file(path: &Path) -> Result<String, (String, String)> {
-    let unreadable = |error: std::io::Error| {
-        (format!("the file cannot be read ({error})"), "make it readable for root, or remove it".to_owned())
-    };
-    let flags = OFlags::RDONLY | OFlags::NONBLOCK | OFlags::CLOEXEC | OFlags::NOCTTY;
-    let descriptor = rustix::fs::open(path, flags, Mode::empty()).map_err(|error| unreadable(error.into()))?;
-    let file = std::fs::File::from(descriptor);
-    let metadata = file.metadata().map_err(unreadable)?;
-    if !metadata.is_file() {
-        return Err(("this is not a regular file".into(), "give it another name, or write a file".into()));
-    }
-    if metadata.mode() & 0o002 != 0 {
-        return Err(("everybody can write to this file".into(), format!("run: chmod o-w {}", path.display())));
-    }
-    let mut bytes = Vec::new();
-    file.take(MAX_FILE + 1).read_to_end(&mut bytes).map_err(unreadable)?;
-    if u64::try_from(bytes.len()).is_ok_and(|length| length > MAX_FILE) {
-        return Err((format!("the file is larger than {} MiB", MAX_FILE >> 20), "split it".into()));
-    }
-    String::from_utf8(bytes).map_err(|error| {
-        let line =
-            error.as_bytes().iter().take(error.utf8_error().valid_up_to()).filter(|byte| **byte == b'\n').count() + 1;
-        (format!("line {line} is not UTF-8 text"), "write it in UTF-8".into())
-    })
 }
 
 #[cfg(test)]
@@ -203,7 +173,8 @@ mod tests {
         fs::create_dir(directory.path().join("a.toml")).unwrap();
         fs::write(directory.path().join("b.toml"), b"# first\n# \xff\n").unwrap();
         let pipe = directory.path().join("c.toml");
-        rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, Mode::from(0o600), 0).unwrap();
+        rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, rustix::fs::Mode::from(0o600), 0)
+            .unwrap();
         fs::write(directory.path().join("d.toml"), "trust_domian = \"example.org\"\n").unwrap();
         assert_eq!(
             refused(directory.path()),
