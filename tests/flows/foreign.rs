@@ -2,7 +2,8 @@
 
 use crate::programs::nginx;
 use lab::policy::{PORT, id};
-use lab::{Policy, Program, clock, lab, or_skip, skip};
+use lab::stranger::Tls;
+use lab::{Mint, Policy, Program, Settings, clock, lab, or_skip, skip};
 
 #[test]
 fn openssl_with_an_svid_talks_to_a_protected_plaintext_server() {
@@ -190,4 +191,49 @@ fn what_wimsey_ca_issues_is_an_svid_that_openssl_verifies() {
     let mode =
         std::os::unix::fs::PermissionsExt::mode(&std::fs::metadata(issued.join("key.pem")).unwrap().permissions());
     assert_eq!(mode & 0o077, 0, "the key is readable by others");
+}
+
+#[test]
+fn application_data_in_the_same_segment_as_the_finished_arrives() {
+    let lab = lab!();
+    let policy = Policy::standard(&lab).allow("foreign", "foreign", "server");
+    let mesh = or_skip!(lab.only_mesh(&policy));
+    let _server = lab.serve_echo(&lab.beta, "server", &[lab.beta.at(PORT)]);
+    let svid = mesh.mint().svid(&id("foreign")).unwrap();
+    for length in [1, 1000, 16_384, 50_000] {
+        let bytes: Vec<u8> = lab.marker().bytes().cycle().take(length).collect();
+        let said = lab.stranger.within(|| Tls::default().talk_at_once(lab.beta.at(PORT), &svid, &bytes));
+        assert!(said.answer == bytes, "{length}: {}", said.end);
+    }
+    mesh.beta().expect_records(PORT, 4);
+    lab.expect_no_plaintext();
+}
+
+#[test]
+fn a_friendly_trust_domain_is_trusted_for_its_own_names_and_no_others() {
+    let lab = lab!();
+    let (friends, bundle, _) = Mint::found("friends.test", time::Duration::days(-1), time::Duration::days(1)).unwrap();
+    let file = lab.file("friends.pem", bundle);
+    let tables = format!("[[trust]]\ntrust_domain = \"friends.test\"\nbundle = \"{}\"\n", file.display());
+    let rule = |name: &str, from: &str| {
+        format!("[[allow]]\nname = \"{name}\"\nfrom = \"{from}\"\nto = \"{}\"\n", id("server"))
+    };
+    let policy = Policy::standard(&lab).raw(&rule("friend", "spiffe://friends.test/friend"));
+    let mesh = or_skip!(lab.only_mesh_with(&policy, &Settings { tables, ..Settings::default() }));
+    let _server = lab.serve_echo(&lab.beta, "server", &[lab.beta.at(PORT)]);
+    let talk = |mint: &Mint, name: &str| {
+        let svid = mint.svid(name).unwrap();
+        lab.stranger.within(|| Tls::default().talk(lab.beta.at(PORT), Some(&svid), lab.marker().as_bytes()))
+    };
+    let said = talk(&friends, "spiffe://friends.test/friend");
+    assert_eq!(said.answer, lab.marker().as_bytes(), "{said:?}");
+    talk(&friends, "spiffe://friends.test/other").expect_refused();
+    // Each authority speaks for its own trust domain alone.
+    talk(&friends, &id("client")).expect_refused();
+    talk(&mesh.mint(), "spiffe://friends.test/friend").expect_refused();
+    let records = mesh.beta().expect_records(PORT, 4);
+    let allowed: Vec<_> = records.iter().filter(|record| record["decision"] == "allowed").collect();
+    assert_eq!(allowed.len(), 1, "{records:#?}");
+    assert_eq!(allowed[0]["source"]["id"], "spiffe://friends.test/friend");
+    lab.expect_no_plaintext();
 }

@@ -357,3 +357,76 @@ fn wimsey_run_gives_the_exit_code_of_the_program() {
         assert_eq!(outcome.status.code(), code, "{outcome:#?}");
     }
 }
+
+/// Opens a connection, then starts the agents, with what policy says about connections from before.
+fn from_before<'a>(lab: &'a Lab, preexisting: &str) -> Result<(Program, Program, lab::Mesh<'a>), lab::Skip> {
+    if skip::plain() {
+        return Err(lab::Skip::because("LAB_PLAIN=1 leaves the agent out, and this test is about the agent"));
+    }
+    let server = lab.serve_echo(&lab.beta, "server", &[lab.beta.at(PORT)]);
+    // Not the marker: these connections are in plaintext, and are meant to be.
+    let mut old = lab.talk(
+        &lab.alpha,
+        "client",
+        lab.beta.at(PORT),
+        &[],
+        &["send:old\\n", "line", "wait", "send:old\\n", "line", "to-end"],
+    );
+    old.step("line");
+    let policy = Policy::standard(lab).top(&format!("preexisting = \"{preexisting}\""));
+    let mesh = lab.only_mesh(&policy)?;
+    Ok((server, old, mesh))
+}
+
+#[test]
+fn connections_from_before_are_kept_and_listed() {
+    let lab = lab!();
+    let (_server, mut old, mesh) = or_skip!(from_before(&lab, "keep"));
+    let status = mesh.alpha().status();
+    let listed = status["preexisting"].as_array().cloned().unwrap_or_default();
+    let to = lab.beta.at(PORT).to_string();
+    assert!(listed.iter().any(|one| one["remote"] == to && one["action"] == "keep"), "{status:#}");
+    old.say("go on").unwrap();
+    assert_eq!(old.step("line")["text"], "old");
+    // New ones are protected all the same.
+    lab.expect_echo(&lab.alpha, "client", lab.beta.at(PORT), &[]);
+    lab.expect_no_plaintext();
+}
+
+#[test]
+fn connections_from_before_are_killed_where_policy_says_so() {
+    let lab = lab!();
+    let (_server, mut old, _mesh) = or_skip!(from_before(&lab, "kill"));
+    old.say("go on").unwrap();
+    let end = old.event(|event| event["ok"] == false);
+    assert!(end["error"] == "ECONNRESET" || end["error"] == "EPIPE" || end["error"] == "ECONNABORTED", "{end}");
+    lab.expect_echo(&lab.alpha, "client", lab.beta.at(PORT), &[]);
+    lab.expect_no_plaintext();
+}
+
+#[test]
+fn connections_from_before_are_drained_where_policy_says_so() {
+    let lab = lab!();
+    let seconds = 4 * clock::slowness();
+    let (_server, mut old, mesh) = or_skip!(from_before(&lab, &format!("drain {seconds}s")));
+    old.say("go on").unwrap();
+    assert_eq!(old.step("line")["text"], "old");
+    let end = old.event(|event| event["step"] == "to-end");
+    assert_eq!(end["ok"], false, "{end}");
+    let left = mesh.alpha().status()["preexisting"].as_array().map_or(0, Vec::len);
+    assert_eq!(left, 0);
+    lab.expect_echo(&lab.alpha, "client", lab.beta.at(PORT), &[]);
+    lab.expect_no_plaintext();
+}
+
+#[test]
+fn doctor_tells_what_this_host_can_do() {
+    let lab = lab!();
+    let mesh = or_skip!(lab.only_mesh(&Policy::standard(&lab)));
+    let text = mesh.alpha().command(&["doctor"]).unwrap();
+    assert!(!text.stdout.trim().is_empty(), "{text:#?}");
+    let outcome = mesh.alpha().command(&["doctor", "--json"]).unwrap();
+    let report: serde_json::Value =
+        serde_json::from_str(&outcome.stdout).unwrap_or_else(|error| panic!("{error}: {outcome:#?}"));
+    assert!(report.is_object(), "{report}");
+}

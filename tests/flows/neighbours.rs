@@ -1,6 +1,8 @@
 //! Several workloads on one host, loopback, and everything that is none of Wimsey's business.
 
 use lab::policy::PORT;
+use lab::policy::id;
+use lab::world::{events, pick};
 use lab::{Policy, clock, lab, or_skip};
 use std::net::SocketAddr;
 
@@ -197,6 +199,100 @@ fn identities_come_from_the_programs_file_as_well() {
     assert_eq!(said.last().unwrap()["ok"], false, "{said:?}");
     let records = mesh.alpha().expect_records(PORT, 2);
     assert!(records.iter().any(|record| record["decision"] == "denied"), "{records:#?}");
-    let _ = clock::slowness();
+    lab.expect_tls(PORT);
+}
+
+#[test]
+fn a_permissive_listener_takes_plaintext_and_says_so() {
+    let lab = lab!();
+    let inbound = format!("[[inbound]]\nid = \"{}\"\nmode = \"permissive\"\nname = \"moving\"\n", id("server"));
+    let mesh = or_skip!(lab.only_mesh(&Policy::standard(&lab).raw(&inbound)));
+    let mut server = lab.serve_echo(&lab.beta, "server", &[lab.beta.at(PORT)]);
+    lab.expect_echo(&lab.alpha, "client", lab.beta.at(PORT), &[]);
+    server.event(|event| event["event"] == "accepted");
+    let record = &mesh.beta().expect_records(PORT, 1)[0];
+    assert_eq!((&record["decision"], &record["method"]), (&"allowed".into(), &"mtls".into()), "{record}");
+    lab.expect_tls(PORT);
+
+    let said = lab.stranger.within(|| lab::stranger::say(lab.beta.at(PORT), b"in plaintext\n"));
+    assert_eq!(said.answer, b"in plaintext\n", "{said:?}");
+    let accepted = server.event(|event| event["event"] == "accepted");
+    assert_eq!(lab::world::address(&accepted, "peer").ip(), std::net::IpAddr::V4(lab.stranger.v4));
+    let record = mesh.beta().expect_record("plaintext", |record| record["decision"] == "bypassed");
+    assert_eq!((&record["method"], &record["rule"]), (&"plaintext".into(), &"moving".into()), "{record}");
+    assert!(record["source"]["id"].is_null(), "{record}");
+    // A wrong identity is worse than none.
+    let svid = mesh.mint().svid(&id("somebody-else")).unwrap();
+    let attempt = lab.stranger.within(|| lab::stranger::Tls::default().talk(lab.beta.at(PORT), Some(&svid), b"hello"));
+    attempt.expect_refused();
+}
+
+#[test]
+fn a_declared_port_is_protected_before_anybody_listens() {
+    let lab = lab!();
+    let inbound = format!("[[inbound]]\nid = \"{}\"\nlisten = [\"0.0.0.0:{PORT}\", \"[::]:{PORT}\"]\n", id("server"));
+    let mesh = or_skip!(lab.only_mesh(&Policy::standard(&lab).raw(&inbound)));
+    for to in [lab.beta.at(PORT), lab.beta.at6(PORT)] {
+        let attempt = lab.stranger.within(|| lab::stranger::raw(to, b"hello"));
+        assert!(attempt.answer.is_empty() && attempt.end != "timeout", "{attempt:?}");
+        lab.expect_no_echo(&lab.alpha, "client", to, &[]);
+    }
+    let _server = lab.serve_echo(&lab.beta, "server", &[lab.beta.at(PORT)]);
+    lab.expect_echo(&lab.alpha, "client", lab.beta.at(PORT), &[]);
+    // Somebody else on that port is not the server, but the port stays protected.
+    assert!(mesh.beta().records_for(PORT).iter().any(|record| record["decision"] == "denied"));
+    lab.expect_tls(PORT);
+}
+
+#[test]
+fn rules_for_ports_and_patterns_are_obeyed() {
+    let lab = lab!();
+    let (from, to) = ("spiffe://lab.test/team/*", id("server"));
+    let rule =
+        format!("[[allow]]\nname = \"team\"\nfrom = {{ pattern = \"{from}\" }}\nto = \"{to}\"\nports = [{PORT}]\n");
+    let policy = Policy::empty(&lab)
+        .workload_by("team/one", &[&format!("cgroup:{}/one", lab.cgroup_path())])
+        .workload_by("crowd", &[&format!("cgroup:{}/crowd", lab.cgroup_path())])
+        .workload("server")
+        .serve(&lab, PORT)
+        .serve(&lab, PORT + 1)
+        .raw(&rule);
+    let mesh = or_skip!(lab.only_mesh(&policy));
+    let _server = lab.serve_echo(&lab.beta, "server", &[lab.beta.at(PORT), lab.beta.at(PORT + 1)]);
+    lab.expect_echo(&lab.alpha, "one", lab.beta.at(PORT), &[]);
+    assert_eq!(lab.expect_no_echo(&lab.alpha, "one", lab.beta.at(PORT + 1), &[]), "EPERM");
+    assert_eq!(lab.expect_no_echo(&lab.alpha, "crowd", lab.beta.at(PORT), &[]), "EPERM");
+    let record = mesh.alpha().expect_record("allowed", |record| record["decision"] == "allowed");
+    assert_eq!((&record["rule"], &record["source"]["id"]), (&"team".into(), &id("team/one").into()), "{record}");
+    lab.expect_tls(PORT);
+}
+
+#[test]
+fn an_idle_connection_is_closed_where_policy_says_so() {
+    let lab = lab!();
+    let seconds = 2 * clock::slowness();
+    let rule = format!(
+        "[[allow]]\nname = \"client-to-server\"\nfrom = \"{}\"\nto = \"{}\"\nidle_timeout = \"{seconds}s\"\n",
+        id("client"),
+        id("server")
+    );
+    let mesh = or_skip!(lab.only_mesh(&Policy::without_rules(&lab).raw(&rule)));
+    let _server = lab.serve_echo(&lab.beta, "server", &[lab.beta.at(PORT)]);
+    let say = format!("send:{}\\n", lab.marker());
+    // Pauses that are shorter than the limit do no harm, whatever their sum.
+    let pause = format!("sleep:{}", 700 * clock::slowness());
+    let mut steps = Vec::new();
+    for _ in 0..5 {
+        steps.extend([say.as_str(), "line", &pause]);
+    }
+    steps.push("to-end");
+    let outcome = lab.talk(&lab.alpha, "client", lab.beta.at(PORT), &[], &steps).outcome();
+    let said = events(&outcome.stdout);
+    assert_eq!(said.iter().filter(|event| event["text"] == lab.marker()).count(), 5, "{said:#?}");
+    let end = pick(&said, "to-end");
+    let waited = end["ms"].as_u64().unwrap_or(0);
+    assert!(waited > 500 * u64::from(clock::slowness()), "closed after {waited} ms: {end}");
+    let ends = [mesh.alpha(), mesh.beta()].map(|agent| agent.expect_records(PORT, 1)[0]["code"].clone());
+    assert!(ends.iter().any(|code| code.as_str().is_some_and(|code| code.contains("idle"))), "{ends:?}");
     lab.expect_tls(PORT);
 }

@@ -2,7 +2,7 @@
 
 use lab::policy::PORT;
 use lab::world::{events, pick};
-use lab::{Lab, Policy, Program, clock, lab, or_skip};
+use lab::{Lab, Policy, Program, clock, lab, or_skip, skip};
 
 /// Size of a bulk transfer: 1 GiB, or `LAB_BULK` bytes, less on a slow machine.
 fn bulk() -> u64 {
@@ -226,4 +226,24 @@ fn small_writes_and_long_pauses_lose_nothing() {
     assert_eq!(lines[21]["text"], "abc");
     mesh.expect_allowed(PORT, 1);
     lab.expect_tls(PORT);
+}
+
+#[test]
+fn a_wire_that_loses_and_doubles_packets_loses_no_byte() {
+    let lab = lab!();
+    or_skip!(skip::need("tc"));
+    for host in [&lab.alpha, &lab.beta] {
+        or_skip!(host.disturb("loss 1% duplicate 1% delay 1ms 1ms"));
+    }
+    lab.capture_heads();
+    let mesh = or_skip!(lab.mesh(&Policy::standard(&lab)));
+    let both = format!("both:{}", clock::bulk(8 << 20));
+    let mut server = lab.serve_script(&lab.beta, "server", &[&both, "half-close", "to-end"]);
+    let steps = [both.as_str(), "half-close", "to-end"];
+    let said = events(&patient(lab.talk(&lab.alpha, "client", lab.beta.at(PORT), &[], &steps)));
+    let there = server.step("both");
+    assert_eq!(pick(&said, "both")["sha256"], there["sent"]);
+    assert_eq!(pick(&said, "both")["sent"], there["sha256"]);
+    mesh.expect_allowed(PORT, 1);
+    lab.expect_marker(&lab.wire());
 }

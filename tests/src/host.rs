@@ -51,6 +51,20 @@ impl Host {
         ip(&self.netns, &format!("route add {address} via {} dev eth0\n", to.v4))
     }
 
+    /// Makes what the host sends suffer: `loss 1% delay 1ms`, as `tc` has it.
+    pub fn disturb(&self, how: &str) -> Result<(), Skip> {
+        let words = ["-n", &self.netns, "qdisc", "add", "dev", "eth0", "root", "netem"];
+        let output = Command::new("tc").args(words).args(how.split(' ')).output();
+        match output {
+            Ok(output) if output.status.success() => Ok(()),
+            Ok(output) => {
+                let said = String::from_utf8_lossy(&output.stderr);
+                Err(Skip::because(format!("kernel has no netem: {}", said.lines().next().unwrap_or("no reason given"))))
+            }
+            Err(error) => Err(Skip::because(format!("no tc: {error}"))),
+        }
+    }
+
     /// IPv4 address and port.
     pub fn at(&self, port: u16) -> SocketAddr {
         SocketAddr::new(IpAddr::V4(self.v4), port)

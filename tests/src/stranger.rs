@@ -71,7 +71,18 @@ pub fn raw(to: SocketAddr, bytes: &[u8]) -> Attempt {
     }
 }
 
-/// The same on a connection that is there already.
+/// Sends bytes as they are, says that it is done, and reads the answer.
+pub fn say(to: SocketAddr, bytes: &[u8]) -> Attempt {
+    let done = |mut stream: TcpStream| {
+        stream.write_all(bytes).and_then(|()| stream.shutdown(Shutdown::Write)).map(|()| stream)
+    };
+    match connect(to).and_then(done) {
+        Ok(stream) => raw_on(stream, b""),
+        Err(error) => Attempt::default().failed(&error),
+    }
+}
+
+/// The same as [`raw`] on a connection that is there already.
 pub fn raw_on(mut stream: TcpStream, bytes: &[u8]) -> Attempt {
     let mut attempt = Attempt { connected: true, ..Attempt::default() };
     if let Err(error) = stream.write_all(bytes) {
@@ -185,6 +196,45 @@ impl Tls {
         let _ = tls.conn.complete_io(&mut tls.sock);
         match tls.read_to_end(&mut attempt.answer) {
             Ok(_) => Attempt { end: "close_notify".to_owned(), ..attempt },
+            Err(error) => attempt.failed(&error),
+        }
+    }
+
+    /// Sends its last handshake message and its first bytes in one segment, then reads as many bytes back.
+    pub fn talk_at_once(&self, to: SocketAddr, svid: &Svid, bytes: &[u8]) -> Attempt {
+        let mut attempt = Attempt::default();
+        let mut stream = match connect(to) {
+            Ok(stream) => stream,
+            Err(error) => return attempt.failed(&error),
+        };
+        attempt.connected = true;
+        let name = ServerName::try_from("lab.invalid").unwrap_or_else(|error| panic!("{error}"));
+        let mut connection =
+            ClientConnection::new(self.client(Some(svid)), name).unwrap_or_else(|error| panic!("{error}"));
+        if let Err(error) = connection.write_tls(&mut stream) {
+            return attempt.failed(&error);
+        }
+        while connection.is_handshaking() {
+            let read = connection.read_tls(&mut stream);
+            if let Err(error) = read {
+                return attempt.failed(&error);
+            }
+            if let Err(error) = connection.process_new_packets() {
+                return Attempt { end: error.to_string(), ..attempt };
+            }
+        }
+        attempt.handshake = true;
+        let _ = connection.writer().write_all(bytes);
+        let mut segment = Vec::new();
+        while connection.wants_write() {
+            let _ = connection.write_tls(&mut segment);
+        }
+        if let Err(error) = stream.write_all(&segment) {
+            return attempt.failed(&error);
+        }
+        attempt.answer = vec![0; bytes.len()];
+        match rustls::Stream::new(&mut connection, &mut stream).read_exact(&mut attempt.answer) {
+            Ok(()) => Attempt { end: "close_notify".to_owned(), ..attempt },
             Err(error) => attempt.failed(&error),
         }
     }
