@@ -12,9 +12,9 @@ use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
-use std::rc::Rc;
 use std::time::Duration;
 use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt};
+use tokio::sync::{mpsc, oneshot};
 
 /// Longest request line, in bytes.
 const LONGEST_REQUEST: u64 = 4096;
@@ -277,14 +277,23 @@ pub fn bind(path: &Path) -> Result<tokio::net::UnixListener, Error> {
     attempt().map_err(|source| Error::Bind { path: path.to_owned(), source })
 }
 
-/// Answers requests until it is dropped. Must run on a [`tokio::task::LocalSet`].
-pub async fn serve(listener: tokio::net::UnixListener, answer: Rc<dyn Fn(Request) -> serde_json::Value>) {
+/// A question on its way to whoever can answer it.
+#[derive(Debug)]
+pub struct Asked {
+    /// What is asked.
+    pub request: Request,
+    /// Where the answer goes.
+    pub answer: oneshot::Sender<serde_json::Value>,
+}
+
+/// Passes questions on until it is dropped. Must run on a [`tokio::task::LocalSet`].
+pub async fn serve(listener: tokio::net::UnixListener, questions: mpsc::Sender<Asked>) {
     loop {
         match listener.accept().await {
             Ok((stream, _)) => {
                 let root = stream.peer_cred().is_ok_and(|peer| peer.uid() == 0);
                 if root {
-                    tokio::task::spawn_local(converse(stream, answer.clone()));
+                    tokio::task::spawn_local(tokio::time::timeout(PATIENCE, converse(stream, questions.clone())));
                 }
             }
             Err(error) => {
@@ -295,21 +304,20 @@ pub async fn serve(listener: tokio::net::UnixListener, answer: Rc<dyn Fn(Request
     }
 }
 
-async fn converse(stream: tokio::net::UnixStream, answer: Rc<dyn Fn(Request) -> serde_json::Value>) {
+/// One question, one answer. Whoever goes away meanwhile gets none.
+async fn converse(stream: tokio::net::UnixStream, questions: mpsc::Sender<Asked>) -> Option<()> {
     let (reader, mut writer) = stream.into_split();
     let mut line = String::new();
-    let mut reader = tokio::io::BufReader::new(reader.take(LONGEST_REQUEST));
-    let read = tokio::time::timeout(PATIENCE, reader.read_line(&mut line)).await;
-    if !matches!(read, Ok(Ok(_))) {
-        return;
-    }
-    let answer = match serde_json::from_str(&line) {
-        Ok(request) => answer(request),
+    tokio::io::BufReader::new(reader.take(LONGEST_REQUEST)).read_line(&mut line).await.ok()?;
+    let value = match serde_json::from_str(&line) {
+        Ok(request) => {
+            let (answer, answered) = oneshot::channel();
+            questions.send(Asked { request, answer }).await.ok()?;
+            answered.await.ok()?
+        }
         Err(error) => serde_json::json!({ "error": format!("not a request: {error}") }),
     };
-    let mut line = answer.to_string();
-    line.push('\n');
-    let _ = tokio::time::timeout(PATIENCE, writer.write_all(line.as_bytes())).await;
+    writer.write_all(format!("{value}\n").as_bytes()).await.ok()
 }
 
 #[cfg(test)]
@@ -327,7 +335,13 @@ mod tests {
         runtime.block_on(local.run_until(async move {
             let listener = bind(&path).unwrap();
             assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
-            tokio::task::spawn_local(serve(listener, Rc::new(|request| serde_json::json!({ "asked": request }))));
+            let (asked, mut questions) = mpsc::channel::<Asked>(1);
+            tokio::task::spawn_local(serve(listener, asked));
+            tokio::task::spawn_local(async move {
+                while let Some(Asked { request, answer }) = questions.recv().await {
+                    answer.send(serde_json::json!({ "asked": request })).unwrap();
+                }
+            });
             tokio::task::spawn_blocking(move || {
                 let value: serde_json::Value = ask(&client_path, Request::Status).unwrap();
                 assert_eq!(value["asked"], "status");

@@ -234,8 +234,8 @@ impl Bypass {
     }
 
     /// Takes it apart.
-    pub fn into_parties(self) -> Parties {
-        self.parties
+    pub fn into_parts(self) -> (Parties, Arc<Rule>) {
+        (self.parties, self.rule)
     }
 }
 

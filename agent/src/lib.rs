@@ -27,6 +27,9 @@ pub mod handshake;
 pub mod offload;
 pub mod relay;
 pub mod audit;
-
+pub mod live;
 pub mod pipeline;
+pub mod shard;
 pub mod admin;
+pub mod privilege;
+pub mod daemon;

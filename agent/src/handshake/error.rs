@@ -101,8 +101,8 @@ impl Error {
         &self.permit
     }
     /// Takes it apart.
-    pub fn into_permit(self) -> Permit {
-        *self.permit
+    pub fn into_parts(self) -> (Cause, Permit) {
+        (self.cause, *self.permit)
     }
 }
 
@@ -119,16 +119,42 @@ impl std::error::Error for Error {}
 
 impl Refusal for Error {
     fn culprit(&self) -> Culprit {
-        match &self.cause {
-            Cause::Rejected(rejection) => rejection.culprit(),
-            Cause::Network(_) => Culprit::Host,
-            Cause::Unready(_) | Cause::Unjudged => Culprit::Ourselves,
+        self.cause.culprit()
+    }
+
+    fn code(&self) -> &'static str {
+        self.cause.code()
+    }
+}
+
+impl Refusal for Cause {
+    fn culprit(&self) -> Culprit {
+        match self {
+            Self::Rejected(rejection) => rejection.culprit(),
+            Self::Network(_) => Culprit::Host,
+            Self::Unready(_) | Self::Unjudged => Culprit::Ourselves,
             _ => Culprit::Peer,
         }
     }
 
     fn code(&self) -> &'static str {
-        self.cause.code()
+        match self {
+            Self::NotTls { .. } => "peer-not-tls",
+            Self::Oversized => "peer-record-too-long",
+            Self::Version => "peer-tls-version",
+            Self::Incompatible(_) => "peer-tls-incompatible",
+            Self::NoCertificate => "peer-no-certificate",
+            Self::Rejected(rejection) => rejection.code(),
+            Self::Certificate(_) => "peer-certificate-signature",
+            Self::Unjudged => "peer-unjudged",
+            Self::Stalled => "peer-stalled",
+            Self::Closed => "peer-closed",
+            Self::Reset => "peer-reset",
+            Self::Alert(alert) => alert_code(u8::from(*alert)),
+            Self::Protocol(_) => "peer-tls-protocol",
+            Self::Network(_) => "network-error",
+            Self::Unready(_) => "handshake-unready",
+        }
     }
 }
 
@@ -184,26 +210,6 @@ impl Cause {
             Self::Protocol(rustls::Error::InvalidMessage(_)) => Some(u8::from(AlertDescription::DecodeError)),
             Self::Protocol(_) => Some(u8::from(AlertDescription::UnexpectedMessage)),
             _ => None,
-        }
-    }
-
-    fn code(&self) -> &'static str {
-        match self {
-            Self::NotTls { .. } => "peer-not-tls",
-            Self::Oversized => "peer-record-too-long",
-            Self::Version => "peer-tls-version",
-            Self::Incompatible(_) => "peer-tls-incompatible",
-            Self::NoCertificate => "peer-no-certificate",
-            Self::Rejected(rejection) => rejection.code(),
-            Self::Certificate(_) => "peer-certificate-signature",
-            Self::Unjudged => "peer-unjudged",
-            Self::Stalled => "peer-stalled",
-            Self::Closed => "peer-closed",
-            Self::Reset => "peer-reset",
-            Self::Alert(alert) => alert_code(u8::from(*alert)),
-            Self::Protocol(_) => "peer-tls-protocol",
-            Self::Network(_) => "network-error",
-            Self::Unready(_) => "handshake-unready",
         }
     }
 }

@@ -127,6 +127,10 @@ impl Session {
     pub fn cipher(&self) -> &'static str {
         self.cipher
     }
+    /// Gives it up: the flow and its socket are what is left.
+    pub fn into_permit(self) -> Permit {
+        self.permit
+    }
     /// Takes it apart, for `offload` alone.
     pub(crate) fn into_parts(self) -> (Permit, Option<TcpStream>, Secrets) {
         (self.permit, self.dialled, self.secrets)

@@ -85,15 +85,7 @@ impl World {
             workload: Workload { number: 1, id: id_of(local) },
             credential: self.credential(local),
             trust: self.trust.clone(),
-            facts: Facts {
-                pid: 1,
-                uid: 0,
-                gid: 0,
-                comm: "test".into(),
-                executable: None,
-                cgroup: None,
-                note: None,
-            },
+            facts: Facts { pid: 1, uid: 0, gid: 0, comm: "test".into(), executable: None, cgroup: None, note: None },
         };
         let rule = Arc::new(Rule { number: 1, name: "test".into(), idle_timeout: None });
         Permit::forged(parties, Peers(vec![(Matcher::Exact(id_of(peer)), rule)]))

@@ -227,10 +227,7 @@ async fn a_client_shows_neither_a_server_name_nor_protocols_and_prefers_what_it_
             CipherSuite::TLS13_CHACHA20_POLY1305_SHA256
         ]
     );
-    assert_eq!(
-        groups,
-        [NamedGroup::X25519MLKEM768, NamedGroup::X25519, NamedGroup::secp256r1, NamedGroup::secp384r1]
-    );
+    assert_eq!(groups, [NamedGroup::X25519MLKEM768, NamedGroup::X25519, NamedGroup::secp256r1, NamedGroup::secp384r1]);
 }
 
 #[tokio::test]

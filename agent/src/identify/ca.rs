@@ -33,7 +33,7 @@ use zeroize::{Zeroize, Zeroizing};
 /// The authority's certificate, in its directory.
 pub const CERTIFICATE_FILE: &str = "ca.pem";
 /// The authority's key, in its directory.
-pub const KEY_FILE: &str = "ca-key.pem";
+pub const KEY_FILE: &str = "ca.key";
 /// How long a new authority lasts unless told otherwise: ten years.
 pub const DEFAULT_LIFE: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 

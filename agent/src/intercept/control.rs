@@ -202,6 +202,11 @@ impl Programs {
         Ok(generation)
     }
 
+    /// Inode number of the network namespace.
+    pub fn netns(&self) -> u64 {
+        self.host.netns_inode
+    }
+
     /// Generation of the policy in force; 0 before the first.
     pub fn generation(&self) -> u32 {
         self.generation

@@ -44,19 +44,21 @@ struct Pair<T> {
     six: Option<T>,
 }
 
-/// The listeners of one shard, on its runtime. Clones are the same door.
-#[derive(Clone, Debug)]
-pub struct Door(Arc<Inner>);
-
+/// The listeners of one shard, on its runtime. Dropping it closes them, and what comes then is refused by the kernel.
 #[derive(Debug)]
-struct Inner {
-    shard: usize,
+pub struct Door {
     outbound: Pair<TcpListener>,
     inbound: Pair<TcpListener>,
     /// Addresses of the inbound listeners: nobody has any business there.
     forbidden: Pair<SocketAddr>,
-    tables: Tables,
     flows: Arc<AtomicU64>,
+    dialler: Dialler,
+}
+
+/// Makes the agent's own connections. Outlives the door, for flows that are under way when the agent stops to take new ones.
+#[derive(Clone, Debug)]
+pub struct Dialler {
+    tables: Tables,
 }
 
 impl Doorway {
@@ -79,28 +81,27 @@ impl Doorway {
         let forbidden = self.inbound.addresses().map_err(|error| Error::Accept { error })?;
         let outbound = self.outbound.register().map_err(|error| Error::Accept { error })?;
         let inbound = self.inbound.register().map_err(|error| Error::Accept { error })?;
-        let inner = Inner { shard: self.shard, outbound, inbound, forbidden, tables: self.tables, flows: self.flows };
-        Ok(Door(Arc::new(inner)))
+        Ok(Door { outbound, inbound, forbidden, flows: self.flows, dialler: Dialler { tables: self.tables } })
     }
 }
 
 impl Door {
-    /// Number of the shard, from 0.
-    pub fn shard(&self) -> usize {
-        self.0.shard
+    /// What makes this shard's own connections.
+    pub fn dialler(&self) -> Dialler {
+        self.dialler.clone()
     }
 
     /// The next connection of a local program that the kernel has turned to the agent. An error refuses one connection, or
     /// says that accepting failed; the caller goes on. Cancel safe.
     pub async fn accept_outbound(&self) -> Result<Flow, Error> {
-        let (socket, peer) = self.0.outbound.accept().await.map_err(|error| Error::Accept { error })?;
+        let (socket, peer) = self.outbound.accept().await.map_err(|error| Error::Accept { error })?;
         let local = socket.local_addr().map_err(|error| Error::Accept { error })?;
-        let origin = self.0.tables.origins.take(&tuple_key(peer, local)).map_err(map_error(map::ORIGINS));
+        let origin = self.dialler.tables.origins.take(&tuple_key(peer, local)).map_err(map_error(map::ORIGINS));
         let origin = match origin {
             Ok(Some(origin)) => origin,
             Ok(None) => {
                 reset(socket);
-                return Err(Error::NoOrigin { peer });
+                return Err(Error::NoOrigin { peer: canonical(peer), at: canonical(local) });
             }
             Err(error) => {
                 reset(socket);
@@ -120,6 +121,7 @@ impl Door {
             source,
             dial_from,
             task: Some(origin.task),
+            protected: false,
             cookie: origin.cookie,
             listener_cookie: 0,
         })
@@ -127,13 +129,13 @@ impl Door {
 
     /// The next connection for a protected listener of this host. Errors as in [`Door::accept_outbound`]. Cancel safe.
     pub async fn accept_inbound(&self) -> Result<Flow, Error> {
-        let (socket, peer) = self.0.inbound.accept().await.map_err(|error| Error::Accept { error })?;
+        let (socket, peer) = self.inbound.accept().await.map_err(|error| Error::Accept { error })?;
         let local = canonical(socket.local_addr().map_err(|error| Error::Accept { error })?);
-        if local == self.0.forbidden.four || Some(local) == self.0.forbidden.six {
+        if local == self.forbidden.four || Some(local) == self.forbidden.six {
             reset(socket);
-            return Err(Error::DirectDial { peer });
+            return Err(Error::DirectDial { peer: canonical(peer), at: local });
         }
-        let listener = match self.0.tables.listener_for(local) {
+        let listener = match self.dialler.tables.listener_for(local) {
             Ok(listener) => listener,
             Err(error) => {
                 reset(socket);
@@ -149,11 +151,18 @@ impl Door {
             source: canonical(peer),
             dial_from: None,
             task: row.map(|row| row.owner).filter(|owner| owner.tgid != 0),
+            protected: row.is_none_or(|row| row.mode == LISTENER_PROTECTED),
             cookie: 0,
             listener_cookie: row.map_or(0, |row| row.cookie),
         })
     }
 
+    fn next_id(&self) -> u64 {
+        self.flows.fetch_add(1, Ordering::Relaxed) + 1
+    }
+}
+
+impl Dialler {
     /// Connects to a remote peer. `from` is a flow's `dial_from`: its address is used if the host still has it, its port if
     /// it is free.
     pub async fn dial(&self, to: SocketAddr, from: Option<SocketAddr>) -> Result<TcpStream, Error> {
@@ -180,12 +189,8 @@ impl Door {
     fn own_socket(&self, to: SocketAddr, own: Own, failed: impl Fn(io::Error) -> Error) -> Result<TcpSocket, Error> {
         let socket = if to.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }.map_err(&failed)?;
         socket.set_nodelay(true).map_err(&failed)?;
-        register(&self.0.tables, &socket, &own)?;
+        register(&self.tables, &socket, &own)?;
         Ok(socket)
-    }
-
-    fn next_id(&self) -> u64 {
-        self.0.flows.fetch_add(1, Ordering::Relaxed) + 1
     }
 }
 

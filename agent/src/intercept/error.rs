@@ -124,12 +124,16 @@ pub enum Error {
     NoOrigin {
         /// Who.
         peer: SocketAddr,
+        /// The listener.
+        at: SocketAddr,
     },
     /// Somebody dialled the agent's inbound listener, not a protected listener.
     #[error("{peer} dialled the agent itself instead of a protected listener")]
     DirectDial {
         /// Who.
         peer: SocketAddr,
+        /// The listener.
+        at: SocketAddr,
     },
     /// The remote address cannot be reached.
     #[error("cannot connect to {to}: {error}")]
@@ -147,6 +151,16 @@ pub enum Error {
         /// What the kernel said.
         error: io::Error,
     },
+}
+
+impl Error {
+    /// Who dialled the agent instead of a destination, and which of its addresses.
+    pub fn stranger(&self) -> Option<(SocketAddr, SocketAddr)> {
+        match self {
+            Self::NoOrigin { peer, at } | Self::DirectDial { peer, at } => Some((*peer, *at)),
+            _ => None,
+        }
+    }
 }
 
 impl Refusal for Error {

@@ -44,8 +44,7 @@ impl Host {
     /// Looks around.
     pub fn find() -> Result<Self, Error> {
         capable()?;
-        let mounts = fs::read_to_string("/proc/self/mountinfo").during(|| "reading /proc/self/mountinfo".into())?;
-        let cgroup2 = cgroup2_mount(&mounts).ok_or(Error::NoCgroup2)?;
+        let cgroup2 = cgroup_mount()?;
         let (netns, netns_inode) = netns()?;
         let probe = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::DGRAM, None)
             .during(|| "making a socket".into())?;
@@ -138,6 +137,12 @@ fn capable() -> Result<(), Error> {
     let missing: Vec<String> =
         needed.iter().filter(|capability| !has.contains(capability)).map(ToString::to_string).collect();
     if missing.is_empty() { Ok(()) } else { Err(Error::Privilege { missing: missing.join(", ") }) }
+}
+
+/// Where the unified cgroup hierarchy is mounted.
+pub fn cgroup_mount() -> Result<PathBuf, Error> {
+    let mounts = fs::read_to_string("/proc/self/mountinfo").during(|| "reading /proc/self/mountinfo".into())?;
+    cgroup2_mount(&mounts).ok_or(Error::NoCgroup2)
 }
 
 /// The mount point of the unified hierarchy, the one that shows most of it first (proc_pid_mountinfo(5)).

@@ -6,7 +6,7 @@
 //!
 //! ```text
 //! control:  Programs::load ▶ doorways ▶ install(policy) ▶ listeners ▶ notice, notice, ...      release()
-//! shard:    Doorway::open ▶ Door ▶ accept_outbound / accept_inbound ▶ Flow ... dial / leg
+//! shard:    Doorway::open ▶ Door ▶ accept_outbound / accept_inbound ▶ Flow ... Dialler: dial / leg
 //! ```
 //!
 //! *Invariant:* a flow's destination is what the kernel recorded under the connection's own addresses, never a guess.
@@ -23,8 +23,9 @@ mod programs;
 mod tables;
 
 pub use control::{Listening, Notice, OldConnection, Options, Programs};
-pub use door::{Door, Doorway};
+pub use door::{Dialler, Door, Doorway};
 pub use error::Error;
+pub use host::cgroup_mount;
 pub use install::KernelFacts;
 pub use programs::release;
 pub use tables::{address, canonical, ip, listener_key, socket_address};
@@ -62,11 +63,13 @@ pub struct Flow {
     /// destination is not known, its loopback address, and port 0.
     /// Inbound: the true client.
     pub source: SocketAddr,
-    /// Outbound: what [`Door::dial`] binds to: the address that the application bound, or the one that it would have had, with
+    /// Outbound: what [`Dialler::dial`] binds to: the address that the application bound, or the one that it would have had, with
     /// the port that it bound or 0. `None` where nothing is known.
     pub dial_from: Option<SocketAddr>,
     /// Outbound: the process that dialled. Inbound: the process that bound the listener, if any was recorded.
     pub task: Option<Task>,
+    /// Inbound: the listener is known to be protected, so nobody but its attested owner is spoken for.
+    pub protected: bool,
     /// Outbound: cookie of the application's socket.
     pub cookie: u64,
     /// Inbound: cookie of the listening socket.

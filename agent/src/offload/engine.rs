@@ -18,6 +18,16 @@ pub enum Engine {
     User,
 }
 
+impl Engine {
+    /// As the audit record and the configuration write it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Kernel => "kernel",
+            Self::User => "user",
+        }
+    }
+}
+
 /// What agent.toml asks for.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Preference {

@@ -20,3 +20,13 @@ impl Matrix {
         Verdict::User { why: String::new() }
     }
 }
+
+/// stand-in
+pub fn run() -> Matrix {
+    Matrix
+}
+impl std::fmt::Display for Matrix {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("stand-in")
+    }
+}
