@@ -16,6 +16,8 @@
 pub mod refusal;
 pub mod spiffe;
 pub mod sys;
+pub mod units;
+pub mod document;
 pub mod policy;
 pub mod config;
 pub mod intercept;
@@ -25,5 +27,9 @@ pub mod handshake;
 pub mod offload;
 pub mod relay;
 pub mod audit;
-
+pub mod live;
 pub mod pipeline;
+pub mod shard;
+pub mod admin;
+pub mod privilege;
+pub mod daemon;

@@ -1,2 +1,134 @@
-//! The `wimsey` command.
-fn main() {}
+//! The `wimsey` command: arguments in, exit code out. What the verbs do is in [`cli`] and in the library.
+//!
+//! Exit codes: 0 done; 1 the thing asked for failed or was refused; 2 the command line, the configuration or the policy
+//! is wrong. `wimsey run` ends with the program's own.
+
+mod cli;
+
+use clap::{Parser, Subcommand};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+/// Transparent mutual TLS between attested workload identities.
+#[derive(Parser)]
+#[command(name = "wimsey", version, max_term_width = 100)]
+struct Arguments {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Run the node agent in the foreground: SIGHUP reloads the policy, SIGTERM drains and ends
+    Agent(Config),
+    /// Check configuration, certificate authority and policy, and print what would be in force
+    Check(Config),
+    /// Work with policy files
+    #[command(subcommand)]
+    Policy(PolicyVerb),
+    /// Work with the embedded certificate authority
+    #[command(subcommand)]
+    Ca(CaVerb),
+    /// Start a program in a cgroup of its own (/wimsey/NAME on the unified hierarchy) that a registration entry can name
+    Run {
+        /// Name of the cgroup; the name of the program if not given
+        #[arg(long)]
+        name: Option<String>,
+        /// The program and its arguments
+        #[arg(last = true, required = true)]
+        command: Vec<std::ffi::OsString>,
+    },
+    /// What is covered, who is attested as what, what was refused and why
+    Status(Show),
+    /// The open connections: both ends, rule, engine, key exchange
+    Connections(Show),
+    /// What this kernel can do, tried with real bytes, and which engine would be chosen
+    Doctor {
+        /// Print JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Detach the kernel programs and forget their maps: this network namespace is left alone again
+    Release(Config),
+}
+
+#[derive(Subcommand)]
+enum PolicyVerb {
+    /// Check policy directories and run their [[expect]] cases
+    Test {
+        /// Policy directories
+        #[arg(required = true)]
+        directories: Vec<PathBuf>,
+    },
+}
+
+#[derive(Subcommand)]
+enum CaVerb {
+    /// Make a certificate authority for a trust domain
+    Init {
+        /// Name of the trust domain, such as example.org
+        #[arg(long)]
+        trust_domain: String,
+        /// Directory for ca.key and ca.pem; must not hold one already
+        #[arg(long)]
+        dir: PathBuf,
+        /// How long the authority is valid
+        #[arg(long, default_value = "3650d")]
+        life: String,
+    },
+    /// Issue an X.509-SVID to files, for a peer that is not under an agent
+    Issue {
+        /// Directory of the authority
+        #[arg(long)]
+        dir: PathBuf,
+        /// SPIFFE ID
+        #[arg(long)]
+        id: String,
+        /// Directory for svid.pem, key.pem and bundle.pem
+        #[arg(long)]
+        out: PathBuf,
+        /// How long the SVID is valid
+        #[arg(long, default_value = "1h")]
+        ttl: String,
+    },
+}
+
+#[derive(clap::Args)]
+struct Config {
+    /// Configuration file
+    #[arg(long, default_value = "/etc/wimsey/agent.toml")]
+    config: PathBuf,
+}
+
+#[derive(clap::Args)]
+struct Show {
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+    /// Configuration of the agent to ask; if it is not there, the agent at /run/wimsey is asked
+    #[arg(long)]
+    config: Option<PathBuf>,
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let outcome = match arguments.verb {
+        Verb::Agent(Config { config }) => cli::agent::run(&config),
+        Verb::Check(Config { config }) => cli::check::run(&config),
+        Verb::Policy(PolicyVerb::Test { directories }) => cli::check::test_policies(&directories),
+        Verb::Ca(CaVerb::Init { trust_domain, dir, life }) => cli::ca::init(&trust_domain, &dir, &life),
+        Verb::Ca(CaVerb::Issue { dir, id, out, ttl }) => cli::ca::issue(&dir, &id, &out, &ttl),
+        Verb::Run { name, command } => cli::run::run(name.as_deref(), &command),
+        Verb::Status(Show { json, config }) => cli::show::status(config.as_deref(), json),
+        Verb::Connections(Show { json, config }) => cli::show::connections(config.as_deref(), json),
+        Verb::Doctor { json } => cli::show::doctor(json),
+        Verb::Release(Config { config }) => cli::agent::release(&config),
+    };
+    match outcome {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("wimsey: {error:#}");
+            ExitCode::from(cli::exit_code(&error))
+        }
+    }
+}

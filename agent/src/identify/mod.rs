@@ -1,17 +1,50 @@
-//! identify: a `Flow` in, `Parties` out.
+//! identify: a [`Flow`] in, [`Parties`] out.
+//!
+//! Two steps: which registration entry is the process on this host's end ([`attest`]), and the credential of that entry
+//! ([`provider`]). A process without an entry is no failure of this room: it says so in its own way
+//! ([`Error::is_unknown`]), and the pipeline relays or refuses by where the connection goes.
+//!
+//! *Invariant:* `Parties` are only made here, with a credential that is valid now and belongs to the attested workload;
+//! the agent has no identity of its own to put on the wire (R58).
 
-use crate::{intercept::Flow, policy::Workload, spiffe::SpiffeId};
-use std::{sync::Arc, time::SystemTime};
+pub mod attest;
+pub mod bundle;
+pub mod ca;
+mod cgroup;
+mod digest;
+pub mod embedded;
+mod files;
+mod process;
+pub mod provider;
+#[cfg(test)]
+pub(crate) mod testing;
+pub(crate) mod x509;
+
+use crate::{
+    intercept::{Direction, Flow},
+    policy::{Policy, Workload},
+    refusal::{Culprit, Refusal},
+    spiffe::SpiffeId,
+};
+use attest::{AttestError, Attested, Attestor, Facts, Registry};
+use bundle::Trust;
+pub use files::FileError;
+use provider::{Provider, ProviderError};
+use std::{fmt, sync::Arc, time::SystemTime};
+pub use x509::Malformed;
 
 /// An X.509-SVID with its key, ready for a handshake.
-#[derive(Debug)]
 pub struct Credential {
     /// Whose it is.
     pub id: SpiffeId,
     /// Chain, leaf first, and the signing key.
     pub certified: Arc<rustls::sign::CertifiedKey>,
+    /// Before that it is not valid yet.
+    pub not_before: SystemTime,
     /// When it must no longer be used (R41).
     pub not_after: SystemTime,
+    /// Serial number in hexadecimal, for the audit line.
+    pub serial: Arc<str>,
 }
 
 /// A flow whose local end is known.
@@ -23,4 +56,323 @@ pub struct Parties {
     pub workload: Workload,
     /// Its SVID.
     pub credential: Arc<Credential>,
+    /// The trust bundles to verify the peer with: one snapshot for the whole handshake.
+    pub trust: Arc<Trust>,
+    /// The process that was attested.
+    pub facts: Facts,
+}
+
+/// A flow whose local end is not known, and why.
+#[derive(Debug)]
+pub struct Unidentified {
+    /// The flow, to relay or to refuse.
+    pub flow: Flow,
+    /// Why.
+    pub error: Error,
+}
+
+/// Why the local end of a connection has no identity.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// No registration entry matches.
+    #[error("{0} has no identity: no registration entry matches it. Add a [[workload]] with selectors that it fulfils")]
+    Unknown(Box<Facts>),
+    /// Nothing was recorded about who dialled.
+    #[error("nothing was recorded about the process that dialled")]
+    NoRecord,
+    /// It cannot be attested.
+    #[error(transparent)]
+    Attestation(#[from] AttestError),
+    /// There is no credential for it.
+    #[error(transparent)]
+    Credential(#[from] ProviderError),
+}
+
+/// What this room needs beside the policy. Cheap to clone: a shard has one of its own.
+#[derive(Clone, Debug)]
+pub struct Identities {
+    provider: Arc<dyn Provider>,
+    attestor: Arc<Attestor>,
+}
+
+/// Finds out who is on this host's end of a flow, and gets its credential.
+pub async fn identify(flow: Flow, policy: &Policy, identities: &Identities) -> Result<Parties, Box<Unidentified>> {
+    match identities.local(&flow, policy).await {
+        Ok((workload, facts, credential)) => {
+            Ok(Parties { flow, workload, credential, trust: identities.provider.trust(), facts })
+        }
+        Err(error) => Err(Box::new(Unidentified { flow, error })),
+    }
+}
+
+impl Identities {
+    /// From where credentials come, and how processes are attested.
+    pub fn new(provider: Arc<dyn Provider>, attestor: Arc<Attestor>) -> Self {
+        Self { provider, attestor }
+    }
+
+    /// From where credentials come.
+    pub fn provider(&self) -> &Arc<dyn Provider> {
+        &self.provider
+    }
+
+    /// How processes are attested: also for listening sockets that nobody has dialled yet.
+    pub fn attestor(&self) -> &Arc<Attestor> {
+        &self.attestor
+    }
+
+    async fn local(&self, flow: &Flow, registry: &dyn Registry) -> Result<(Workload, Facts, Arc<Credential>), Error> {
+        let Attested { workload, facts } = match (flow.direction, &flow.task) {
+            (Direction::Outbound, Some(task)) => self.attestor.dialler(task, registry).await?,
+            (Direction::Outbound, None) => return Err(Error::NoRecord),
+            (Direction::Inbound, task) => self.attestor.owner(task.as_ref(), flow.listener_cookie, registry).await?,
+        };
+        let Some(workload) = workload else { return Err(Error::Unknown(Box::new(facts))) };
+        let credential = match self.provider.ready(&workload) {
+            Some(credential) => credential,
+            None => self.provider.obtain(&workload).await?,
+        };
+        Ok((workload, facts, credential))
+    }
+}
+
+impl Credential {
+    /// May it be used at this time?
+    pub fn is_valid(&self, now: SystemTime) -> bool {
+        self.not_before <= now && now < self.not_after
+    }
+}
+
+impl Error {
+    /// The process was looked at and simply is no workload: neither its fault nor ours.
+    pub fn is_unknown(&self) -> bool {
+        matches!(self, Error::Unknown(_))
+    }
+}
+
+impl Refusal for Error {
+    fn culprit(&self) -> Culprit {
+        match self {
+            Error::Unknown(_) => Culprit::Policy,
+            Error::NoRecord => Culprit::Host,
+            Error::Attestation(error) => error.culprit(),
+            Error::Credential(error) => error.culprit(),
+        }
+    }
+    fn code(&self) -> &'static str {
+        match self {
+            Error::Unknown(_) => "unknown-workload",
+            Error::NoRecord => "no-origin",
+            Error::Attestation(error) => error.code(),
+            Error::Credential(error) => error.code(),
+        }
+    }
+}
+
+impl fmt::Debug for Credential {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Credential")
+            .field("id", &self.id)
+            .field("serial", &self.serial)
+            .field("not_after", &self.not_after)
+            .finish_non_exhaustive()
+    }
+}
+
+impl fmt::Display for Unidentified {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.error.fmt(f)
+    }
+}
+
+impl std::error::Error for Unidentified {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        Some(&self.error)
+    }
+}
+
+impl Refusal for Unidentified {
+    fn culprit(&self) -> Culprit {
+        self.error.culprit()
+    }
+    fn code(&self) -> &'static str {
+        self.error.code()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{embedded::*, testing::*, *};
+    use crate::{
+        intercept::OriginalDst,
+        policy::{Accounts, Source},
+    };
+    use std::{os::unix::process::CommandExt, path::PathBuf, process::Command, time::Duration};
+    use wimsey_common::Task;
+
+    /// A user that is not root, so that an entry may name it alone.
+    const NOBODY: u32 = 65534;
+
+    struct Bench {
+        _scratch: tempfile::TempDir,
+        identities: Identities,
+        child: std::process::Child,
+        executable: PathBuf,
+    }
+
+    impl Bench {
+        /// A host with an authority and a process of nobody; without root that cannot be had.
+        fn new() -> Option<Self> {
+            let attestor = match Attestor::discover() {
+                Ok(attestor) if rustix::process::geteuid().is_root() => Arc::new(attestor),
+                _ => {
+                    eprintln!("skipped: needs root and the unified cgroup hierarchy");
+                    return None;
+                }
+            };
+            let scratch = tempfile::tempdir().unwrap();
+            let ca_dir = scratch.path().join("ca");
+            let trust_domain = domain_of("example.org");
+            ca::init(&ca_dir, &trust_domain, ca::DEFAULT_LIFE, SystemTime::now()).unwrap();
+            let svid_ttl = Duration::from_secs(3600);
+            let settings = Settings { ca_dir, trust_domain, svid_ttl, bundles: Vec::new() };
+            let identities = Identities::new(Arc::new(Embedded::open(settings).unwrap()), attestor);
+            let child = Command::new("/bin/sleep").arg("60").uid(NOBODY).gid(NOBODY).spawn().unwrap();
+            let executable = std::fs::canonicalize("/bin/sleep").unwrap();
+            Some(Self { _scratch: scratch, identities, child, executable })
+        }
+
+        fn task(&self) -> Task {
+            let now = rustix::time::clock_gettime_dynamic(rustix::time::DynamicClockId::Boottime).unwrap();
+            let cgroup = std::fs::read_to_string(format!("/proc/{}/cgroup", self.child.id())).unwrap();
+            let cgroup = cgroup.lines().find_map(|line| line.strip_prefix("0::")).unwrap();
+            Task {
+                tgid: self.child.id(),
+                uid: NOBODY,
+                gid: NOBODY,
+                workload: 0,
+                cgroup: cgroup::Hierarchy::discover().unwrap().id_of(cgroup).unwrap().unwrap(),
+                at: u64::try_from(now.tv_sec).unwrap() * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap(),
+                comm: [0; 16],
+            }
+        }
+    }
+
+    impl Drop for Bench {
+        fn drop(&mut self) {
+            let _ = self.child.kill();
+            let _ = self.child.wait();
+        }
+    }
+
+    async fn flow(direction: Direction, task: Option<Task>) -> Flow {
+        let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let socket = tokio::net::TcpStream::connect(address).await.unwrap();
+        Flow {
+            id: 1,
+            direction,
+            socket,
+            destination: OriginalDst(address),
+            source: address,
+            dial_from: None,
+            task,
+            cookie: 0,
+            protected: true,
+            listener_cookie: 0,
+        }
+    }
+
+    fn policy(entries: &[(&str, &[String])]) -> Policy {
+        let mut text = String::from("trust_domain = \"example.org\"\n");
+        for (id, selectors) in entries {
+            text += &format!("[[workload]]\nid = \"spiffe://example.org/{id}\"\nselectors = {selectors:?}\n");
+        }
+        let source = Source { file: "test.toml".into(), text };
+        Policy::parse("test", &[source], &Accounts::default()).unwrap()
+    }
+
+    fn nobody() -> String {
+        format!("unix:uid:{NOBODY}")
+    }
+
+    #[tokio::test]
+    async fn a_dialler_gets_the_credential_of_its_most_specific_entry() {
+        let Some(bench) = Bench::new() else { return };
+        let path = format!("unix:path:{}", bench.executable.display());
+        let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, &std::fs::read(&bench.executable).unwrap());
+        let digest = format!("unix:sha256:{}", x509::hex(digest.as_ref()));
+        let policy = policy(&[
+            ("any", &[nobody()]),
+            ("sleep", &[nobody(), path.clone()]),
+            ("exact", &[nobody(), path, digest]),
+            ("other", &[nobody(), format!("unix:gid:{NOBODY}"), "unix:path:/bin/other".into()]),
+        ]);
+        let flow = flow(Direction::Outbound, Some(bench.task())).await;
+        let parties = identify(flow, &policy, &bench.identities).await.unwrap();
+        assert_eq!(parties.workload.id, id_of("spiffe://example.org/exact"));
+        assert_eq!(parties.credential.id, parties.workload.id);
+        assert!(parties.credential.is_valid(SystemTime::now()));
+        assert!(parties.trust.anchors(&domain_of("example.org")).is_some());
+        assert_eq!(parties.facts.executable.as_ref(), Some(&bench.executable));
+    }
+
+    #[tokio::test]
+    async fn a_process_without_an_entry_is_unknown_and_the_flow_comes_back() {
+        let Some(bench) = Bench::new() else { return };
+        let policy = policy(&[("other", &[nobody(), "unix:path:/bin/other".into()])]);
+        for direction in [Direction::Outbound, Direction::Inbound] {
+            let flow = flow(direction, Some(bench.task())).await;
+            let refused = identify(flow, &policy, &bench.identities).await.unwrap_err();
+            assert!(refused.error.is_unknown());
+            assert_eq!((refused.code(), refused.culprit()), ("unknown-workload", Culprit::Policy));
+            assert_eq!(refused.flow.id, 1);
+            let text = refused.to_string();
+            assert!(text.contains("sleep") && text.contains("uid 65534") && text.contains("cgroup"), "{text}");
+        }
+    }
+
+    #[tokio::test]
+    async fn a_dialler_that_died_is_refused_and_a_listener_of_the_dead_is_not() {
+        let Some(mut bench) = Bench::new() else { return };
+        let policy = policy(&[("any", &[nobody()])]);
+        let task = bench.task();
+        bench.child.kill().unwrap();
+        bench.child.wait().unwrap();
+        let outbound = flow(Direction::Outbound, Some(task)).await;
+        let refused = identify(outbound, &policy, &bench.identities).await.unwrap_err();
+        assert_eq!((refused.code(), refused.error.is_unknown()), ("process-died", false));
+        let inbound = flow(Direction::Inbound, Some(task)).await;
+        assert!(identify(inbound, &policy, &bench.identities).await.is_ok());
+    }
+
+    #[tokio::test]
+    async fn two_entries_that_match_equally_well_are_ambiguous() {
+        let Some(bench) = Bench::new() else { return };
+        let path = format!("unix:path:{}", bench.executable.display());
+        let policy = policy(&[("one", &[nobody(), path]), ("two", &[nobody(), format!("unix:gid:{NOBODY}")])]);
+        let flow = flow(Direction::Outbound, Some(bench.task())).await;
+        let refused = identify(flow, &policy, &bench.identities).await.unwrap_err();
+        assert_eq!((refused.code(), refused.culprit()), ("ambiguous-entries", Culprit::Policy));
+    }
+
+    #[tokio::test]
+    async fn nobody_is_guessed_where_nothing_was_recorded() {
+        let Some(bench) = Bench::new() else { return };
+        let policy = policy(&[("any", &[nobody()])]);
+        let outbound = identify(flow(Direction::Outbound, None).await, &policy, &bench.identities).await.unwrap_err();
+        assert_eq!(outbound.code(), "no-origin");
+        let inbound = identify(flow(Direction::Inbound, None).await, &policy, &bench.identities).await.unwrap_err();
+        assert_eq!((inbound.code(), inbound.error.is_unknown()), ("listener-without-owner", false));
+    }
+
+    #[tokio::test]
+    async fn keys_are_not_in_the_debug_text_of_a_credential() {
+        let Some(bench) = Bench::new() else { return };
+        let policy = policy(&[("any", &[nobody()])]);
+        let flow = flow(Direction::Outbound, Some(bench.task())).await;
+        let parties = identify(flow, &policy, &bench.identities).await.unwrap();
+        let text = format!("{:?}", parties.credential);
+        assert!(text.contains("spiffe://example.org/any") && !text.contains("certified"), "{text}");
+    }
 }

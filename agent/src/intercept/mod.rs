@@ -1,4 +1,37 @@
-//! intercept: sockets in, a `Flow` out.
+//! intercept: sockets in, a [`Flow`] out.
+//!
+//! The kernel programs of `ebpf/` turn connections to the agent. [`Programs`] loads and attaches them, puts policies into
+//! their maps and tells what they have to tell, on the control runtime. Each shard has a [`Door`]: accepted connections come
+//! in with what the kernel recorded about them, the agent's own connections go out.
+//!
+//! ```text
+//! control:  Programs::load ▶ doorways ▶ install(policy) ▶ listeners ▶ notice, notice, ...      release()
+//! shard:    Doorway::open ▶ Door ▶ accept_outbound / accept_inbound ▶ Flow ... Dialler: dial / leg
+//! ```
+//!
+//! In this order at start: `load`, `install`, then `listeners` and `set_listener_mode` for each, then `preexisting`. After a
+//! reload: `install`, and the listeners again, since the new policy may see their owners with other eyes.
+//!
+//! *Invariant:* a flow's destination is what the kernel recorded under the connection's own addresses, never a guess.
+
+mod cgroups;
+mod control;
+mod diagnostics;
+mod door;
+mod error;
+mod host;
+mod install;
+mod owners;
+mod programs;
+mod tables;
+
+pub use control::{Listening, Notice, OldConnection, Options, Programs};
+pub use door::{Dialler, Door, Doorway};
+pub use error::Error;
+pub use host::cgroup_mount;
+pub use install::KernelFacts;
+pub use programs::release;
+pub use tables::{address, canonical, ip, listener_key, socket_address};
 
 use std::net::SocketAddr;
 use wimsey_common::Task;
@@ -29,11 +62,19 @@ pub struct Flow {
     pub socket: tokio::net::TcpStream,
     /// Where the dialling end wanted to go.
     pub destination: OriginalDst,
-    /// Outbound: the application's own address as it sees it (port 0 where it did not bind one and the hint is unknown).
+    /// Outbound: the application's own address as it sees it. Where it did not bind one and the host's address for the
+    /// destination is not known, its loopback address, and port 0.
     /// Inbound: the true client.
     pub source: SocketAddr,
+    /// Outbound: what [`Dialler::dial`] binds to: the address that the application bound, or the one that it would have had, with
+    /// the port that it bound or 0. `None` where nothing is known.
+    pub dial_from: Option<SocketAddr>,
     /// Outbound: the process that dialled. Inbound: the process that bound the listener, if any was recorded.
     pub task: Option<Task>,
+    /// Inbound: the listener is known to be protected, so nobody but its attested owner is spoken for.
+    pub protected: bool,
+    /// Outbound: cookie of the application's socket.
+    pub cookie: u64,
     /// Inbound: cookie of the listening socket.
     pub listener_cookie: u64,
 }

@@ -1,1 +1,228 @@
-//! offload
+//! offload: a `Session` in, a `Pipe` out. Decides who protects the records: the kernel's TLS, or this process.
+//!
+//! Both engines are fed with the same traffic secrets, and everything above the records is one state machine (`relay`).
+//! *Invariant:* a pipe exists only when both directions are keyed, confirmed by the kernel where it does the work; no
+//! failure here ever leads to plaintext, and no byte of the application moves before the pipe exists.
+
+mod engine;
+mod kernel;
+pub mod record;
+pub mod selftest;
+
+pub use engine::{Choice, Engine, Preference, Unavailable};
+pub(crate) use kernel::KernelKeys;
+pub(crate) use record::{Opener, Sealer};
+
+use crate::{
+    authorize::Permit,
+    handshake::{Secrets, Session},
+    refusal::{Culprit, Refusal},
+};
+use socket2::{SockRef, TcpKeepalive};
+use std::{fmt, io, time::Duration};
+use tokio::net::TcpStream;
+
+/// Two sockets and what turns the bytes of one into the bytes of the other.
+pub struct Pipe {
+    pub(crate) application: TcpStream,
+    pub(crate) network: TcpStream,
+    pub(crate) lane: Lane,
+}
+
+/// How the bytes of a pipe are protected on the network.
+pub(crate) enum Lane {
+    /// Not at all: permissive inbound, bypass, and what is left alone.
+    Plain,
+    /// By this process.
+    User(Box<UserKeys>),
+    /// By the kernel.
+    Kernel(Box<KernelKeys>),
+}
+
+/// What engine `user` keeps for a connection.
+pub(crate) struct UserKeys {
+    pub(crate) sealer: Sealer,
+    pub(crate) opener: Opener,
+    pub(crate) secrets: Secrets,
+}
+
+/// Arms the engine for a session. `dialled` is the leg to the workload of an inbound flow; an outbound flow's own socket
+/// is the application's, and it has none.
+///
+/// Where the kernel does not even take up TLS on the socket, engine `user` carries this session. Where it fails later,
+/// the connection cannot be used any further: the error gives the permit back, so that an outbound flow may dial again
+/// with engine `user`.
+pub fn arm(session: Session, dialled: Option<TcpStream>, choice: Choice) -> Result<Pipe, Error> {
+    let (permit, network, mut secrets) = session.into_parts();
+    let wrong = |permit| Error { cause: Cause::Legs, permit: Some(Box::new(permit)) };
+    // Keys first: they need the sockets only by reference, and a failure gives the permit back whole.
+    let socket = network.as_ref().unwrap_or(&permit.parties().flow.socket);
+    let lane = match (network.is_some(), dialled.is_some()) {
+        (true, false) | (false, true) => key(socket, &mut secrets, choice),
+        _ => return Err(wrong(permit)),
+    };
+    let lane = match lane {
+        Ok(Keyed::User(sealer, opener)) => Lane::User(Box::new(UserKeys { sealer, opener, secrets })),
+        Ok(Keyed::Kernel(armed)) => Lane::Kernel(Box::new(KernelKeys::new(armed, secrets))),
+        Err(cause) => {
+            reset(socket);
+            return Err(Error { cause, permit: Some(Box::new(permit)) });
+        }
+    };
+    let own = permit.into_parties().flow.socket;
+    let (application, network) = match (network, dialled) {
+        (Some(network), _) => (own, network),
+        (None, Some(application)) => (application, own),
+        (None, None) => return Err(Error { cause: Cause::Legs, permit: None }),
+    };
+    Pipe::new(application, network, lane)
+}
+
+enum Keyed {
+    User(Sealer, Opener),
+    Kernel(kernel::Armed),
+}
+
+fn key(network: &TcpStream, secrets: &mut Secrets, choice: Choice) -> Result<Keyed, Cause> {
+    let transmit = secrets.next_transmit().map_err(Cause::Secrets)?;
+    let receive = secrets.next_receive().map_err(Cause::Secrets)?;
+    if let Choice::Kernel(ability) = choice {
+        match kernel::arm(network, &transmit, &receive, ability) {
+            Ok(armed) => return Ok(Keyed::Kernel(armed)),
+            // The socket is as it was.
+            Err(kernel::ArmError::NotTaken(error)) => {
+                tracing::warn!(%error, "the kernel takes no TLS on this socket: engine user carries it");
+            }
+            Err(kernel::ArmError::HalfWay { step, error }) => return Err(Cause::Kernel { step, error }),
+        }
+    }
+    let spent = |_| Cause::Secrets(rustls::Error::General("aws-lc takes none of these keys".into()));
+    let sealer = Sealer::new(&transmit).map_err(spent)?;
+    let opener = Opener::new(&receive).map_err(spent)?;
+    Ok(Keyed::User(sealer, opener))
+}
+
+/// A dead peer is noticed within about two and a half minutes, also where neither program would.
+const KEEPALIVE: TcpKeepalive =
+    TcpKeepalive::new().with_time(Duration::from_secs(75)).with_interval(Duration::from_secs(15)).with_retries(5);
+
+impl Pipe {
+    /// A pipe without protection, for a permissive listener or a named bypass: the caller has recorded it as that.
+    pub fn plain(application: TcpStream, network: TcpStream) -> Result<Self, Error> {
+        Self::new(application, network, Lane::Plain)
+    }
+
+    fn new(application: TcpStream, network: TcpStream, lane: Lane) -> Result<Self, Error> {
+        let prepare = || -> io::Result<()> {
+            application.set_nodelay(true)?;
+            network.set_nodelay(true)?;
+            // An urgent byte is a byte: without this it would be missing from the stream.
+            SockRef::from(&application).set_out_of_band_inline(true)?;
+            SockRef::from(&network).set_tcp_keepalive(&KEEPALIVE)
+        };
+        match prepare() {
+            Ok(()) => Ok(Self { application, network, lane }),
+            Err(error) => {
+                reset(&application);
+                reset(&network);
+                Err(Error { cause: Cause::Socket(error), permit: None })
+            }
+        }
+    }
+
+    /// Who protects the records; `None` where nobody does.
+    pub fn engine(&self) -> Option<Engine> {
+        match self.lane {
+            Lane::Plain => None,
+            Lane::User(_) => Some(Engine::User),
+            Lane::Kernel(_) => Some(Engine::Kernel),
+        }
+    }
+
+    /// Sends a fresh key after so many records instead of at the limit of the cipher, so that tests live through it.
+    #[doc(hidden)]
+    pub fn rekey_after(mut self, records: u64) -> Self {
+        match &mut self.lane {
+            Lane::Plain => {}
+            Lane::User(keys) => keys.sealer.set_due(records),
+            Lane::Kernel(keys) => keys.set_due(records),
+        }
+        self
+    }
+}
+
+/// Closing the socket will be a reset: the other end must not take this for the end of the stream.
+fn reset(socket: &TcpStream) {
+    // A socket that is gone already needs no reset.
+    let _gone: io::Result<()> = socket.set_zero_linger();
+}
+
+/// Why a session got no pipe.
+#[derive(Debug)]
+pub struct Error {
+    cause: Cause,
+    permit: Option<Box<Permit>>,
+}
+
+/// What went wrong.
+#[derive(Debug, thiserror::Error)]
+pub enum Cause {
+    /// The kernel took up TLS on the socket and then failed.
+    #[error("the kernel took up TLS and then failed at {step}: {error}")]
+    Kernel {
+        /// Which system call.
+        step: &'static str,
+        /// What it said.
+        error: io::Error,
+    },
+    /// rustls gave no secrets.
+    #[error("the handshake gave no usable secrets: {0}")]
+    Secrets(rustls::Error),
+    /// A socket could not be set up.
+    #[error("a socket could not be set up: {0}")]
+    Socket(io::Error),
+    /// The legs do not fit the direction.
+    #[error("a pipe needs one socket of the application and one of the network: this is a defect, please report it")]
+    Legs,
+}
+
+impl Error {
+    /// What went wrong.
+    pub fn cause(&self) -> &Cause {
+        &self.cause
+    }
+    /// May the flow be dialled again, with engine `user`? No byte of the application has moved.
+    pub fn may_redial(&self) -> bool {
+        matches!(self.cause, Cause::Kernel { .. })
+    }
+    /// The permit with the flow's own socket, as long as it still exists.
+    pub fn into_permit(self) -> Option<Permit> {
+        self.permit.map(|permit| *permit)
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.cause.fmt(f)
+    }
+}
+
+impl std::error::Error for Error {}
+
+impl Refusal for Error {
+    fn culprit(&self) -> Culprit {
+        match self.cause {
+            Cause::Kernel { .. } | Cause::Socket(_) => Culprit::Host,
+            Cause::Secrets(_) | Cause::Legs => Culprit::Ourselves,
+        }
+    }
+
+    fn code(&self) -> &'static str {
+        match self.cause {
+            Cause::Kernel { .. } => "kernel-tls-failed",
+            Cause::Secrets(_) => "no-secrets",
+            Cause::Socket(_) => "socket-error",
+            Cause::Legs => "pipe-without-legs",
+        }
+    }
+}

@@ -42,10 +42,6 @@ pub struct Config {
     pub shards: u32,
     /// [`FLAG_CGROUP_CLASSES`] and future flags.
     pub flags: u32,
-    /// Ports of the outbound listeners on 127.0.0.1, one a shard.
-    pub outbound4: [u16; MAX_SHARDS],
-    /// Ports of the outbound listeners on `[::1]`, one a shard.
-    pub outbound6: [u16; MAX_SHARDS],
 }
 
 /// Some registration entry names a cgroup or a systemd unit, so a cgroup without a class has to be looked at first.
@@ -199,7 +195,9 @@ pub struct Origin {
     /// Policy generation that decided.
     pub generation: u32,
     /// 4 or 6: the family of the application's socket call (an IPv4-mapped address on an IPv6 socket is 6).
-    pub family: u32,
+    pub family: u16,
+    /// Port of the agent's listener that the connection was turned to.
+    pub agent_port: u16,
 }
 
 /// A TCP connection as one of its ends sees it.
@@ -237,6 +235,8 @@ pub struct Own {
 pub const OWN_DIAL: u32 = 1;
 /// The agent's last leg to a local workload.
 pub const OWN_LEG: u32 = 2;
+/// One of the agent's listeners.
+pub const OWN_LISTENER: u32 = 3;
 
 /// Value of `LEGS` (by [`TupleKey`]): the true client behind a leg.
 #[repr(C)]
@@ -332,7 +332,7 @@ pub const REASON_MAP_FULL: u32 = 3;
 pub const REASON_GUARD: u32 = 4;
 /// A UDP datagram of an enrolled workload to a mesh destination.
 pub const REASON_UDP: u32 = 5;
-/// A protected listener, and no agent to speak for it.
+/// No agent to take the connection: its listeners are gone.
 pub const REASON_NO_AGENT: u32 = 6;
 /// The programs are attached but have no valid configuration.
 pub const REASON_NO_CONFIG: u32 = 7;
@@ -361,7 +361,7 @@ pub mod counter {
     pub const STEERED: u32 = 9;
     /// Inbound connections of the agent's own last leg, admitted.
     pub const LEGS_ADMITTED: u32 = 10;
-    /// Inbound connections refused because no agent was there.
+    /// Connections, outbound or inbound, refused because no agent was there.
     pub const REFUSED_NO_AGENT: u32 = 11;
     /// Events that did not fit into the ring buffer.
     pub const EVENTS_LOST: u32 = 12;
@@ -391,9 +391,19 @@ pub mod map {
     pub const LEGS: &str = "LEGS";
     /// `HashMap<ListenerKey, Listener>`.
     pub const LISTENERS: &str = "LISTENERS";
-    /// `HashMap<u64, Task>` by socket cookie: who bound a socket that does not listen yet.
+    /// `HashMap<u64, Task>` by socket cookie: who bound the socket.
     pub const BINDS: &str = "BINDS";
-    /// `SockMap`, two a shard: `2 * shard` for IPv4, `2 * shard + 1` for IPv6.
+    /// `HashMap<u64, ListenerKey>` by socket cookie: what a listening socket listens on. A socket that is being closed
+    /// does not show its address to the programs.
+    pub const LISTENING: &str = "LISTENING";
+    /// `LruHashMap<u64, u32>` by socket cookie: sockets of other network namespaces that dial an address which is a mesh
+    /// destination in this one. The egress guard sees packets of all namespaces and, before Linux 6.12, cannot ask for
+    /// the namespace of a packet.
+    pub const FOREIGN: &str = "FOREIGN";
+    /// `SockMap` of the agent's outbound listeners, two a shard as in [`INBOUND`]. A listener is in it exactly as long as
+    /// it listens, so a port that the agent has left and somebody else has taken is never used.
+    pub const OUTBOUND: &str = "OUTBOUND";
+    /// `SockMap` of the agent's inbound listeners, two a shard: `2 * shard` for IPv4, `2 * shard + 1` for IPv6.
     pub const INBOUND: &str = "INBOUND";
     /// `PerCpuArray<u64>` of [`counter::COUNT`](super::counter::COUNT) entries.
     pub const COUNTERS: &str = "COUNTERS";
@@ -405,7 +415,7 @@ pub mod map {
 pub const DESTINATION_KEY_BITS: u32 = (core::mem::size_of::<DestinationKey>() * 8) as u32;
 
 const _: () = {
-    assert!(core::mem::size_of::<Config>() == 24 + 4 * MAX_SHARDS);
+    assert!(core::mem::size_of::<Config>() == 24);
     assert!(core::mem::size_of::<CgroupKey>() == 16);
     assert!(core::mem::size_of::<CandidateKey>() == 16);
     assert!(core::mem::size_of::<DestinationKey>() == 24);

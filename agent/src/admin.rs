@@ -1,0 +1,364 @@
+//! The admin socket: what `wimsey status` and `wimsey connections` ask a running agent.
+//!
+//! One request line of JSON in, one answer line of JSON out, over a Unix socket that only root can open (mode 0600 in a
+//! directory of root's; the peer's user id is checked as well).
+//!
+//! *Invariant:* nothing that is asked here changes anything, and no answer holds a key.
+
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::io::{BufRead, BufReader, Write};
+use std::net::SocketAddr;
+use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+use tokio::io::{AsyncBufReadExt, AsyncReadExt, AsyncWriteExt};
+use tokio::sync::{mpsc, oneshot};
+
+/// Longest request line, in bytes.
+const LONGEST_REQUEST: u64 = 4096;
+/// How long either side waits for the other.
+const PATIENCE: Duration = Duration::from_secs(5);
+
+/// What can be asked.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Request {
+    /// A [`Status`].
+    Status,
+    /// A list of [`Connection`]s.
+    Connections,
+}
+
+/// What the agent is doing.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Status {
+    /// The agent itself.
+    pub agent: Agent,
+    /// The policy in force.
+    pub policy: PolicyStatus,
+    /// The audit log.
+    pub audit: AuditStatus,
+    /// SVIDs that the agent holds.
+    pub identities: Vec<IdentityStatus>,
+    /// Trust bundles: trust domain, and when the last of its anchors expires.
+    pub bundles: Vec<BundleStatus>,
+    /// Protected listening sockets.
+    pub listeners: Vec<ListenerStatus>,
+    /// Connections from before their workload was enrolled, which Wimsey does not carry.
+    pub preexisting: Vec<PreexistingStatus>,
+    /// Attempts that were refused since the start, by code.
+    pub refused: BTreeMap<String, RefusedStatus>,
+    /// Counters of the kernel programs since their maps were made.
+    pub kernel: BTreeMap<String, u64>,
+    /// Connections: open now, and carried since the start.
+    pub connections: ConnectionCount,
+}
+
+/// The agent itself.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Agent {
+    /// Version.
+    pub version: String,
+    /// Process id.
+    pub pid: u32,
+    /// RFC 3339.
+    pub since: String,
+    /// Inode number of the network namespace.
+    pub netns: u64,
+    /// Path of the covered cgroup subtree.
+    pub cgroup: String,
+    /// `kernel` or `user`.
+    pub engine: String,
+    /// Why this engine.
+    pub engine_reason: String,
+    /// Data shards.
+    pub shards: usize,
+    /// The agent is draining: it takes no new connections.
+    pub draining: bool,
+}
+
+/// The policy in force.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PolicyStatus {
+    /// Directory it came from.
+    pub directory: PathBuf,
+    /// Generation in the kernel maps.
+    pub generation: u32,
+    /// RFC 3339.
+    pub loaded: String,
+    /// Why the last reload was refused; absent when what is on disk was taken.
+    pub refused: Option<String>,
+    /// Numbers of registration entries and destinations.
+    pub workloads: usize,
+    /// Number of destination entries.
+    pub destinations: usize,
+}
+
+/// The audit log.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct AuditStatus {
+    /// File.
+    pub path: PathBuf,
+    /// Lines written.
+    pub written: u64,
+    /// Lines dropped.
+    pub lost: u64,
+    /// The log cannot be written right now.
+    pub failing: bool,
+    /// What the last failed write said.
+    pub last_error: Option<String>,
+}
+
+/// An SVID that the agent holds.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct IdentityStatus {
+    /// SPIFFE ID.
+    pub id: String,
+    /// RFC 3339; absent when none could be had.
+    pub expires: Option<String>,
+    /// Why the last attempt to get one failed.
+    pub error: Option<String>,
+}
+
+/// A trust bundle.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct BundleStatus {
+    /// Trust domain.
+    pub trust_domain: String,
+    /// Number of anchors.
+    pub anchors: usize,
+    /// RFC 3339: when the last anchor expires.
+    pub expires: Option<String>,
+}
+
+/// A protected listening socket.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ListenerStatus {
+    /// Address as bound.
+    pub address: SocketAddr,
+    /// Identity of its owner, once attested.
+    pub id: Option<String>,
+    /// Process that bound it.
+    pub pid: u32,
+    /// `protected`, `unknown` or `left-alone`.
+    pub mode: String,
+}
+
+/// A connection from before its workload was enrolled.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct PreexistingStatus {
+    /// This host's end.
+    pub local: SocketAddr,
+    /// The other end.
+    pub remote: SocketAddr,
+    /// `keep`, `drain` or `kill`.
+    pub action: String,
+}
+
+/// Attempts that were refused with one code.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RefusedStatus {
+    /// How many.
+    pub count: u64,
+    /// RFC 3339.
+    pub last: String,
+    /// Both ends and the reason of the last one.
+    pub last_reason: String,
+}
+
+/// Numbers of connections.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub struct ConnectionCount {
+    /// Open now.
+    pub open: usize,
+    /// Accepted since the start, refused ones included.
+    pub total: u64,
+}
+
+/// An open connection.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Connection {
+    /// Number of the flow, as in the audit log.
+    pub flow: u64,
+    /// `outbound` or `inbound`.
+    pub direction: String,
+    /// Dialling end.
+    pub source: ConnectionEnd,
+    /// Dialled end.
+    pub destination: ConnectionEnd,
+    /// `mtls` or `plaintext`.
+    pub method: String,
+    /// Key exchange group and cipher suite.
+    pub tls: Option<String>,
+    /// `kernel` or `user`.
+    pub engine: Option<String>,
+    /// The rule that let it pass.
+    pub rule: Option<String>,
+    /// Process id of the local workload.
+    pub pid: Option<u32>,
+    /// RFC 3339.
+    pub since: String,
+    /// From the local workload to the peer, in bytes.
+    pub sent: u64,
+    /// From the peer to the local workload, in bytes.
+    pub received: u64,
+}
+
+/// One end of an open connection.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ConnectionEnd {
+    /// SPIFFE ID, if authenticated.
+    pub id: Option<String>,
+    /// Address and port.
+    pub address: SocketAddr,
+}
+
+/// Asking, or opening the socket, went wrong.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// Nobody listens.
+    #[error("no agent answers on {path}: {source}; start one with 'wimsey agent', or name its configuration by --config",
+        path = path.display())]
+    NoAgent {
+        /// The socket.
+        path: PathBuf,
+        /// What connect said.
+        source: std::io::Error,
+    },
+    /// The answer is not one.
+    #[error("the agent on {path} gave no valid answer: {reason}", path = path.display())]
+    BadAnswer {
+        /// The socket.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: String,
+    },
+    /// The socket cannot be made.
+    #[error("admin socket {path}: {source}; [run_dir] must be a directory that root can write", path = path.display())]
+    Bind {
+        /// The socket.
+        path: PathBuf,
+        /// What bind said.
+        source: std::io::Error,
+    },
+}
+
+/// Asks a running agent.
+pub fn ask<T: serde::de::DeserializeOwned>(path: &Path, request: Request) -> Result<T, Error> {
+    let no_agent = |source| Error::NoAgent { path: path.to_owned(), source };
+    let bad = |reason: String| Error::BadAnswer { path: path.to_owned(), reason };
+    let mut stream = UnixStream::connect(path).map_err(no_agent)?;
+    stream.set_read_timeout(Some(PATIENCE)).map_err(no_agent)?;
+    stream.set_write_timeout(Some(PATIENCE)).map_err(no_agent)?;
+    let mut line = serde_json::to_vec(&request).map_err(|error| bad(error.to_string()))?;
+    line.push(b'\n');
+    stream.write_all(&line).map_err(|error| bad(error.to_string()))?;
+    let mut answer = String::new();
+    BufReader::new(stream).read_line(&mut answer).map_err(|error| bad(error.to_string()))?;
+    serde_json::from_str(&answer).map_err(|error| bad(error.to_string()))
+}
+
+/// Makes the socket; an old one that nobody answers on is replaced.
+pub fn bind(path: &Path) -> Result<tokio::net::UnixListener, Error> {
+    let attempt = || {
+        if let Some(folder) = path.parent() {
+            std::fs::create_dir_all(folder)?;
+        }
+        match std::fs::remove_file(path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(error),
+            _ => {}
+        }
+        let listener = tokio::net::UnixListener::bind(path)?;
+        std::fs::set_permissions(path, std::fs::Permissions::from_mode(0o600))?;
+        Ok(listener)
+    };
+    attempt().map_err(|source| Error::Bind { path: path.to_owned(), source })
+}
+
+/// A question on its way to whoever can answer it.
+#[derive(Debug)]
+pub struct Asked {
+    /// What is asked.
+    pub request: Request,
+    /// Where the answer goes.
+    pub answer: oneshot::Sender<serde_json::Value>,
+}
+
+/// Passes questions on until it is dropped. Must run on a [`tokio::task::LocalSet`].
+pub async fn serve(listener: tokio::net::UnixListener, questions: mpsc::Sender<Asked>) {
+    loop {
+        match listener.accept().await {
+            Ok((stream, _)) => {
+                let root = stream.peer_cred().is_ok_and(|peer| peer.uid() == 0);
+                if root {
+                    tokio::task::spawn_local(tokio::time::timeout(PATIENCE, converse(stream, questions.clone())));
+                }
+            }
+            Err(error) => {
+                tracing::warn!(%error, "admin socket: accept failed");
+                tokio::time::sleep(Duration::from_millis(100)).await;
+            }
+        }
+    }
+}
+
+/// One question, one answer. Whoever goes away meanwhile gets none.
+async fn converse(stream: tokio::net::UnixStream, questions: mpsc::Sender<Asked>) -> Option<()> {
+    let (reader, mut writer) = stream.into_split();
+    let mut line = String::new();
+    tokio::io::BufReader::new(reader.take(LONGEST_REQUEST)).read_line(&mut line).await.ok()?;
+    let value = match serde_json::from_str(&line) {
+        Ok(request) => {
+            let (answer, answered) = oneshot::channel();
+            questions.send(Asked { request, answer }).await.ok()?;
+            answered.await.ok()?
+        }
+        Err(error) => serde_json::json!({ "error": format!("not a request: {error}") }),
+    };
+    writer.write_all(format!("{value}\n").as_bytes()).await.ok()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::io::Read;
+
+    #[test]
+    fn an_answer_comes_back_and_garbage_gets_an_error_and_no_more() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("run/admin.sock");
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let local = tokio::task::LocalSet::new();
+        let client_path = path.clone();
+        runtime.block_on(local.run_until(async move {
+            let listener = bind(&path).unwrap();
+            assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
+            let (asked, mut questions) = mpsc::channel::<Asked>(1);
+            tokio::task::spawn_local(serve(listener, asked));
+            tokio::task::spawn_local(async move {
+                while let Some(Asked { request, answer }) = questions.recv().await {
+                    answer.send(serde_json::json!({ "asked": request })).unwrap();
+                }
+            });
+            tokio::task::spawn_blocking(move || {
+                let value: serde_json::Value = ask(&client_path, Request::Status).unwrap();
+                assert_eq!(value["asked"], "status");
+                let mut stream = UnixStream::connect(&client_path).unwrap();
+                stream.write_all(b"{{{\n").unwrap();
+                let mut answer = String::new();
+                stream.read_to_string(&mut answer).unwrap();
+                assert!(answer.contains("not a request"), "{answer}");
+            })
+            .await
+            .unwrap();
+        }));
+    }
+
+    #[test]
+    fn nobody_listening_is_said_with_what_to_do() {
+        let error = ask::<serde_json::Value>(Path::new("/nonexistent/admin.sock"), Request::Status).unwrap_err();
+        assert!(error.to_string().contains("wimsey agent"), "{error}");
+    }
+}

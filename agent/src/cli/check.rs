@@ -1,0 +1,61 @@
+//! `wimsey check` and `wimsey policy test`: is what is written down what was meant?
+
+use super::Wrong;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use wimsey::config::Config;
+use wimsey::policy::Policy;
+
+/// Checks configuration, policy and authority as the agent would at start, and prints what would be in force.
+pub fn run(path: &Path) -> anyhow::Result<ExitCode> {
+    let config = Config::load(path).map_err(|error| Wrong(error.to_string()))?;
+    let policy = Policy::load(&config.policy_dir).map_err(|error| Wrong(error.to_string()))?;
+    wimsey::daemon::check_identity(&config, &policy).map_err(|error| Wrong(error.to_string()))?;
+    print!("{}", config.print());
+    println!("\n{}", policy.decision_table());
+    warn(&policy);
+    expectations(&policy)?;
+    println!("{}: configuration, authority and policy are sound", path.display());
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Checks policy directories and runs their `[[expect]]` cases.
+pub fn test_policies(directories: &[PathBuf]) -> anyhow::Result<ExitCode> {
+    let mut failed = Vec::new();
+    for directory in directories {
+        match Policy::load(directory) {
+            Ok(policy) => {
+                println!("{}", directory.display());
+                println!("{}", policy.decision_table());
+                warn(&policy);
+                if let Err(wrong) = expectations(&policy) {
+                    failed.push(wrong.to_string());
+                }
+            }
+            Err(rejected) => failed.push(rejected.to_string()),
+        }
+    }
+    if failed.is_empty() { Ok(ExitCode::SUCCESS) } else { Err(Wrong(failed.join("\n")).into()) }
+}
+
+fn warn(policy: &Policy) {
+    for warning in &policy.warnings().0 {
+        eprintln!("warning: {warning}");
+    }
+}
+
+fn expectations(policy: &Policy) -> anyhow::Result<()> {
+    let results = policy.run_expectations();
+    let wrong: Vec<String> = results
+        .iter()
+        .filter(|result| !result.passed)
+        .map(|result| {
+            format!(
+                "{}: {}: expected {}, but the policy says {}",
+                result.place, result.case, result.expected, result.got
+            )
+        })
+        .collect();
+    println!("{} of {} expectations hold", results.len() - wrong.len(), results.len());
+    if wrong.is_empty() { Ok(()) } else { Err(Wrong(wrong.join("\n")).into()) }
+}

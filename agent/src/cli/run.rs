@@ -1,0 +1,58 @@
+//! `wimsey run`: a program in a cgroup of its own, so that a registration entry can name it by `cgroup:/wimsey/NAME`.
+//!
+//! The program replaces this process, so signals, exit code and terminal are its own. Its cgroup stays until it is empty
+//! and the next `wimsey run` or `wimsey release` sweeps it.
+
+use anyhow::{Context, bail};
+use std::ffi::OsString;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+
+/// The cgroup under which the programs get theirs.
+const PARENT: &str = "wimsey";
+
+/// Starts the program; returns only if that failed.
+pub fn run(name: Option<&str>, command: &[OsString]) -> anyhow::Result<ExitCode> {
+    let Some((program, arguments)) = command.split_first() else { bail!("no program given: wimsey run -- CMD") };
+    let name = match name {
+        Some(name) => name.to_owned(),
+        None => Path::new(program).file_name().unwrap_or(program).to_string_lossy().into_owned(),
+    };
+    if name.is_empty() || name.starts_with('.') || name.contains(|c: char| c == '/' || c.is_control()) {
+        bail!("{name:?} cannot name a cgroup: use letters, digits, '-', '_' and '.', or give --name");
+    }
+    let cgroup = parent()?.join(&name);
+    sweep();
+    enter(&cgroup)
+        .with_context(|| format!("cannot start a program in cgroup {}: wimsey run needs root", cgroup.display()))?;
+    let error = std::process::Command::new(program).args(arguments).exec();
+    Err(error).with_context(|| format!("cannot start {}", program.to_string_lossy()))
+}
+
+/// Removes the empty cgroups that earlier programs left behind.
+pub fn sweep() {
+    let Ok(entries) = parent().map_err(anyhow::Error::from).and_then(|parent| Ok(std::fs::read_dir(parent)?)) else {
+        return;
+    };
+    for entry in entries.flatten().filter(|entry| entry.path().is_dir()) {
+        // Fails for one that holds a process, which is what decides.
+        let _ = std::fs::remove_dir(entry.path());
+    }
+}
+
+fn parent() -> Result<PathBuf, wimsey::intercept::Error> {
+    Ok(wimsey::intercept::cgroup_mount()?.join(PARENT))
+}
+
+fn enter(cgroup: &Path) -> std::io::Result<()> {
+    // Between making and entering it, another sweep may remove an empty cgroup: try again then.
+    for _ in 0..16 {
+        std::fs::create_dir_all(cgroup)?;
+        match std::fs::write(cgroup.join("cgroup.procs"), "0") {
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            outcome => return outcome,
+        }
+    }
+    Err(std::io::ErrorKind::NotFound.into())
+}

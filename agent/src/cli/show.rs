@@ -1,0 +1,166 @@
+//! `wimsey status`, `wimsey connections` and `wimsey doctor`: what is going on, for people and as JSON.
+
+use super::Wrong;
+use std::fmt::Write as _;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use wimsey::admin::{self, Connection, Request, Status};
+use wimsey::config::Config;
+
+/// Where configuration and socket are if nothing else is said.
+const DEFAULT_CONFIG: &str = "/etc/wimsey/agent.toml";
+const DEFAULT_SOCKET: &str = "/run/wimsey/admin.sock";
+
+/// Prints what the agent says of itself.
+pub fn status(config: Option<&Path>, json: bool) -> anyhow::Result<ExitCode> {
+    let socket = socket(config)?;
+    if json {
+        println!("{:#}", admin::ask::<serde_json::Value>(&socket, Request::Status)?);
+        return Ok(ExitCode::SUCCESS);
+    }
+    print!("{}", status_text(&admin::ask(&socket, Request::Status)?));
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Prints the open connections.
+pub fn connections(config: Option<&Path>, json: bool) -> anyhow::Result<ExitCode> {
+    let socket = socket(config)?;
+    if json {
+        println!("{:#}", admin::ask::<serde_json::Value>(&socket, Request::Connections)?);
+        return Ok(ExitCode::SUCCESS);
+    }
+    let connections: Vec<Connection> = admin::ask(&socket, Request::Connections)?;
+    print!("{}", connections_text(&connections));
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Prints what this kernel can do. Fails where no engine would work.
+pub fn doctor(json: bool) -> anyhow::Result<ExitCode> {
+    let report = wimsey::offload::selftest::run();
+    if json {
+        todo!()
+    } else {
+        print!("{report}");
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn socket(config: Option<&Path>) -> anyhow::Result<PathBuf> {
+    let path = match config {
+        Some(path) => path,
+        None if Path::new(DEFAULT_CONFIG).exists() => Path::new(DEFAULT_CONFIG),
+        None => return Ok(DEFAULT_SOCKET.into()),
+    };
+    let config = Config::load(path).map_err(|error| Wrong(error.to_string()))?;
+    Ok(config.admin_socket())
+}
+
+fn status_text(status: &Status) -> String {
+    let mut text = String::new();
+    // Writing into a String cannot fail.
+    let _ = write_status(&mut text, status);
+    text
+}
+
+fn write_status(out: &mut String, status: &Status) -> std::fmt::Result {
+    let agent = &status.agent;
+    writeln!(
+        out,
+        "agent      {} pid {} since {}{}",
+        agent.version,
+        agent.pid,
+        agent.since,
+        if agent.draining { ", draining" } else { "" }
+    )?;
+    writeln!(
+        out,
+        "covers     network namespace {}, cgroup {} and below, {} shards",
+        agent.netns, agent.cgroup, agent.shards
+    )?;
+    writeln!(out, "engine     {} ({})", agent.engine, agent.engine_reason)?;
+    let policy = &status.policy;
+    writeln!(
+        out,
+        "policy     generation {} from {}, loaded {}: {} workloads, {} destinations",
+        policy.generation,
+        policy.directory.display(),
+        policy.loaded,
+        policy.workloads,
+        policy.destinations
+    )?;
+    if let Some(refused) = &policy.refused {
+        writeln!(out, "           the last reload was REFUSED, the policy above stays in force:")?;
+        for line in refused.lines() {
+            writeln!(out, "             {line}")?;
+        }
+    }
+    let audit = &status.audit;
+    writeln!(out, "audit      {}: {} lines written, {} lost", audit.path.display(), audit.written, audit.lost)?;
+    if audit.failing {
+        writeln!(out, "           FAILING: {}", audit.last_error.as_deref().unwrap_or("unknown error"))?;
+    }
+    writeln!(out, "open       {} connections of {} accepted", status.connections.open, status.connections.total)?;
+    section(out, "identities", &status.identities, |identity| match (&identity.expires, &identity.error) {
+        (Some(expires), None) => format!("{} until {expires}", identity.id),
+        (Some(expires), Some(error)) => format!("{} until {expires}; renewal FAILS: {error}", identity.id),
+        (None, error) => format!("{} NONE: {}", identity.id, error.as_deref().unwrap_or("not asked for yet")),
+    })?;
+    section(out, "trust bundles", &status.bundles, |bundle| {
+        let until = bundle.expires.as_deref().unwrap_or("unknown");
+        format!("{}: {} anchors until {until}", bundle.trust_domain, bundle.anchors)
+    })?;
+    section(out, "listeners", &status.listeners, |listener| {
+        let id = listener.id.as_deref().unwrap_or("-");
+        format!("{} {} {id} pid {}", listener.address, listener.mode, listener.pid)
+    })?;
+    section(out, "connections from before", &status.preexisting, |connection| {
+        format!("{} - {} ({})", connection.local, connection.remote, connection.action)
+    })?;
+    section(out, "refused", &status.refused, |(code, refused)| {
+        format!("{code} {} times, last {}: {}", refused.count, refused.last, refused.last_reason)
+    })?;
+    let counted = status.kernel.iter().filter(|(_, count)| **count > 0);
+    section(out, "kernel counters", counted, |(name, count)| format!("{name} {count}"))
+}
+
+fn section<T>(
+    out: &mut String,
+    title: &str,
+    items: impl IntoIterator<Item = T>,
+    line: impl Fn(T) -> String,
+) -> std::fmt::Result {
+    let mut items = items.into_iter().peekable();
+    if items.peek().is_some() {
+        writeln!(out, "{title}")?;
+    }
+    items.try_for_each(|item| writeln!(out, "  {}", line(item)))
+}
+
+fn connections_text(connections: &[Connection]) -> String {
+    if connections.is_empty() {
+        return "no open connections\n".into();
+    }
+    let mut text = String::new();
+    for connection in connections {
+        let end = |end: &admin::ConnectionEnd| match &end.id {
+            Some(id) => format!("{id} ({})", end.address),
+            None => end.address.to_string(),
+        };
+        let _ = writeln!(
+            text,
+            "{} {} {} -> {}\n    {} {} engine {} rule {} since {}: {} bytes sent, {} received",
+            connection.flow,
+            connection.direction,
+            end(&connection.source),
+            end(&connection.destination),
+            connection.method,
+            connection.tls.as_deref().unwrap_or("-"),
+            connection.engine.as_deref().unwrap_or("-"),
+            connection.rule.as_deref().unwrap_or("-"),
+            connection.since,
+            connection.sent,
+            connection.received,
+        );
+    }
+    text
+}

@@ -1,0 +1,319 @@
+//! The control thread's loop: one thing after the other, so that nothing here needs a lock.
+//!
+//! *Invariant:* nothing in the loop waits for a connection, a disk or a peer. Attestation, which may read a large file, runs
+//! beside it and reports back.
+
+use super::{Error, kernel_record, settings, status};
+use crate::admin::{self, Asked, PreexistingStatus, Request};
+use crate::identify::attest::{AttestError, Attested};
+use crate::identify::embedded::Embedded;
+use crate::identify::provider::Provider;
+use crate::intercept::{Listening, Notice, OldConnection, Programs};
+use crate::pipeline::Shared;
+use crate::policy::{Policy, Preexisting};
+use crate::relay::Stop;
+use std::collections::HashMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+use time::OffsetDateTime;
+use tokio::signal::unix::{Signal, SignalKind, signal};
+use tokio::sync::{mpsc, watch};
+use wimsey_common::{LISTENER_LEFT_ALONE, LISTENER_PROTECTED, ListenerKey};
+
+/// How often what nobody announces is looked for.
+const TICK: Duration = Duration::from_secs(10);
+/// How long shards may take to end after their last connection was told to.
+const LAST_WORDS: Duration = Duration::from_secs(5);
+
+/// Everything that only the control thread has.
+pub(super) struct Control {
+    pub(super) shared: Arc<Shared>,
+    pub(super) provider: Arc<Embedded>,
+    pub(super) programs: Programs,
+    pub(super) engine_reason: String,
+    pub(super) shards: usize,
+    pub(super) started: OffsetDateTime,
+    pub(super) policy_loaded: OffsetDateTime,
+    /// Why the last reload was refused.
+    pub(super) reload_refused: Option<String>,
+    pub(super) draining: bool,
+    /// Identity of each listener's owner, or why it has none.
+    pub(super) owners: HashMap<ListenerKey, (Listening, Option<String>)>,
+    /// Connections from before, and when each is to be closed.
+    old: HashMap<(SocketAddr, SocketAddr), (OldConnection, Option<Instant>)>,
+    attested: (mpsc::UnboundedSender<Verdict>, mpsc::UnboundedReceiver<Verdict>),
+}
+
+/// What became of attesting a listener's owner.
+struct Verdict {
+    listening: Listening,
+    outcome: Result<Attested, AttestError>,
+}
+
+impl Control {
+    pub(super) fn new(
+        shared: Arc<Shared>,
+        provider: Arc<Embedded>,
+        programs: Programs,
+        engine_reason: String,
+        shards: usize,
+    ) -> Result<Self, Error> {
+        let now = OffsetDateTime::now_utc();
+        Ok(Self {
+            shared,
+            provider,
+            programs,
+            engine_reason,
+            shards,
+            started: now,
+            policy_loaded: now,
+            reload_refused: None,
+            draining: false,
+            owners: HashMap::new(),
+            old: HashMap::new(),
+            attested: mpsc::unbounded_channel(),
+        })
+    }
+
+    /// Runs until a signal says stop and the connections are over or the time to drain is.
+    pub(super) async fn run(mut self, closing: watch::Sender<bool>, shards: &[JoinHandle<()>]) -> Result<(), Error> {
+        let on = |kind| signal(kind).map_err(|source| Error::Host { what: "a signal cannot be awaited", source });
+        let (mut hangup, mut terminate, mut interrupt) =
+            (on(SignalKind::hangup())?, on(SignalKind::terminate())?, on(SignalKind::interrupt())?);
+        let (asked, mut questions) = mpsc::channel(16);
+        let socket = self.shared.config.admin_socket();
+        let admin = tokio::task::spawn_local(admin::serve(admin::bind(&socket)?, asked));
+        let provider = self.provider.clone();
+        let maintenance = tokio::task::spawn_local(async move { provider.maintain().await });
+        let mut changes = self.provider.changes();
+        let mut tick = tokio::time::interval(TICK);
+        self.look_at_listeners()?;
+        self.look_for_old_connections()?;
+        ready();
+        loop {
+            tokio::select! {
+                notice = self.programs.notice() => self.heed(notice?),
+                Some(Asked { request, answer }) = questions.recv() => {
+                    // Whoever asked may have gone away.
+                    let _ = answer.send(self.answer(request));
+                }
+                Some(verdict) = self.attested.1.recv() => self.judge(verdict)?,
+                Ok(()) = changes.changed() => self.revoke("the trust bundles changed"),
+                _ = hangup.recv() => self.reload(),
+                _ = tick.tick() => self.tidy()?,
+                _ = stop(&mut terminate, &mut interrupt) => break,
+            }
+        }
+        self.drain(closing, shards, &mut questions, [&mut terminate, &mut interrupt]).await;
+        admin.abort();
+        maintenance.abort();
+        // Somebody else's socket by now, if it cannot be removed.
+        let _ = std::fs::remove_file(&socket);
+        Ok(())
+    }
+
+    /// Acts on what the kernel programs tell.
+    fn heed(&mut self, notice: Notice) {
+        let policy = self.shared.policy.load();
+        match notice {
+            Notice::Refused(event) => {
+                let record = kernel_record::refused(&event, &policy);
+                self.shared.registry.count_refused(&record);
+                self.shared.audit.send(&record);
+            }
+            Notice::Bypassed(event) => self.shared.audit.send(&kernel_record::bypassed(&event, &policy)),
+            Notice::Listening(listening) => self.attest(listening),
+            Notice::Closed(key) => drop(self.owners.remove(&key)),
+        }
+    }
+
+    /// Attests the owner of a listening socket, beside the loop.
+    fn attest(&mut self, listening: Listening) {
+        self.owners.entry(listening.key).or_insert((listening, None)).0 = listening;
+        let (shared, report) = (self.shared.clone(), self.attested.0.clone());
+        tokio::task::spawn_local(async move {
+            let policy = shared.policy.load_full();
+            let owner = Some(&listening.row.owner).filter(|owner| owner.tgid != 0);
+            let outcome = shared.identities.attestor().owner(owner, listening.row.cookie, policy.as_ref()).await;
+            // The loop outlives all reports but those that nobody needs any more.
+            let _ = report.send(Verdict { listening, outcome });
+        });
+    }
+
+    fn judge(&mut self, Verdict { mut listening, outcome }: Verdict) -> Result<(), Error> {
+        let (mode, workload, id) = match outcome {
+            Ok(Attested { workload: Some(workload), .. }) => {
+                (LISTENER_PROTECTED, workload.number, Some(workload.id.to_string()))
+            }
+            Ok(Attested { workload: None, .. }) => (LISTENER_LEFT_ALONE, 0, None),
+            // Whose it is cannot be said, so it is nobody's: what comes is refused until it can.
+            Err(error) => {
+                tracing::warn!(address = %listening.address(), %error, "the owner of a listening socket cannot be attested");
+                (LISTENER_PROTECTED, 0, None)
+            }
+        };
+        if self.programs.set_listener_mode(&listening, mode, workload)? {
+            listening.row.mode = mode;
+            listening.row.owner.workload = workload;
+            self.owners.insert(listening.key, (listening, id));
+        }
+        Ok(())
+    }
+
+    fn look_at_listeners(&mut self) -> Result<(), Error> {
+        let listeners = self.programs.listeners()?;
+        self.owners.retain(|key, _| listeners.iter().any(|listening| listening.key == *key));
+        for listening in listeners {
+            self.attest(listening);
+        }
+        Ok(())
+    }
+
+    fn look_for_old_connections(&mut self) -> Result<(), Error> {
+        let policy = self.shared.policy.load_full();
+        let found = self.programs.preexisting(|to| policy.is_mesh(to))?;
+        self.old.retain(|ends, _| found.iter().any(|old| (old.local, old.remote) == *ends));
+        for old in found {
+            let due = match policy.preexisting() {
+                Preexisting::Keep => None,
+                Preexisting::Drain(time) => Some(Instant::now() + time),
+                Preexisting::Kill => Some(Instant::now()),
+            };
+            self.old.entry((old.local, old.remote)).or_insert((old, due));
+        }
+        self.close_old_connections();
+        Ok(())
+    }
+
+    fn close_old_connections(&mut self) {
+        let now = Instant::now();
+        let programs = &self.programs;
+        self.old.retain(|_, (old, due)| {
+            if due.is_none_or(|due| due > now) {
+                return true;
+            }
+            match programs.kill(old) {
+                Ok(_) => {
+                    tracing::info!(local = %old.local, remote = %old.remote, "closed a connection from before enrolment");
+                    false
+                }
+                Err(error) => {
+                    tracing::error!(local = %old.local, remote = %old.remote, %error,
+                        "a connection from before enrolment cannot be closed");
+                    true
+                }
+            }
+        });
+    }
+
+    /// Puts what is on disk in force, or says why not. Connections that are still allowed do not notice.
+    fn reload(&mut self) {
+        self.shared.audit.reopen();
+        self.reload_refused = self.try_reload().err().map(|error| error.to_string());
+        match &self.reload_refused {
+            None => {
+                tracing::info!(generation = self.programs.generation(), "policy reloaded");
+                self.revoke("the policy changed");
+            }
+            Some(why) => tracing::error!("reload refused, what was in force stays in force:\n{why}"),
+        }
+    }
+
+    fn try_reload(&mut self) -> Result<(), Error> {
+        let policy = Arc::new(Policy::load(&self.shared.config.policy_dir)?);
+        self.provider.reload(settings(&self.shared.config, &policy))?;
+        // The kernel goes first: what it turns to the agent meanwhile, and the new policy does not know, is refused.
+        self.programs.install(policy.clone())?;
+        self.provider.retain(policy.workloads());
+        self.shared.policy.store(policy);
+        self.policy_loaded = OffsetDateTime::now_utc();
+        self.look_at_listeners()?;
+        self.look_for_old_connections()
+    }
+
+    fn revoke(&self, why: &'static str) {
+        let ended = self.shared.registry.revoke(&self.shared.policy.load());
+        if ended > 0 {
+            tracing::info!(ended, why, "connections that are no longer allowed were closed");
+        }
+    }
+
+    fn tidy(&mut self) -> Result<(), Error> {
+        self.programs.tidy()?;
+        self.close_old_connections();
+        Ok(())
+    }
+
+    fn answer(&self, request: Request) -> serde_json::Value {
+        let answer = match request {
+            Request::Status => serde_json::to_value(status::status(self)),
+            Request::Connections => serde_json::to_value(status::connections(&self.shared.registry)),
+        };
+        answer.unwrap_or_else(|error| serde_json::json!({ "error": error.to_string() }))
+    }
+
+    pub(super) fn old_connections(&self) -> Vec<PreexistingStatus> {
+        let describe = |(old, due): &(OldConnection, Option<Instant>)| PreexistingStatus {
+            local: old.local,
+            remote: old.remote,
+            action: match due {
+                None => "keep".into(),
+                Some(due) => format!("closed in {} s", due.saturating_duration_since(Instant::now()).as_secs()),
+            },
+        };
+        self.old.values().map(describe).collect()
+    }
+
+    /// Takes no new connections, and waits until the last one is over or the time is. A second signal ends the wait.
+    async fn drain(
+        &mut self,
+        closing: watch::Sender<bool>,
+        shards: &[JoinHandle<()>],
+        questions: &mut mpsc::Receiver<Asked>,
+        [terminate, interrupt]: [&mut Signal; 2],
+    ) {
+        self.draining = true;
+        let patience = self.shared.config.timeouts.drain;
+        tracing::info!(open = self.shared.registry.open_count(), ?patience, "draining");
+        // Without receivers the shards are gone already.
+        let _ = closing.send(true);
+        let over = all_over(shards);
+        let time_is_up = tokio::time::sleep(patience);
+        tokio::pin!(over, time_is_up);
+        loop {
+            tokio::select! {
+                () = &mut over => return,
+                () = &mut time_is_up => break,
+                _ = stop(terminate, interrupt) => break,
+                Some(Asked { request, answer }) = questions.recv() => drop(answer.send(self.answer(request))),
+            }
+        }
+        tracing::info!(open = self.shared.registry.open_count(), "the time to drain is over");
+        self.shared.registry.stop_all(Stop::Drained);
+        let _ = tokio::time::timeout(LAST_WORDS, over).await;
+    }
+}
+
+async fn stop(terminate: &mut Signal, interrupt: &mut Signal) {
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+}
+
+async fn all_over(shards: &[JoinHandle<()>]) {
+    while !shards.iter().all(JoinHandle::is_finished) {
+        tokio::time::sleep(Duration::from_millis(20)).await;
+    }
+}
+
+/// Tells systemd, where it asked (sd_notify(3)).
+fn ready() {
+    let Some(path) = std::env::var_os("NOTIFY_SOCKET") else { return };
+    let told = std::os::unix::net::UnixDatagram::unbound().and_then(|socket| socket.send_to(b"READY=1", path));
+    if let Err(error) = told {
+        tracing::warn!(%error, "systemd cannot be told that the agent is ready");
+    }
+}

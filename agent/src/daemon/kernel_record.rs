@@ -1,0 +1,89 @@
+//! Audit records of what the kernel programs did by themselves.
+
+use crate::audit::{Bytes, Decision, End, Method, Process, Record};
+use crate::intercept::{Direction, socket_address};
+use crate::policy::Policy;
+use crate::refusal::Culprit;
+use time::OffsetDateTime;
+use wimsey_common::*;
+
+/// A connection or datagram that was refused.
+pub(super) fn refused(event: &Event, policy: &Policy) -> Record {
+    let (culprit, code, reason) = match event.reason {
+        REASON_NO_IDENTITY => (
+            Culprit::Policy,
+            "no-identity",
+            "no registration entry can match this process, and the destination takes identities only: add a [[workload]]",
+        ),
+        REASON_NOT_ALLOWED => (
+            Culprit::Policy,
+            "not-allowed",
+            "no rule lets this workload reach this destination: add an [[allow]] or [[bypass]]",
+        ),
+        REASON_MAP_FULL => (
+            Culprit::Host,
+            "map-full",
+            "a map of the kernel programs is full: fewer connections, or an agent with larger maps",
+        ),
+        REASON_GUARD => (
+            Culprit::Host,
+            "guard",
+            "a SYN to a mesh destination did not come through the agent: the socket is older than the agent, or from a cgroup \
+             that is not covered",
+        ),
+        REASON_UDP => (
+            Culprit::Policy,
+            "udp-refused",
+            "no [[udp]] rule lets this workload send datagrams to this mesh destination",
+        ),
+        REASON_NO_AGENT => (Culprit::Host, "no-agent", "no agent was there to speak for this connection"),
+        _ => (
+            Culprit::Ourselves,
+            "kernel-refused",
+            "the kernel programs refused it for a reason this agent does not know",
+        ),
+    };
+    record(event, policy, Decision::Denied, Some(culprit), code, reason)
+}
+
+/// A connection that passed by a named bypass.
+pub(super) fn bypassed(event: &Event, policy: &Policy) -> Record {
+    record(event, policy, Decision::Bypassed, None, "bypassed", "passed in plaintext by a named rule")
+}
+
+fn record(
+    event: &Event,
+    policy: &Policy,
+    decision: Decision,
+    culprit: Option<Culprit>,
+    code: &'static str,
+    reason: &str,
+) -> Record {
+    let source = policy.workload(event.task.workload).map(|workload| workload.id.to_string());
+    let destination = socket_address(&event.destination, event.destination_port);
+    let expected = policy.expected(destination).map(ToString::to_string);
+    Record {
+        time: OffsetDateTime::now_utc(),
+        flow: 0,
+        direction: Direction::Outbound,
+        protocol: if event.protocol == 17 { "udp" } else { "tcp" },
+        decision,
+        source: End { id: source, address: socket_address(&event.source, event.source_port) },
+        // Nobody was authenticated there: who was expected belongs into the reason.
+        destination: End { id: None, address: destination },
+        method: if decision == Decision::Bypassed { Method::Plaintext } else { Method::None },
+        tls: None,
+        engine: None,
+        rule: policy.rule(event.rule).map(|rule| rule.name.to_string()),
+        process: (event.task.tgid != 0).then(|| Process::from(&event.task)),
+        stage: "kernel",
+        culprit,
+        code,
+        reason: match expected {
+            Some(expected) => format!("{reason} (expected there: {expected})"),
+            None => reason.to_owned(),
+        },
+        bytes: Bytes::default(),
+        duration_ms: 0,
+    }
+}

@@ -1,0 +1,151 @@
+//! The agent: threads, signals, reload, drain. What happens once or now and then, and nothing per connection.
+//!
+//! The calling thread becomes the control thread: policy, identities, kernel events, admin socket and signals on one
+//! single-threaded runtime. Shards are threads of their own ([`crate::shard`]).
+//!
+//! *Invariant:* what is in force stays in force until its successor has been checked and installed as a whole.
+
+mod control;
+mod kernel_record;
+mod status;
+
+use crate::admin;
+use crate::audit;
+use crate::config::{Config, EngineChoice, Shards, WhenFull};
+use crate::identify::Identities;
+use crate::identify::attest::{AttestError, Attestor};
+use crate::identify::embedded::{Embedded, EmbeddedError, Settings};
+use crate::intercept::{self, Options, Programs};
+use crate::live::Registry;
+use crate::offload::{self, Choice, Preference};
+use crate::pipeline::Shared;
+use crate::policy::{Policy, Rejected};
+use crate::privilege;
+use crate::shard;
+use arc_swap::ArcSwap;
+use control::Control;
+use std::io;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+use tokio::sync::{Semaphore, watch};
+use tokio::task::LocalSet;
+
+/// Why the agent does not start, or did not go on.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The policy is not taken.
+    #[error(transparent)]
+    Policy(#[from] Rejected),
+    /// The authority or a trust bundle is not taken.
+    #[error(transparent)]
+    Identity(#[from] EmbeddedError),
+    /// Processes cannot be attested on this host.
+    #[error(transparent)]
+    Attestation(#[from] AttestError),
+    /// The kernel programs cannot be loaded, attached or fed.
+    #[error(transparent)]
+    Kernel(#[from] intercept::Error),
+    /// The configured engine does not work here.
+    #[error(transparent)]
+    Engine(#[from] offload::Unavailable),
+    /// The audit log cannot be opened.
+    #[error(transparent)]
+    Audit(#[from] audit::OpenError),
+    /// The admin socket cannot be made.
+    #[error(transparent)]
+    Admin(#[from] admin::Error),
+    /// Privileges cannot be given up.
+    #[error(transparent)]
+    Privilege(#[from] privilege::Error),
+    /// Threads, runtimes or signals cannot be had.
+    #[error("{what}: {source}")]
+    Host {
+        /// What was tried.
+        what: &'static str,
+        /// What the kernel said.
+        source: io::Error,
+    },
+}
+
+/// Runs the agent until SIGTERM or SIGINT.
+pub fn run(config: Config) -> Result<(), Error> {
+    let files = privilege::raise_file_limit()?;
+    let policy = Arc::new(Policy::load(&config.policy_dir)?);
+    let provider = Arc::new(Embedded::open(settings(&config, &policy))?);
+    let attestor = Arc::new(Attestor::discover()?);
+    let matrix = offload::selftest::run();
+    let engine = Choice::from(preference(config.engine), &matrix)?;
+    let shards = shard_count(config.shards);
+    let options =
+        Options { run_dir: config.run_dir.clone(), cgroup: config.cgroup.clone().into(), shards, sizes: Vec::new() };
+    let mut programs = Programs::load(&options)?;
+    let log = audit::Log::open(&config.audit.path, config.audit.when_full == WhenFull::Refuse)?;
+    privilege::give_up()?;
+    let shared = Arc::new(Shared {
+        policy: ArcSwap::new(policy.clone()),
+        identities: Identities::new(provider.clone(), attestor),
+        engine,
+        registry: Arc::new(Registry::default()),
+        audit: log.sender(),
+        handshakes: Semaphore::new(config.limits.handshakes),
+        config,
+    });
+    // Shards first: from the moment that the policy is in the kernel's maps, connections come.
+    let (closing, closed) = watch::channel(false);
+    let mut threads = Vec::new();
+    for doorway in programs.doorways() {
+        let thread = shard::start(doorway, shared.clone(), closed.clone());
+        threads.push(thread.map_err(|source| Error::Host { what: "a shard's thread cannot be started", source })?);
+    }
+    programs.install(policy)?;
+    tracing::info!(shards, files, engine = engine.engine().name(), reason = %matrix, "agent is up");
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
+    let runtime = runtime.map_err(|source| Error::Host { what: "the control runtime cannot be made", source })?;
+    let local = LocalSet::new();
+    let outcome = runtime.block_on(local.run_until(async {
+        let control = Control::new(shared.clone(), provider, programs, matrix.to_string(), shards)?;
+        control.run(closing, &threads).await
+    }));
+    join(threads);
+    log.close();
+    outcome
+}
+
+/// Loads the authority and the trust bundles as the agent would at start.
+pub fn check_identity(config: &Config, policy: &Policy) -> Result<(), EmbeddedError> {
+    Embedded::open(settings(config, policy)).map(drop)
+}
+
+/// What the embedded provider is made from.
+fn settings(config: &Config, policy: &Policy) -> Settings {
+    let crate::config::Provider::Embedded { ca_dir, svid_ttl } = &config.identity;
+    Settings {
+        ca_dir: ca_dir.clone(),
+        trust_domain: policy.trust_domain().clone(),
+        svid_ttl: *svid_ttl,
+        bundles: config.trust.iter().map(|trust| (trust.trust_domain.clone(), trust.bundle.clone())).collect(),
+    }
+}
+
+fn preference(engine: EngineChoice) -> Preference {
+    match engine {
+        EngineChoice::Auto => Preference::Auto,
+        EngineChoice::Kernel => Preference::Kernel,
+        EngineChoice::User => Preference::User,
+    }
+}
+
+fn shard_count(shards: Shards) -> usize {
+    match shards {
+        Shards::Exactly(count) => count.get(),
+        Shards::Auto => std::thread::available_parallelism().map_or(1, usize::from).min(wimsey_common::MAX_SHARDS),
+    }
+}
+
+fn join(threads: Vec<JoinHandle<()>>) {
+    for thread in threads.into_iter().filter(JoinHandle::is_finished) {
+        if thread.join().is_err() {
+            tracing::error!("a shard has panicked: this is a defect, please report it");
+        }
+    }
+}

@@ -1,0 +1,150 @@
+//! What the admin socket answers, put together from what the control thread knows.
+
+use super::control::Control;
+use crate::admin::{
+    Agent, AuditStatus, BundleStatus, Connection, ConnectionCount, ConnectionEnd, IdentityStatus, ListenerStatus,
+    PolicyStatus, RefusedStatus, Status,
+};
+use crate::audit::End;
+use crate::identify::provider::Provider;
+use crate::intercept::Direction;
+use crate::live::{Basis, Live, Registry};
+use std::collections::BTreeMap;
+use time::OffsetDateTime;
+use time::format_description::well_known::Rfc3339;
+use wimsey_common::{LISTENER_LEFT_ALONE, LISTENER_PROTECTED};
+
+/// Names of the kernel programs' counters, by their numbers in [`wimsey_common::counter`].
+const COUNTERS: [&str; wimsey_common::counter::COUNT as usize] = [
+    "turned",
+    "left-alone",
+    "bypassed",
+    "refused-no-identity",
+    "refused-not-allowed",
+    "refused-map-full",
+    "guard-dropped",
+    "udp-allowed",
+    "udp-refused",
+    "steered",
+    "legs-admitted",
+    "refused-no-agent",
+    "events-lost",
+];
+
+pub(super) fn status(control: &Control) -> Status {
+    let shared = &control.shared;
+    let policy = shared.policy.load();
+    let health = shared.audit.health();
+    let provider = control.provider.status();
+    let identity = |workload: &crate::policy::Workload| {
+        let held = provider.credentials.iter().find(|held| held.workload == workload.number);
+        IdentityStatus {
+            id: workload.id.to_string(),
+            expires: held.map(|held| held.not_after.clone()),
+            error: provider.last_error.clone(),
+        }
+    };
+    let mut bundles: BTreeMap<&str, BundleStatus> = BTreeMap::new();
+    for anchor in &provider.bundles {
+        let bundle = bundles.entry(&anchor.trust_domain).or_insert_with(|| BundleStatus {
+            trust_domain: anchor.trust_domain.clone(),
+            anchors: 0,
+            expires: None,
+        });
+        bundle.anchors += 1;
+        bundle.expires = bundle.expires.take().max(Some(anchor.not_after.clone()));
+    }
+    Status {
+        agent: Agent {
+            version: env!("CARGO_PKG_VERSION").into(),
+            pid: std::process::id(),
+            since: text(control.started),
+            netns: control.programs.netns(),
+            cgroup: shared.config.cgroup.clone(),
+            engine: shared.engine.engine().name().into(),
+            engine_reason: control.engine_reason.clone(),
+            shards: control.shards,
+            draining: control.draining,
+        },
+        policy: PolicyStatus {
+            directory: shared.config.policy_dir.clone(),
+            generation: control.programs.generation(),
+            loaded: text(control.policy_loaded),
+            refused: control.reload_refused.clone(),
+            workloads: policy.workloads().len(),
+            destinations: policy.kernel().destinations.len(),
+        },
+        audit: AuditStatus {
+            path: shared.config.audit.path.clone(),
+            written: health.written(),
+            lost: health.lost(),
+            failing: health.failing(),
+            last_error: health.last_error(),
+        },
+        identities: policy.workloads().iter().map(identity).collect(),
+        bundles: bundles.into_values().collect(),
+        listeners: listeners(control),
+        preexisting: control.old_connections(),
+        refused: shared
+            .registry
+            .refused()
+            .into_iter()
+            .map(|(code, refused)| {
+                let RefusedCount { count, last, last_reason } = refused;
+                (code.to_owned(), RefusedStatus { count, last: text(last), last_reason })
+            })
+            .collect(),
+        kernel: match control.programs.counters() {
+            Ok(counters) => COUNTERS.iter().map(|name| (*name).to_owned()).zip(counters).collect(),
+            Err(_) => BTreeMap::new(),
+        },
+        connections: ConnectionCount { open: shared.registry.open_count(), total: shared.registry.total() },
+    }
+}
+
+use crate::live::Refused as RefusedCount;
+
+fn listeners(control: &Control) -> Vec<ListenerStatus> {
+    let mut listeners: Vec<ListenerStatus> = control
+        .owners
+        .values()
+        .filter(|(listening, _)| listening.row.mode != LISTENER_LEFT_ALONE)
+        .map(|(listening, id)| ListenerStatus {
+            address: listening.address(),
+            id: id.clone(),
+            pid: listening.row.owner.tgid,
+            mode: if listening.row.mode == LISTENER_PROTECTED { "protected" } else { "unknown" }.into(),
+        })
+        .collect();
+    listeners.sort_by_key(|listener| (listener.address.port(), listener.address));
+    listeners
+}
+
+pub(super) fn connections(registry: &Registry) -> Vec<Connection> {
+    registry.open().iter().map(|live| connection(live)).collect()
+}
+
+fn connection(live: &Live) -> Connection {
+    let end = |end: &End| ConnectionEnd { id: end.id.clone(), address: end.address };
+    Connection {
+        flow: live.flow,
+        direction: match live.direction {
+            Direction::Outbound => "outbound".into(),
+            Direction::Inbound => "inbound".into(),
+        },
+        source: end(&live.source),
+        destination: end(&live.destination),
+        method: if matches!(live.basis, Basis::Mesh { .. }) { "mtls" } else { "plaintext" }.into(),
+        tls: live.tls.as_ref().map(|tls| format!("{} {}", tls.group, tls.cipher)),
+        engine: live.engine.map(Into::into),
+        rule: live.rule.as_ref().map(ToString::to_string),
+        pid: live.process.as_ref().map(|process| process.pid),
+        since: text(live.since),
+        sent: live.progress.sent(),
+        received: live.progress.received(),
+    }
+}
+
+fn text(time: OffsetDateTime) -> String {
+    time.format(&Rfc3339).unwrap_or_default()
+}

@@ -1,0 +1,229 @@
+//! Two hosts in one test: a trust domain, permits, sessions, and a foreign TLS stack that believes everybody.
+
+use super::{Ciphers, Session, Terms, accept, connect};
+use crate::{
+    authorize::Permit,
+    identify::{
+        Credential, Parties,
+        attest::Facts,
+        bundle::Trust,
+        testing::{TestCa, ca_params, domain_of, id_of, leaf_params},
+    },
+    intercept::{Direction, Flow, OriginalDst},
+    policy::{Matcher, Peers, Rule, Workload},
+};
+use rcgen::CertificateParams;
+use rustls::{
+    ClientConfig, DigitallySignedStruct, DistinguishedName, ServerConfig, SignatureScheme,
+    client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+    crypto::aws_lc_rs,
+    pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, ServerName, UnixTime},
+    server::danger::{ClientCertVerified, ClientCertVerifier},
+    sign::CertifiedKey,
+};
+use std::{
+    sync::Arc,
+    time::{Duration, SystemTime},
+};
+use tokio::{
+    net::{TcpListener, TcpStream},
+    time::Instant,
+};
+
+pub(crate) const WEB: &str = "spiffe://example.org/web";
+pub(crate) const CURL: &str = "spiffe://example.org/curl";
+
+/// A trust domain with its authority.
+pub(crate) struct World {
+    ca: TestCa,
+    trust: Arc<Trust>,
+}
+
+impl World {
+    pub(crate) fn new() -> Self {
+        let ca = TestCa::with(now_valid(ca_params("example.org")));
+        let trust = Arc::new(Trust::new().with(domain_of("example.org"), ca.anchors("example.org")));
+        Self { ca, trust }
+    }
+
+    /// Certificate and PKCS#8 key of a workload.
+    pub(crate) fn svid(&self, id: &str) -> (CertificateDer<'static>, Vec<u8>) {
+        let (certificate, key) = self.ca.leaf_with_key(now_valid(leaf_params(id)));
+        (certificate, key.serialize_der())
+    }
+
+    pub(crate) fn ca_der(&self) -> &CertificateDer<'static> {
+        &self.ca.certificate
+    }
+
+    fn credential(&self, id: &str) -> Arc<Credential> {
+        let (certificate, key) = self.svid(id);
+        let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key));
+        let key = aws_lc_rs::sign::any_ecdsa_type(&key).unwrap();
+        Arc::new(Credential {
+            id: id_of(id),
+            certified: Arc::new(CertifiedKey::new(vec![certificate], key)),
+            not_before: SystemTime::now(),
+            not_after: SystemTime::now() + Duration::from_secs(3600),
+            serial: "00".into(),
+        })
+    }
+
+    /// Leave for `local` to talk to `peer` alone.
+    pub(crate) fn permit(&self, direction: Direction, socket: TcpStream, local: &str, peer: &str) -> Permit {
+        let address = socket.local_addr().unwrap();
+        let parties = Parties {
+            flow: Flow {
+                id: 1,
+                direction,
+                socket,
+                destination: OriginalDst(address),
+                source: address,
+                dial_from: None,
+                task: None,
+                cookie: 0,
+                protected: true,
+                listener_cookie: 0,
+            },
+            workload: Workload { number: 1, id: id_of(local) },
+            credential: self.credential(local),
+            trust: self.trust.clone(),
+            facts: Facts { pid: 1, uid: 0, gid: 0, comm: "test".into(), executable: None, cgroup: None, note: None },
+        };
+        let rule = Arc::new(Rule { number: 1, name: "test".into(), idle_timeout: None });
+        Permit::forged(parties, Peers(vec![(Matcher::Exact(id_of(peer)), rule)]))
+    }
+
+    /// A foreign client: any server is right for it. Without `id` it has no certificate.
+    pub(crate) fn foreign_client(&self, id: Option<&str>) -> ClientConfig {
+        let builder = ClientConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .dangerous()
+            .with_custom_certificate_verifier(Arc::new(Anybody));
+        match id.map(|id| self.svid(id)) {
+            Some((certificate, key)) => {
+                let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key));
+                builder.with_client_auth_cert(vec![certificate], key).unwrap()
+            }
+            None => builder.with_no_client_auth(),
+        }
+    }
+
+    /// A foreign server: it asks for a certificate, and any is right for it.
+    pub(crate) fn foreign_server(&self, id: &str) -> ServerConfig {
+        let (certificate, key) = self.svid(id);
+        let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key));
+        ServerConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
+            .with_safe_default_protocol_versions()
+            .unwrap()
+            .with_client_cert_verifier(Arc::new(Anybody))
+            .with_single_cert(vec![certificate], key)
+            .unwrap()
+    }
+
+    /// Both ends of one connection, shaken: curl dials web. The applications' sockets are the other ends of the flows.
+    pub(crate) async fn sessions(&self, ciphers: Ciphers) -> Sessions {
+        let (client_application, client_own) = pair().await;
+        let (network_client, network_server) = pair().await;
+        let client = self.permit(Direction::Outbound, client_own, CURL, WEB);
+        let server = self.permit(Direction::Inbound, network_server, WEB, CURL);
+        let terms = terms(ciphers);
+        let (client, server) = tokio::join!(connect(client, network_client, terms), accept(server, terms));
+        Sessions { client_application, client: client.unwrap(), server: server.unwrap() }
+    }
+}
+
+pub(crate) struct Sessions {
+    pub(crate) client_application: TcpStream,
+    pub(crate) client: Session,
+    pub(crate) server: Session,
+}
+
+pub(crate) fn terms(ciphers: Ciphers) -> Terms {
+    Terms { deadline: Instant::now() + Duration::from_secs(10), ciphers }
+}
+
+/// Two ends of a loopback connection.
+pub(crate) async fn pair() -> (TcpStream, TcpStream) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let dial = TcpStream::connect(listener.local_addr().unwrap());
+    let (dialled, accepted) = tokio::join!(dial, listener.accept());
+    (dialled.unwrap(), accepted.unwrap().0)
+}
+
+/// The authority's tests stand at a fixed time; a handshake looks at the clock.
+fn now_valid(mut params: CertificateParams) -> CertificateParams {
+    params.not_before = (SystemTime::now() - Duration::from_secs(365 * 24 * 3600)).into();
+    params.not_after = (SystemTime::now() + Duration::from_secs(365 * 24 * 3600)).into();
+    params
+}
+
+/// Believes everybody.
+#[derive(Debug)]
+struct Anybody;
+
+impl ServerCertVerifier for Anybody {
+    fn verify_server_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: &ServerName<'_>,
+        _: &[u8],
+        _: UnixTime,
+    ) -> Result<ServerCertVerified, rustls::Error> {
+        Ok(ServerCertVerified::assertion())
+    }
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Ok(HandshakeSignatureValid::assertion())
+    }
+    fn verify_tls13_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Ok(HandshakeSignatureValid::assertion())
+    }
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        vec![SignatureScheme::ECDSA_NISTP256_SHA256]
+    }
+}
+
+impl ClientCertVerifier for Anybody {
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        &[]
+    }
+    fn verify_client_cert(
+        &self,
+        _: &CertificateDer<'_>,
+        _: &[CertificateDer<'_>],
+        _: UnixTime,
+    ) -> Result<ClientCertVerified, rustls::Error> {
+        Ok(ClientCertVerified::assertion())
+    }
+    fn verify_tls12_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Ok(HandshakeSignatureValid::assertion())
+    }
+    fn verify_tls13_signature(
+        &self,
+        _: &[u8],
+        _: &CertificateDer<'_>,
+        _: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, rustls::Error> {
+        Ok(HandshakeSignatureValid::assertion())
+    }
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        vec![SignatureScheme::ECDSA_NISTP256_SHA256]
+    }
+}

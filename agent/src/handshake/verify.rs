@@ -1,0 +1,455 @@
+//! Peer verification: a certificate chain in, the peer's SPIFFE ID and the rule that admits it out.
+//!
+//! [`verify_peer`] is pure: chain, role, trust and time decide. [`PeerVerifier`] puts it into rustls for one handshake
+//! and keeps the verdict for the handshake to read, the refusal included, since rustls's own error cannot say it whole.
+//! Host names play no part: what is dialled is mapped to an expected identity by the policy (R18, R47, R48).
+//!
+//! *Invariant:* a chain is only ever checked against the anchors of the trust domain that its leaf names (R37), and no
+//! handshake completes with a peer that the policy's peers do not admit.
+
+use crate::{
+    identify::{
+        Malformed,
+        bundle::Trust,
+        x509::{Parsed, display_time, from_unix_time},
+    },
+    policy::{Peers, Rule},
+    refusal::{Culprit, Refusal},
+    spiffe::{InvalidId, SpiffeId, TrustDomain},
+};
+use rustls::{
+    CertificateError, DigitallySignedStruct, DistinguishedName, Error as TlsError, PeerIncompatible, SignatureScheme,
+    client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
+    crypto::{WebPkiSupportedAlgorithms, verify_tls13_signature},
+    pki_types::{CertificateDer, ServerName, UnixTime},
+    server::danger::{ClientCertVerified, ClientCertVerifier},
+};
+use std::{
+    sync::{Arc, LazyLock, OnceLock},
+    time::SystemTime,
+};
+
+/// The longest chain that is looked at, leaf included. SPIRE's nested deployments need four.
+pub const LONGEST_CHAIN: usize = 8;
+
+/// What the peer is in this handshake.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Role {
+    /// It was dialled.
+    Server,
+    /// It dialled.
+    Client,
+}
+
+/// A peer whose certificate is good. Whether it may talk to us is not decided by this.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct VerifiedPeer {
+    /// Who it is.
+    pub id: SpiffeId,
+    /// End of its certificate's validity.
+    pub not_after: SystemTime,
+    /// Its certificate's serial number in hexadecimal, for the audit line.
+    pub serial: String,
+}
+
+/// A peer that is who it says and that the policy admits.
+#[derive(Clone, Debug)]
+pub struct Admitted {
+    /// The peer.
+    pub peer: VerifiedPeer,
+    /// The rule that admits it.
+    pub rule: Arc<Rule>,
+}
+
+/// What is wrong with a peer's certificate.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PeerCertificateError {
+    /// It sent none.
+    #[error("the peer sent no certificate: mutual TLS needs one")]
+    Missing,
+    /// It sent very many.
+    #[error("the peer's chain has {0} certificates, more than {LONGEST_CHAIN}")]
+    TooLong(usize),
+    /// It cannot be read without doubt.
+    #[error("the peer's certificate cannot be read: {0}")]
+    Malformed(#[from] Malformed),
+    /// None, or more than one, of any scheme (R24).
+    #[error("the peer's certificate carries {0} URI names; an X.509-SVID carries exactly one")]
+    UriCount(usize),
+    /// The URI is no SPIFFE ID of a workload (R36).
+    #[error("the peer's certificate carries {uri:?}, which is no SPIFFE ID of a workload: {source}")]
+    Id {
+        /// As it stands there, at most a part of it.
+        uri: String,
+        /// What is wrong with it.
+        source: InvalidId,
+    },
+    /// An authority must not be used as a workload (R32, R36).
+    #[error("the peer's certificate is that of an authority (cA is true), not of a workload")]
+    Authority,
+    /// Key usage (R29, R36).
+    #[error("the peer's certificate {0}")]
+    KeyUsage(&'static str),
+    /// Extended key usage (R31, R45).
+    #[error("the peer's certificate is not for use as a {0}: its extended key usage lacks it")]
+    Purpose(&'static str),
+    /// No bundle for its trust domain (R61).
+    #[error("the peer is of trust domain {0}, for which there is no trust bundle: add [[trust]] to trust it")]
+    UnknownTrustDomain(TrustDomain),
+    /// A bundle, but nothing in it is valid now.
+    #[error("no anchor in the trust bundle of {0} is valid now: get its current bundle")]
+    BundleExpired(TrustDomain),
+    /// It, or an authority between it and the anchor, is over.
+    #[error("the peer's certificate chain expired at {not_after}, and the clock says {now}")]
+    Expired {
+        /// When.
+        not_after: String,
+        /// What the clock says.
+        now: String,
+    },
+    /// It, or an authority between it and the anchor, has not begun.
+    #[error("the peer's certificate chain is not valid before {not_before}, and the clock says {now}")]
+    NotYetValid {
+        /// When it begins.
+        not_before: String,
+        /// What the clock says.
+        now: String,
+    },
+    /// It does not lead to an anchor of its own trust domain (R37).
+    #[error("the peer says that it is {id}, but its certificate does not lead to an authority of {}: {why}", id.trust_domain())]
+    Untrusted {
+        /// Whom it claims to be.
+        id: SpiffeId,
+        /// What the path validation says.
+        why: String,
+    },
+}
+
+/// Why a handshake was ended by this side.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum Rejection {
+    /// The certificate.
+    #[error(transparent)]
+    Certificate(#[from] PeerCertificateError),
+    /// A good certificate of somebody whom no rule admits.
+    #[error("the peer is {0}, and no rule admits it here")]
+    NotPermitted(SpiffeId),
+}
+
+/// Verifies a peer's certificate chain, leaf first, as it came off the wire (R35 to R37, R44, R45, R61).
+pub fn verify_peer(
+    chain: &[CertificateDer<'_>],
+    role: Role,
+    trust: &Trust,
+    now: UnixTime,
+) -> Result<SpiffeId, PeerCertificateError> {
+    verify_chain(chain, role, trust, now).map(|peer| peer.id)
+}
+
+/// The same, with more about the certificate.
+pub fn verify_chain(
+    chain: &[CertificateDer<'_>],
+    role: Role,
+    trust: &Trust,
+    now: UnixTime,
+) -> Result<VerifiedPeer, PeerCertificateError> {
+    let (leaf, intermediates) = chain.split_first().ok_or(PeerCertificateError::Missing)?;
+    if chain.len() > LONGEST_CHAIN {
+        return Err(PeerCertificateError::TooLong(chain.len()));
+    }
+    let parsed = Parsed::parse(leaf)?;
+    let id = workload_id(&parsed)?;
+    check_leaf(&parsed, role)?;
+    let domain = id.trust_domain();
+    let anchors = trust.anchors(&domain).ok_or_else(|| PeerCertificateError::UnknownTrustDomain(domain.clone()))?;
+    let anchors = anchors.valid_at(now);
+    if anchors.is_empty() {
+        return Err(PeerCertificateError::BundleExpired(domain));
+    }
+    let untrusted = |error: webpki::Error| from_webpki(error, &id, now);
+    let end_entity = webpki::EndEntityCert::try_from(leaf).map_err(untrusted)?;
+    // Two readers of the same bytes must see the same name.
+    if end_entity.valid_uri_names().ne([id.as_str()]) {
+        return Err(Malformed("its subject alternative names can be read in two ways").into());
+    }
+    let usage = match role {
+        Role::Server => webpki::KeyUsage::server_auth(),
+        Role::Client => webpki::KeyUsage::client_auth(),
+    };
+    let check_path = |path: &webpki::VerifiedPath<'_>| check_intermediates(path, &domain);
+    end_entity
+        .verify_for_usage(ALGORITHMS.all, &anchors, intermediates, now, usage, None, Some(&check_path))
+        .map_err(untrusted)?;
+    Ok(VerifiedPeer { id, not_after: parsed.not_after(), serial: parsed.serial() })
+}
+
+impl Refusal for PeerCertificateError {
+    fn culprit(&self) -> Culprit {
+        match self {
+            PeerCertificateError::UnknownTrustDomain(_) => Culprit::Policy,
+            PeerCertificateError::BundleExpired(_) => Culprit::Host,
+            _ => Culprit::Peer,
+        }
+    }
+    fn code(&self) -> &'static str {
+        match self {
+            PeerCertificateError::Missing => "peer-certificate-missing",
+            PeerCertificateError::TooLong(_) => "peer-chain-too-long",
+            PeerCertificateError::Malformed(_) => "peer-certificate-malformed",
+            PeerCertificateError::UriCount(_) => "peer-uri-count",
+            PeerCertificateError::Id { .. } => "peer-id-invalid",
+            PeerCertificateError::Authority => "peer-certificate-is-authority",
+            PeerCertificateError::KeyUsage(_) => "peer-key-usage",
+            PeerCertificateError::Purpose(_) => "peer-key-purpose",
+            PeerCertificateError::UnknownTrustDomain(_) => "peer-trust-domain-unknown",
+            PeerCertificateError::BundleExpired(_) => "peer-bundle-expired",
+            PeerCertificateError::Expired { .. } => "peer-certificate-expired",
+            PeerCertificateError::NotYetValid { .. } => "peer-certificate-not-yet-valid",
+            PeerCertificateError::Untrusted { .. } => "peer-untrusted",
+        }
+    }
+}
+
+impl Refusal for Rejection {
+    fn culprit(&self) -> Culprit {
+        match self {
+            Rejection::Certificate(error) => error.culprit(),
+            Rejection::NotPermitted(_) => Culprit::Policy,
+        }
+    }
+    fn code(&self) -> &'static str {
+        match self {
+            Rejection::Certificate(error) => error.code(),
+            Rejection::NotPermitted(_) => "peer-not-permitted",
+        }
+    }
+}
+
+/// How rustls is told, so that the peer gets the alert that RFC 9846 section 6.2 has for it.
+impl From<&Rejection> for CertificateError {
+    fn from(rejection: &Rejection) -> Self {
+        use PeerCertificateError as E;
+        let error = match rejection {
+            // access_denied
+            Rejection::NotPermitted(_) => return CertificateError::ApplicationVerificationFailure,
+            Rejection::Certificate(error) => error,
+        };
+        match error {
+            // bad_certificate
+            E::Missing | E::TooLong(_) | E::Malformed(_) | E::UriCount(_) | E::Id { .. } => {
+                CertificateError::BadEncoding
+            }
+            // unsupported_certificate
+            E::Authority | E::KeyUsage(_) | E::Purpose(_) => CertificateError::InvalidPurpose,
+            // unknown_ca
+            E::UnknownTrustDomain(_) | E::BundleExpired(_) | E::Untrusted { .. } => CertificateError::UnknownIssuer,
+            // certificate_expired, which is also for one that is not valid yet
+            E::Expired { .. } => CertificateError::Expired,
+            E::NotYetValid { .. } => CertificateError::NotValidYet,
+        }
+    }
+}
+
+/// Verifies the peer of one handshake, and keeps the verdict.
+///
+/// One for each connection: it refuses to judge a second one, so that a verdict is never read for another peer.
+#[derive(Debug)]
+pub struct PeerVerifier {
+    role: Role,
+    trust: Arc<Trust>,
+    peers: Peers,
+    verdict: OnceLock<Result<Admitted, Rejection>>,
+}
+
+impl PeerVerifier {
+    /// For a handshake with a peer in this role.
+    pub fn new(role: Role, trust: Arc<Trust>, peers: Peers) -> Arc<Self> {
+        Arc::new(Self { role, trust, peers, verdict: OnceLock::new() })
+    }
+
+    /// What became of the peer's certificate; `None` before it came.
+    pub fn verdict(&self) -> Option<&Result<Admitted, Rejection>> {
+        self.verdict.get()
+    }
+
+    fn judge(
+        &self,
+        role: Role,
+        leaf: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<(), TlsError> {
+        if role != self.role {
+            return Err(TlsError::General("a verifier was used for the other role".into()));
+        }
+        let chain: Vec<_> = std::iter::once(leaf).chain(intermediates).cloned().collect();
+        let verdict = verify_chain(&chain, role, &self.trust, now).map_err(Rejection::from).and_then(|peer| {
+            let rule = self.peers.admits(&peer.id).cloned();
+            let rule = rule.ok_or_else(|| Rejection::NotPermitted(peer.id.clone()))?;
+            Ok(Admitted { peer, rule })
+        });
+        let answer = verdict.as_ref().map(|_| ()).map_err(|rejection| TlsError::InvalidCertificate(rejection.into()));
+        if self.verdict.set(verdict).is_err() {
+            return Err(TlsError::General("a verifier was used for a second handshake".into()));
+        }
+        answer
+    }
+}
+
+impl ServerCertVerifier for PeerVerifier {
+    fn verify_server_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        _server_name: &ServerName<'_>,
+        _ocsp_response: &[u8],
+        now: UnixTime,
+    ) -> Result<ServerCertVerified, TlsError> {
+        self.judge(Role::Server, end_entity, intermediates, now).map(|()| ServerCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _cert: &CertificateDer<'_>,
+        _dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, TlsError> {
+        Err(only_tls13())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, TlsError> {
+        verify_tls13_signature(message, cert, dss, &ALGORITHMS)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        ALGORITHMS.supported_schemes()
+    }
+}
+
+impl ClientCertVerifier for PeerVerifier {
+    fn offer_client_auth(&self) -> bool {
+        true
+    }
+
+    /// A client without a certificate ends the handshake (R43).
+    fn client_auth_mandatory(&self) -> bool {
+        true
+    }
+
+    /// Empty: names of authorities would tell every stranger who is trusted here, and a workload has one SVID anyway.
+    fn root_hint_subjects(&self) -> &[DistinguishedName] {
+        &[]
+    }
+
+    fn verify_client_cert(
+        &self,
+        end_entity: &CertificateDer<'_>,
+        intermediates: &[CertificateDer<'_>],
+        now: UnixTime,
+    ) -> Result<ClientCertVerified, TlsError> {
+        self.judge(Role::Client, end_entity, intermediates, now).map(|()| ClientCertVerified::assertion())
+    }
+
+    fn verify_tls12_signature(
+        &self,
+        _message: &[u8],
+        _cert: &CertificateDer<'_>,
+        _dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, TlsError> {
+        Err(only_tls13())
+    }
+
+    fn verify_tls13_signature(
+        &self,
+        message: &[u8],
+        cert: &CertificateDer<'_>,
+        dss: &DigitallySignedStruct,
+    ) -> Result<HandshakeSignatureValid, TlsError> {
+        verify_tls13_signature(message, cert, dss, &ALGORITHMS)
+    }
+
+    fn supported_verify_schemes(&self) -> Vec<SignatureScheme> {
+        ALGORITHMS.supported_schemes()
+    }
+}
+
+/// Signature algorithms of aws-lc-rs, in certificates and in the handshake.
+static ALGORITHMS: LazyLock<WebPkiSupportedAlgorithms> =
+    LazyLock::new(|| rustls::crypto::aws_lc_rs::default_provider().signature_verification_algorithms);
+
+/// Exactly one URI of any scheme, and it is the SPIFFE ID of a workload, byte for byte as it is printed (R13, R24, R36).
+fn workload_id(parsed: &Parsed<'_>) -> Result<SpiffeId, PeerCertificateError> {
+    let uris = parsed.uris()?;
+    let [uri] = uris.as_slice() else { return Err(PeerCertificateError::UriCount(uris.len())) };
+    let id = SpiffeId::parse(uri)
+        .map_err(|source| PeerCertificateError::Id { uri: uri.chars().take(256).collect(), source })?;
+    if id.as_str() != *uri {
+        return Err(Malformed("its SPIFFE ID is not in its canonical form").into());
+    }
+    Ok(id)
+}
+
+fn check_leaf(parsed: &Parsed<'_>, role: Role) -> Result<(), PeerCertificateError> {
+    if parsed.is_ca()? {
+        return Err(PeerCertificateError::Authority);
+    }
+    let usage = parsed.key_usage()?.ok_or(PeerCertificateError::KeyUsage("has no key usage"))?;
+    if usage.key_cert_sign || usage.crl_sign {
+        return Err(PeerCertificateError::KeyUsage("has a key usage that allows to sign certificates or CRLs"));
+    }
+    if !usage.digital_signature {
+        return Err(PeerCertificateError::KeyUsage("has a key usage that lacks digitalSignature"));
+    }
+    match (parsed.purposes()?, role) {
+        (Some(purposes), Role::Server) if !purposes.server => Err(PeerCertificateError::Purpose("server")),
+        (Some(purposes), Role::Client) if !purposes.client => Err(PeerCertificateError::Purpose("client")),
+        _ => Ok(()),
+    }
+}
+
+/// What the path validation leaves out about authorities between leaf and anchor: the key usage (RFC 5280 section 6.1.4
+/// (n)), and that one that names itself is of the same trust domain (R32, R37).
+fn check_intermediates(path: &webpki::VerifiedPath<'_>, domain: &TrustDomain) -> Result<(), webpki::Error> {
+    let own = format!("spiffe://{domain}");
+    for certificate in path.intermediate_certificates() {
+        let der = certificate.der();
+        let parsed = Parsed::parse(&der).map_err(|_| webpki::Error::BadDer)?;
+        let usage = parsed.key_usage().map_err(|_| webpki::Error::BadDer)?;
+        if usage.is_some_and(|usage| !usage.key_cert_sign) {
+            return Err(webpki::Error::EndEntityUsedAsCa);
+        }
+        let uris = parsed.uris().map_err(|_| webpki::Error::BadDer)?;
+        if uris.iter().any(|uri| *uri != own) {
+            return Err(webpki::Error::NameConstraintViolation);
+        }
+    }
+    Ok(())
+}
+
+fn from_webpki(error: webpki::Error, id: &SpiffeId, now: UnixTime) -> PeerCertificateError {
+    let time = |time: UnixTime| display_time(from_unix_time(time));
+    match error {
+        webpki::Error::CertExpired { not_after, .. } => {
+            PeerCertificateError::Expired { not_after: time(not_after), now: time(now) }
+        }
+        webpki::Error::CertNotValidYet { not_before, .. } => {
+            PeerCertificateError::NotYetValid { not_before: time(not_before), now: time(now) }
+        }
+        webpki::Error::BadDer | webpki::Error::BadDerTime | webpki::Error::ExtensionValueInvalid => {
+            Malformed("it is not well-formed X.509").into()
+        }
+        error => PeerCertificateError::Untrusted { id: id.clone(), why: error.to_string() },
+    }
+}
+
+fn only_tls13() -> TlsError {
+    TlsError::PeerIncompatible(PeerIncompatible::ServerTlsVersionIsDisabledByOurConfig)
+}
+
+#[cfg(test)]
+mod tests;

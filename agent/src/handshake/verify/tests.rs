@@ -1,0 +1,588 @@
+use super::*;
+use crate::{identify::testing::*, policy::Matcher};
+use rcgen::{BasicConstraints, CertificateParams, CustomExtension, ExtendedKeyUsagePurpose, IsCa, KeyUsagePurpose};
+use rustls::{
+    AlertDescription, ClientConfig, ClientConnection, ServerConfig, ServerConnection,
+    pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer},
+};
+use std::time::Duration;
+
+const WEB: &str = "spiffe://example.org/web";
+
+/// One authority of example.org, and what a leaf of it is taken for.
+struct Judge {
+    ca: TestCa,
+    trust: Trust,
+}
+
+impl Judge {
+    fn new() -> Self {
+        let ca = TestCa::new("example.org");
+        let trust = ca.trust("example.org");
+        Self { ca, trust }
+    }
+
+    fn leaf(&self, change: impl FnOnce(&mut CertificateParams)) -> Result<SpiffeId, PeerCertificateError> {
+        self.leaf_as(Role::Server, change)
+    }
+
+    fn leaf_as(
+        &self,
+        role: Role,
+        change: impl FnOnce(&mut CertificateParams),
+    ) -> Result<SpiffeId, PeerCertificateError> {
+        let mut params = leaf_params(WEB);
+        change(&mut params);
+        self.chain(&[self.ca.leaf(params)], role)
+    }
+
+    fn chain(&self, chain: &[CertificateDer<'_>], role: Role) -> Result<SpiffeId, PeerCertificateError> {
+        verify_peer(chain, role, &self.trust, unix_now())
+    }
+
+    fn code(&self, change: impl FnOnce(&mut CertificateParams)) -> &'static str {
+        self.leaf(change).unwrap_err().code()
+    }
+
+    fn uri_code(&self, text: &str) -> &'static str {
+        self.code(|params| params.subject_alt_names = vec![uri(text)])
+    }
+}
+
+// What is accepted.
+
+#[test]
+fn a_good_svid_is_accepted_in_both_roles() {
+    let judge = Judge::new();
+    assert_eq!(judge.leaf_as(Role::Server, |_| {}).unwrap(), id_of(WEB));
+    assert_eq!(judge.leaf_as(Role::Client, |_| {}).unwrap(), id_of(WEB));
+}
+
+#[test]
+fn an_svid_below_an_intermediate_of_the_same_trust_domain_is_accepted() {
+    // R35
+    let judge = Judge::new();
+    let middle = judge.ca.intermediate(ca_params("example.org"));
+    let chain = [middle.leaf(leaf_params(WEB)), middle.certificate.clone()];
+    assert_eq!(judge.chain(&chain, Role::Client).unwrap(), id_of(WEB));
+    // The anchor sent along, and certificates that belong to nobody, do no harm.
+    let stranger = TestCa::new("example.net").certificate;
+    let chain = [chain[0].clone(), stranger, chain[1].clone(), judge.ca.certificate.clone()];
+    assert_eq!(judge.chain(&chain, Role::Client).unwrap(), id_of(WEB));
+}
+
+#[test]
+fn an_svid_without_extended_key_usage_is_unrestricted() {
+    // R31
+    let judge = Judge::new();
+    for role in [Role::Server, Role::Client] {
+        judge.leaf_as(role, |params| params.extended_key_usages.clear()).unwrap();
+    }
+}
+
+#[test]
+fn an_svid_with_an_empty_subject_or_with_dns_names_beside_is_accepted() {
+    // R27, R25
+    let judge = Judge::new();
+    judge.leaf(|params| params.distinguished_name = rcgen::DistinguishedName::new()).unwrap();
+    let dns = rcgen::SanType::DnsName("web.example.org".try_into().unwrap());
+    assert_eq!(judge.leaf(|params| params.subject_alt_names.push(dns)).unwrap(), id_of(WEB));
+}
+
+#[test]
+fn an_svid_without_basic_constraints_is_no_authority() {
+    // R28: go-spiffe accepts it as well; absent means false in RFC 5280.
+    Judge::new().leaf(|params| params.is_ca = IsCa::NoCa).unwrap();
+}
+
+#[test]
+fn key_agreement_beside_digital_signature_is_allowed() {
+    // R29
+    let more = [KeyUsagePurpose::KeyEncipherment, KeyUsagePurpose::KeyAgreement];
+    Judge::new().leaf(|params| params.key_usages.extend(more)).unwrap();
+}
+
+// What is refused: the name.
+
+#[test]
+fn a_certificate_with_two_uri_names_is_refused_whatever_their_schemes() {
+    // R23, R24
+    let judge = Judge::new();
+    for second in ["spiffe://example.org/db", WEB, "https://example.org/", "urn:x"] {
+        assert_eq!(judge.code(|params| params.subject_alt_names.push(uri(second))), "peer-uri-count", "{second}");
+        assert_eq!(judge.code(|params| params.subject_alt_names.insert(0, uri(second))), "peer-uri-count", "{second}");
+    }
+}
+
+#[test]
+fn a_certificate_with_no_uri_name_is_refused() {
+    // R23
+    let judge = Judge::new();
+    assert_eq!(judge.code(|params| params.subject_alt_names.clear()), "peer-uri-count");
+    let dns = rcgen::SanType::DnsName("web.example.org".try_into().unwrap());
+    assert_eq!(judge.code(|params| params.subject_alt_names = vec![dns]), "peer-uri-count");
+}
+
+#[test]
+fn a_certificate_with_two_name_extensions_is_refused() {
+    // R23: "exactly one SubjectAltName extension"
+    let judge = Judge::new();
+    // SEQUENCE { [6] "spiffe://example.org/db" }
+    let name = b"spiffe://example.org/db";
+    let length = u8::try_from(name.len()).unwrap();
+    let content = [&[0x30, length + 2, 0x86, length][..], name].concat();
+    let second = CustomExtension::from_oid_content(&[2, 5, 29, 17], content);
+    assert_eq!(judge.code(|params| params.custom_extensions.push(second)), "peer-certificate-malformed");
+}
+
+#[test]
+fn a_uri_that_is_no_spiffe_id_of_a_workload_is_refused() {
+    // R36
+    let judge = Judge::new();
+    for text in [
+        "http://example.org/web",
+        "https://example.org/web",
+        "wimse://example.org/web",
+        "spiffe:example.org/web",
+        "urn:spiffe:example.org:web",
+        "spiffe:///web",
+        "spiffe://example.org:443/web",
+        "spiffe://user@example.org/web",
+        "spiffe://example.org/web?x=1",
+        "spiffe://example.org/web#x",
+        "spiffe://example.org/%77eb",
+        "spiffe://example.org//web",
+        "spiffe://example.org/../web",
+        "",
+    ] {
+        assert_eq!(judge.uri_code(text), "peer-id-invalid", "{text:?}");
+    }
+}
+
+#[test]
+fn a_name_without_a_path_belongs_to_no_workload() {
+    // R27, R36
+    let judge = Judge::new();
+    for text in ["spiffe://example.org", "spiffe://example.org/"] {
+        assert_eq!(judge.uri_code(text), "peer-id-invalid", "{text:?}");
+    }
+}
+
+#[test]
+fn an_upper_case_trust_domain_or_scheme_is_refused_and_not_repaired() {
+    // R7, R13
+    let judge = Judge::new();
+    for text in ["spiffe://EXAMPLE.ORG/web", "spiffe://Example.org/web", "SPIFFE://example.org/web"] {
+        assert_eq!(judge.uri_code(text), "peer-id-invalid", "{text:?}");
+    }
+}
+
+#[test]
+fn the_path_is_case_sensitive() {
+    // R9
+    let judge = Judge::new();
+    let id = judge.leaf(|params| params.subject_alt_names = vec![uri("spiffe://example.org/WEB")]).unwrap();
+    assert_ne!(id, id_of(WEB));
+}
+
+#[test]
+fn a_name_with_a_nul_or_a_control_character_is_refused() {
+    let judge = Judge::new();
+    for text in ["spiffe://example.org/web\0.evil", "spiffe://example.org/web\n", " spiffe://example.org/web"] {
+        assert_eq!(judge.uri_code(text), "peer-id-invalid", "{text:?}");
+    }
+}
+
+// What is refused: the leaf.
+
+#[test]
+fn a_leaf_that_may_be_an_authority_is_refused() {
+    // R28, R36
+    let judge = Judge::new();
+    let code = judge.code(|params| params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained));
+    assert_eq!(code, "peer-certificate-is-authority");
+}
+
+#[test]
+fn the_authority_itself_cannot_be_a_peer() {
+    // R32
+    let judge = Judge::new();
+    let error = judge.chain(std::slice::from_ref(&judge.ca.certificate), Role::Server).unwrap_err();
+    assert_eq!(error.code(), "peer-id-invalid", "its ID has no path");
+    let mut params = ca_params("example.org");
+    params.subject_alt_names = vec![uri(WEB)];
+    params.key_usages.push(KeyUsagePurpose::DigitalSignature);
+    let named = judge.ca.intermediate(params);
+    let error = judge.chain(&[named.certificate], Role::Server).unwrap_err();
+    assert_eq!(error.code(), "peer-certificate-is-authority");
+}
+
+#[test]
+fn a_leaf_without_key_usage_is_refused() {
+    // R29
+    assert_eq!(Judge::new().code(|params| params.key_usages.clear()), "peer-key-usage");
+}
+
+#[test]
+fn a_leaf_without_digital_signature_is_refused() {
+    // R29
+    assert_eq!(Judge::new().code(|params| params.key_usages = vec![KeyUsagePurpose::KeyAgreement]), "peer-key-usage");
+}
+
+#[test]
+fn a_leaf_that_may_sign_certificates_or_crls_is_refused() {
+    // R29, R36
+    let judge = Judge::new();
+    for usage in [KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign] {
+        assert_eq!(judge.code(|params| params.key_usages.push(usage)), "peer-key-usage", "{usage:?}");
+    }
+}
+
+#[test]
+fn a_leaf_for_servers_only_is_no_client_and_the_other_way_round() {
+    // R31, R45
+    let judge = Judge::new();
+    let only = |purpose| move |params: &mut CertificateParams| params.extended_key_usages = vec![purpose];
+    judge.leaf_as(Role::Server, only(ExtendedKeyUsagePurpose::ServerAuth)).unwrap();
+    judge.leaf_as(Role::Client, only(ExtendedKeyUsagePurpose::ClientAuth)).unwrap();
+    let refused = [
+        (Role::Client, ExtendedKeyUsagePurpose::ServerAuth),
+        (Role::Server, ExtendedKeyUsagePurpose::ClientAuth),
+        (Role::Server, ExtendedKeyUsagePurpose::Any),
+        (Role::Client, ExtendedKeyUsagePurpose::EmailProtection),
+    ];
+    for (role, purpose) in refused {
+        let error = judge.leaf_as(role, only(purpose.clone())).unwrap_err();
+        assert_eq!(error.code(), "peer-key-purpose", "{role:?} {purpose:?}");
+    }
+}
+
+#[test]
+fn a_leaf_with_an_unknown_critical_extension_is_refused() {
+    // R35
+    let mut unknown = CustomExtension::from_oid_content(&[1, 3, 6, 1, 4, 1, 55555, 1], vec![5, 0]);
+    unknown.set_criticality(true);
+    assert_eq!(Judge::new().code(|params| params.custom_extensions.push(unknown)), "peer-untrusted");
+}
+
+// What is refused: time.
+
+#[test]
+fn an_expired_svid_is_refused() {
+    // R35, R41
+    let judge = Judge::new();
+    let error = judge.leaf(|params| params.not_after = (now() - Duration::from_secs(1)).into()).unwrap_err();
+    assert_eq!((error.code(), error.culprit()), ("peer-certificate-expired", Culprit::Peer));
+    assert!(error.to_string().contains("2026-11-22T05:16:59Z"), "{error}");
+}
+
+#[test]
+fn an_svid_that_is_not_yet_valid_is_refused() {
+    // R35
+    let code = Judge::new().code(|params| params.not_before = (now() + Duration::from_secs(60)).into());
+    assert_eq!(code, "peer-certificate-not-yet-valid");
+}
+
+#[test]
+fn an_svid_below_an_expired_intermediate_is_refused() {
+    // R35
+    let judge = Judge::new();
+    let mut params = ca_params("example.org");
+    params.not_after = (now() - Duration::from_secs(1)).into();
+    let middle = judge.ca.intermediate(params);
+    let chain = [middle.leaf(leaf_params(WEB)), middle.certificate.clone()];
+    assert_eq!(judge.chain(&chain, Role::Client).unwrap_err().code(), "peer-certificate-expired");
+}
+
+#[test]
+fn an_anchor_that_expired_after_it_was_loaded_is_no_anchor_any_more() {
+    let judge = Judge::new();
+    let leaf = judge.ca.leaf({
+        let mut params = leaf_params(WEB);
+        params.not_after = (now() + Duration::from_secs(10 * 24 * 3600)).into();
+        params
+    });
+    let later = UnixTime::since_unix_epoch(Duration::from_secs(unix_now().as_secs() + 2 * 24 * 3600));
+    let error = verify_peer(&[leaf], Role::Server, &judge.trust, later).unwrap_err();
+    assert_eq!((error.code(), error.culprit()), ("peer-bundle-expired", Culprit::Host));
+}
+
+// What is refused: trust.
+
+#[test]
+fn a_trust_domain_without_a_bundle_is_untrusted() {
+    // R61
+    let judge = Judge::new();
+    let stranger = TestCa::new("example.net").leaf(leaf_params("spiffe://example.net/web"));
+    let error = judge.chain(&[stranger], Role::Client).unwrap_err();
+    assert_eq!((error.code(), error.culprit()), ("peer-trust-domain-unknown", Culprit::Policy));
+    assert!(error.to_string().contains("example.net"), "{error}");
+}
+
+#[test]
+fn a_right_name_signed_by_the_authority_of_another_trust_domain_is_refused() {
+    // R37, R44: both trust domains are trusted, each for itself.
+    let (org, net) = (TestCa::new("example.org"), TestCa::new("example.net"));
+    let trust = org.trust("example.org").with(domain_of("example.net"), net.anchors("example.net"));
+    let forged = net.leaf(leaf_params(WEB));
+    let error = verify_peer(&[forged], Role::Server, &trust, unix_now()).unwrap_err();
+    assert_eq!(error.code(), "peer-untrusted");
+    let own = net.leaf(leaf_params("spiffe://example.net/web"));
+    assert!(verify_peer(&[own], Role::Server, &trust, unix_now()).is_ok());
+}
+
+#[test]
+fn an_intermediate_of_another_trust_domain_cannot_vouch_even_below_the_right_anchor() {
+    // R37
+    let judge = Judge::new();
+    let middle = judge.ca.intermediate(ca_params("example.net"));
+    let chain = [middle.leaf(leaf_params(WEB)), middle.certificate.clone()];
+    assert_eq!(judge.chain(&chain, Role::Client).unwrap_err().code(), "peer-untrusted");
+}
+
+#[test]
+fn an_intermediate_that_may_not_sign_certificates_cannot_vouch() {
+    // R29, R35
+    let judge = Judge::new();
+    let mut params = ca_params("example.org");
+    params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+    let middle = judge.ca.intermediate(params);
+    let chain = [middle.leaf(leaf_params(WEB)), middle.certificate.clone()];
+    assert_eq!(judge.chain(&chain, Role::Client).unwrap_err().code(), "peer-untrusted");
+}
+
+#[test]
+fn a_workload_cannot_vouch_for_another() {
+    // R28
+    let judge = Judge::new();
+    let workload = judge.ca.intermediate(leaf_params(WEB));
+    let chain = [workload.leaf(leaf_params("spiffe://example.org/db")), workload.certificate.clone()];
+    assert_eq!(judge.chain(&chain, Role::Client).unwrap_err().code(), "peer-untrusted");
+}
+
+#[test]
+fn a_path_longer_than_the_anchor_allows_is_refused() {
+    // R35
+    let mut params = ca_params("example.org");
+    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+    let top = TestCa::new("example.org");
+    let limited = top.intermediate(params);
+    let below = limited.intermediate(ca_params("example.org"));
+    let chain = [below.leaf(leaf_params(WEB)), below.certificate.clone(), limited.certificate.clone()];
+    let error = verify_peer(&chain, Role::Client, &top.trust("example.org"), unix_now()).unwrap_err();
+    assert_eq!(error.code(), "peer-untrusted");
+}
+
+#[test]
+fn a_self_signed_certificate_is_refused() {
+    // R37
+    let judge = Judge::new();
+    let own = TestCa::with(leaf_params(WEB)).certificate;
+    assert_eq!(judge.chain(&[own], Role::Client).unwrap_err().code(), "peer-untrusted");
+}
+
+#[test]
+fn an_authority_of_the_same_name_with_another_key_is_another_authority() {
+    // R37, R50
+    let judge = Judge::new();
+    let mut params = ca_params("example.org");
+    let parsed = x509_parser::parse_x509_certificate(&judge.ca.certificate).unwrap().1;
+    let name = parsed.subject().iter_common_name().next().unwrap().as_str().unwrap().to_owned();
+    params.distinguished_name.push(rcgen::DnType::CommonName, name);
+    let forged = TestCa::with(params).leaf(leaf_params(WEB));
+    assert_eq!(judge.chain(&[forged], Role::Client).unwrap_err().code(), "peer-untrusted");
+}
+
+#[test]
+fn a_changed_byte_in_the_certificate_breaks_it() {
+    let judge = Judge::new();
+    let good = judge.ca.leaf(leaf_params(WEB));
+    for position in 0..good.len() {
+        let mut bytes = good.to_vec();
+        bytes[position] ^= 0x01;
+        assert!(judge.chain(&[bytes.into()], Role::Client).is_err(), "byte {position}");
+    }
+}
+
+#[test]
+fn garbage_and_an_empty_chain_are_refused() {
+    let judge = Judge::new();
+    assert_eq!(judge.chain(&[], Role::Client).unwrap_err().code(), "peer-certificate-missing");
+    let good = judge.ca.leaf(leaf_params(WEB));
+    let trailing = [good.as_ref(), &[0]].concat();
+    for bytes in [&[][..], &[0], &[0x30, 0x82, 0xff, 0xff], b"-----BEGIN CERTIFICATE-----", &good[..100], &trailing] {
+        let error = judge.chain(&[bytes.to_vec().into()], Role::Client).unwrap_err();
+        assert_eq!(error.code(), "peer-certificate-malformed");
+    }
+    // Garbage behind a good leaf is not needed, and so it is not looked at; behind one that needs it, it helps nobody.
+    let middle = judge.ca.intermediate(ca_params("example.org"));
+    let chain = [middle.leaf(leaf_params(WEB)), vec![0x30, 0x00].into()];
+    assert!(judge.chain(&chain, Role::Client).is_err());
+}
+
+#[test]
+fn a_chain_without_end_is_not_walked() {
+    let judge = Judge::new();
+    let chain = vec![judge.ca.leaf(leaf_params(WEB)); LONGEST_CHAIN + 1];
+    assert_eq!(judge.chain(&chain, Role::Client).unwrap_err().code(), "peer-chain-too-long");
+}
+
+// In a handshake.
+
+fn peers(ids: &[&str]) -> Peers {
+    let rule = |id: &&str| {
+        let rule = Rule { number: 1, name: "test".into(), idle_timeout: None };
+        (Matcher::Exact(id_of(id)), Arc::new(rule))
+    };
+    Peers(ids.iter().map(rule).collect())
+}
+
+struct Outcome {
+    client: Result<(), TlsError>,
+    server: Result<(), TlsError>,
+    seen_by_client: Option<Result<Admitted, Rejection>>,
+    seen_by_server: Option<Result<Admitted, Rejection>>,
+}
+
+#[derive(Debug)]
+struct Clock;
+
+impl rustls::time_provider::TimeProvider for Clock {
+    fn current_time(&self) -> Option<UnixTime> {
+        Some(unix_now())
+    }
+}
+
+/// A whole TLS 1.3 handshake in memory. The server is `spiffe://example.org/web`; without `client_leaf` the client has no
+/// certificate.
+fn handshake(ca: &TestCa, client_leaf: Option<CertificateParams>, by_client: &[&str], by_server: &[&str]) -> Outcome {
+    let trust = Arc::new(ca.trust("example.org"));
+    let client_sees = PeerVerifier::new(Role::Server, trust.clone(), peers(by_client));
+    let server_sees = PeerVerifier::new(Role::Client, trust, peers(by_server));
+    let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
+    let certified = |params| {
+        let (leaf, key) = ca.leaf_with_key(params);
+        (vec![leaf], PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key.serialize_der())))
+    };
+    let (chain, key) = certified(leaf_params(WEB));
+    let server = ServerConfig::builder_with_details(provider.clone(), Arc::new(Clock))
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .unwrap()
+        .with_client_cert_verifier(server_sees.clone())
+        .with_single_cert(chain, key)
+        .unwrap();
+    let client = ClientConfig::builder_with_details(provider, Arc::new(Clock))
+        .with_protocol_versions(&[&rustls::version::TLS13])
+        .unwrap()
+        .dangerous()
+        .with_custom_certificate_verifier(client_sees.clone());
+    let client = match client_leaf {
+        Some(params) => {
+            let (chain, key) = certified(params);
+            client.with_client_auth_cert(chain, key).unwrap()
+        }
+        None => client.with_no_client_auth(),
+    };
+    let name = ServerName::try_from("wimsey.invalid").unwrap();
+    let mut client = ClientConnection::new(Arc::new(client), name).unwrap();
+    let mut server = ServerConnection::new(Arc::new(server)).unwrap();
+    let (mut client_result, mut server_result) = (Ok(()), Ok(()));
+    for _ in 0..6 {
+        let mut wire = Vec::new();
+        while client.wants_write() {
+            client.write_tls(&mut wire).unwrap();
+        }
+        server.read_tls(&mut &wire[..]).unwrap();
+        server_result = server_result.and(server.process_new_packets().map(|_| ()));
+        let mut wire = Vec::new();
+        while server.wants_write() {
+            server.write_tls(&mut wire).unwrap();
+        }
+        client.read_tls(&mut &wire[..]).unwrap();
+        client_result = client_result.and(client.process_new_packets().map(|_| ()));
+    }
+    Outcome {
+        client: client_result,
+        server: server_result,
+        seen_by_client: client_sees.verdict().cloned(),
+        seen_by_server: server_sees.verdict().cloned(),
+    }
+}
+
+const CURL: &str = "spiffe://example.org/curl";
+
+fn alert(result: &Result<(), TlsError>) -> AlertDescription {
+    match result {
+        Err(TlsError::AlertReceived(alert)) => *alert,
+        other => panic!("no alert but {other:?}"),
+    }
+}
+
+#[test]
+fn both_sides_learn_the_peer_and_the_rule_that_admits_it() {
+    let ca = TestCa::new("example.org");
+    let outcome = handshake(&ca, Some(leaf_params(CURL)), &[WEB], &[CURL]);
+    assert_eq!((outcome.client, outcome.server), (Ok(()), Ok(())));
+    let (server, client) = (outcome.seen_by_client.unwrap().unwrap(), outcome.seen_by_server.unwrap().unwrap());
+    assert_eq!((server.peer.id.as_str(), client.peer.id.as_str()), (WEB, CURL));
+    assert_eq!(&*client.rule.name, "test");
+    assert_eq!(client.peer.not_after, now() + Duration::from_secs(3600));
+}
+
+#[test]
+fn a_good_certificate_of_a_workload_that_is_not_meant_is_refused_with_access_denied() {
+    // R47, R50: trust in the authority is not enough.
+    let ca = TestCa::new("example.org");
+    let outcome = handshake(&ca, Some(leaf_params(CURL)), &["spiffe://example.org/other"], &[CURL]);
+    assert_eq!(alert(&outcome.server), AlertDescription::AccessDenied);
+    let rejection = outcome.seen_by_client.unwrap().unwrap_err();
+    assert_eq!((rejection.code(), rejection.culprit()), ("peer-not-permitted", Culprit::Policy));
+
+    let outcome = handshake(&ca, Some(leaf_params(CURL)), &[WEB], &[]);
+    assert_eq!(alert(&outcome.client), AlertDescription::AccessDenied);
+    assert_eq!(outcome.seen_by_server.unwrap().unwrap_err(), Rejection::NotPermitted(id_of(CURL)));
+}
+
+#[test]
+fn a_client_without_a_certificate_ends_the_handshake() {
+    // R43
+    let ca = TestCa::new("example.org");
+    let outcome = handshake(&ca, None, &[WEB], &[CURL]);
+    assert_eq!(alert(&outcome.client), AlertDescription::CertificateRequired);
+    assert!(outcome.server.is_err() && outcome.seen_by_server.is_none());
+}
+
+#[test]
+fn each_kind_of_bad_certificate_gets_its_alert() {
+    let ca = TestCa::new("example.org");
+    let alert_for = |change: fn(&mut CertificateParams)| {
+        let mut params = leaf_params(CURL);
+        change(&mut params);
+        alert(&handshake(&ca, Some(params), &[WEB], &[CURL]).client)
+    };
+    assert_eq!(alert_for(|params| params.subject_alt_names.push(uri(WEB))), AlertDescription::BadCertificate);
+    assert_eq!(alert_for(|params| params.key_usages.clear()), AlertDescription::UnsupportedCertificate);
+    let unknown = |params: &mut CertificateParams| params.subject_alt_names = vec![uri("spiffe://example.net/x")];
+    assert_eq!(alert_for(unknown), AlertDescription::UnknownCA);
+    let expired = |params: &mut CertificateParams| params.not_after = (now() - Duration::from_secs(1)).into();
+    assert_eq!(alert_for(expired), AlertDescription::CertificateExpired);
+}
+
+#[test]
+fn a_verifier_judges_one_peer_only() {
+    let judge = Judge::new();
+    let verifier = PeerVerifier::new(Role::Client, Arc::new(judge.trust.clone()), peers(&[WEB]));
+    let leaf = judge.ca.leaf(leaf_params(WEB));
+    assert!(verifier.verify_client_cert(&leaf, &[], unix_now()).is_ok());
+    assert!(verifier.verify_client_cert(&leaf, &[], unix_now()).is_err());
+    let name = ServerName::try_from("wimsey.invalid").unwrap();
+    assert!(verifier.verify_server_cert(&leaf, &[], &name, &[], unix_now()).is_err());
+}
+
+#[test]
+fn no_authority_is_named_to_strangers_and_a_certificate_is_mandatory() {
+    let judge = Judge::new();
+    let verifier = PeerVerifier::new(Role::Client, Arc::new(judge.trust), peers(&[]));
+    assert!(ClientCertVerifier::root_hint_subjects(&*verifier).is_empty());
+    assert!(verifier.offer_client_auth() && verifier.client_auth_mandatory());
+}

@@ -1,0 +1,819 @@
+//! Who is behind a socket: what the kernel recorded about a task in, a registration entry out.
+//!
+//! uid, gid and cgroup are facts that the kernel recorded in the task's own context. What only user space can see, the
+//! executable, is read from the process while it is pinned, and only if an entry asks for it. It narrows an entry; the
+//! border between workloads are the kernel's facts, since a process that shares them can make another one run any code.
+//!
+//! *Invariant:* what was read counts only if the process is still there and still the same at the end. Nothing that a
+//! process says about itself is looked at.
+
+use super::{
+    cgroup::Hierarchy,
+    digest::Digests,
+    process::{Executable, Process, StartTime, is_gone},
+};
+use crate::{
+    policy::{Ambiguous, Evidence, Policy, Workload},
+    refusal::{Culprit, Refusal},
+};
+use std::{
+    cell::Cell,
+    collections::HashMap,
+    fmt, io,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+use wimsey_common::Task;
+
+/// Finds out which registration entry a process is. One for the whole agent.
+#[derive(Debug)]
+pub struct Attestor {
+    hierarchy: Hierarchy,
+    digests: Digests,
+    /// Owners of listening sockets that no program recorded, by socket cookie, for a moment.
+    found: Mutex<HashMap<u64, (u32, StartTime, Instant)>>,
+}
+
+/// What was found out about a process, for the audit line and for people.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Facts {
+    /// Its number in the initial pid namespace.
+    pub pid: u32,
+    /// Real user id.
+    pub uid: u32,
+    /// Real group id.
+    pub gid: u32,
+    /// What it calls itself; it proves nothing.
+    pub comm: String,
+    /// Its executable, as far as it was looked at.
+    pub executable: Option<PathBuf>,
+    /// Its cgroup's path from the root of the unified hierarchy.
+    pub cgroup: Option<Arc<str>>,
+    /// Why something could not be attested.
+    pub note: Option<String>,
+}
+
+/// A process, and the entry that it is, if any.
+#[derive(Clone, Debug)]
+pub struct Attested {
+    /// The entry.
+    pub workload: Option<Workload>,
+    /// The process.
+    pub facts: Facts,
+}
+
+/// Whatever can say which workload shows this evidence: the policy.
+pub trait Registry: Sync {
+    /// As [`Policy::identify`].
+    fn workload(&self, evidence: &dyn Evidence) -> Result<Option<Workload>, Ambiguous>;
+}
+
+impl Registry for Policy {
+    fn workload(&self, evidence: &dyn Evidence) -> Result<Option<Workload>, Ambiguous> {
+        self.identify(evidence).map(|workload| workload.cloned())
+    }
+}
+
+/// Why a process cannot be attested.
+#[derive(Debug, thiserror::Error)]
+pub enum AttestError {
+    /// The agent cannot see processes as the kernel programs record them.
+    #[error(
+        "the agent runs in a pid namespace of its own ({0}), where processes have other numbers: run it in the host's"
+    )]
+    PidNamespace(String),
+    /// There is no hierarchy to look cgroups up in.
+    #[error("the unified cgroup hierarchy: {0}")]
+    Hierarchy(io::Error),
+    /// It ended before it could be looked at.
+    #[error("{0} ended before it was attested: nothing to do, unless a program should wait for its connection")]
+    Died(Box<Facts>),
+    /// Its number belongs to a younger process by now.
+    #[error("{0} ended, and another process has its number now")]
+    Reused(Box<Facts>),
+    /// It is in another cgroup than when it acted.
+    #[error("{facts} has moved to cgroup {now} since: start it in the cgroup in which it is to run")]
+    Moved {
+        /// The process as recorded.
+        facts: Box<Facts>,
+        /// Where it is now.
+        now: String,
+    },
+    /// It has other ids than when it acted.
+    #[error("{facts} has changed to uid {uid}, gid {gid} since: name ids in the policy that it keeps")]
+    IdsChanged {
+        /// The process as recorded.
+        facts: Box<Facts>,
+        /// Real user id now.
+        uid: u32,
+        /// Real group id now.
+        gid: u32,
+    },
+    /// It started another program while it was looked at.
+    #[error("{0} started another program while it was attested")]
+    Exec(Box<Facts>),
+    /// Nobody holds the listening socket.
+    #[error("no process can be found that holds the listening socket (cookie {cookie}){detail}")]
+    NoOwner {
+        /// The socket.
+        cookie: u64,
+        /// Where was looked.
+        detail: String,
+    },
+    /// Two entries match equally well.
+    #[error("{facts}: {source}")]
+    Ambiguous {
+        /// The process.
+        facts: Box<Facts>,
+        /// The entries.
+        source: Ambiguous,
+    },
+    /// The kernel does not say what it should.
+    #[error("{facts}: cannot be attested: {source}. The agent needs CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH")]
+    Unreadable {
+        /// The process.
+        facts: Box<Facts>,
+        /// What happened.
+        source: io::Error,
+    },
+}
+
+impl Refusal for AttestError {
+    fn culprit(&self) -> Culprit {
+        match self {
+            AttestError::Ambiguous { .. } => Culprit::Policy,
+            _ => Culprit::Host,
+        }
+    }
+    fn code(&self) -> &'static str {
+        match self {
+            AttestError::PidNamespace(_) => "attest-pid-namespace",
+            AttestError::Hierarchy(_) => "attest-no-cgroup2",
+            AttestError::Died(_) => "process-died",
+            AttestError::Reused(_) => "pid-reused",
+            AttestError::Moved { .. } => "cgroup-moved",
+            AttestError::IdsChanged { .. } => "ids-changed",
+            AttestError::Exec(_) => "process-exec",
+            AttestError::NoOwner { .. } => "listener-without-owner",
+            AttestError::Ambiguous { .. } => "ambiguous-entries",
+            AttestError::Unreadable { .. } => "process-unreadable",
+        }
+    }
+}
+
+impl Attestor {
+    /// Finds what it needs on this host.
+    pub fn discover() -> Result<Self, AttestError> {
+        /// `PROC_PID_INIT_INO` in include/linux/proc_ns.h: the initial pid namespace always has this number.
+        const INITIAL: &str = "pid:[4026531836]";
+        let namespace = std::fs::read_link("/proc/self/ns/pid").map_err(AttestError::Hierarchy)?;
+        if namespace != Path::new(INITIAL) {
+            return Err(AttestError::PidNamespace(namespace.display().to_string()));
+        }
+        let hierarchy = Hierarchy::discover().map_err(AttestError::Hierarchy)?;
+        Ok(Self { hierarchy, digests: Digests::default(), found: Mutex::default() })
+    }
+
+    /// The process that dialled. It has to be there still, in the same cgroup and with the same ids: what is recorded
+    /// alone is not enough for a connection that somebody waits for.
+    pub async fn dialler(&self, task: &Task, registry: &dyn Registry) -> Result<Attested, AttestError> {
+        let mut facts = self.recorded(task);
+        let process = pin(task, &facts)?;
+        let ids = process.ids().map_err(|error| failed(error, &facts))?;
+        if (ids.real_uid, ids.real_gid) != (task.uid, task.gid) {
+            let (uid, gid) = (ids.real_uid, ids.real_gid);
+            return Err(AttestError::IdsChanged { facts: Box::new(facts), uid, gid });
+        }
+        facts.cgroup = Some(self.check_cgroup(&process, task.cgroup, &facts)?);
+        let gathered = Gathered::new(ids.uid(), ids.gid(), facts.cgroup.clone());
+        self.examine(&process, gathered, facts, registry).await
+    }
+
+    /// The owner of a listening socket: whoever bound it.
+    ///
+    /// What the kernel recorded at the bind is enough where no entry that could match asks for more, also when that
+    /// process is gone: the fast path, without a look at `/proc`. Otherwise the executable is that of the binder, or
+    /// where it has ended, of the oldest process in its cgroup that holds the socket. uid and gid stay those of the bind:
+    /// a server that gives up its rights afterwards is still the same workload.
+    ///
+    /// Without a record (the socket is older than the programs), the oldest process that holds it is the owner, as it is
+    /// now.
+    pub async fn owner(
+        &self,
+        task: Option<&Task>,
+        cookie: u64,
+        registry: &dyn Registry,
+    ) -> Result<Attested, AttestError> {
+        let Some(task) = task.filter(|task| task.tgid != 0) else { return self.unrecorded(cookie, registry).await };
+        let mut facts = self.recorded(task);
+        facts.cgroup = self.hierarchy.path_of(task.cgroup).map_err(|error| failed(error, &facts))?;
+        let gathered = Gathered::new(Some(task.uid), Some(task.gid), facts.cgroup.clone());
+        if let Decision::Final(workload) = gathered.decide(registry, &facts)? {
+            return Ok(Attested { workload, facts });
+        }
+        let process = match pin(task, &facts) {
+            Ok(process) => process,
+            Err(AttestError::Died(_) | AttestError::Reused(_)) => {
+                let processes = self.hierarchy.processes(task.cgroup).map_err(|error| failed(error, &facts))?;
+                let detail = || format!(" in the cgroup of {facts}, who bound it and is gone");
+                oldest_holder(processes, cookie)
+                    .await
+                    .ok_or_else(|| AttestError::NoOwner { cookie, detail: detail() })?
+            }
+            Err(error) => return Err(error),
+        };
+        facts.pid = process.pid();
+        facts.cgroup = Some(self.check_cgroup(&process, task.cgroup, &facts)?);
+        let gathered = Gathered::new(Some(task.uid), Some(task.gid), facts.cgroup.clone());
+        self.examine(&process, gathered, facts, registry).await
+    }
+
+    async fn unrecorded(&self, cookie: u64, registry: &dyn Registry) -> Result<Attested, AttestError> {
+        let process = self.find(cookie).await.ok_or_else(|| AttestError::NoOwner { cookie, detail: String::new() })?;
+        let mut facts = Facts {
+            pid: process.pid(),
+            uid: u32::MAX,
+            gid: u32::MAX,
+            comm: String::new(),
+            executable: None,
+            cgroup: None,
+            note: None,
+        };
+        let ids = process.ids().map_err(|error| failed(error, &facts))?;
+        (facts.uid, facts.gid) = (ids.real_uid, ids.real_gid);
+        facts.cgroup = Some(process.cgroup().map_err(|error| failed(error, &facts))?.into());
+        let gathered = Gathered::new(ids.uid(), ids.gid(), facts.cgroup.clone());
+        self.examine(&process, gathered, facts, registry).await
+    }
+
+    /// Looks at the executable as far as the registry asks, and at the process once more at the end.
+    async fn examine(
+        &self,
+        process: &Process,
+        mut gathered: Gathered,
+        mut facts: Facts,
+        registry: &dyn Registry,
+    ) -> Result<Attested, AttestError> {
+        let mut executable = None;
+        let workload = loop {
+            match gathered.decide(registry, &facts)? {
+                Decision::Final(workload) => break workload,
+                Decision::Needs(need) => {
+                    if executable.is_none() {
+                        executable = process.executable().map_err(|error| failed(error, &facts))?;
+                    }
+                    self.fill(need, &mut gathered, executable.as_ref(), &mut facts).await;
+                }
+            }
+        };
+        if !process.is_same().map_err(|error| failed(error, &facts))? {
+            return Err(AttestError::Died(Box::new(facts)));
+        }
+        if let Some(before) = &executable {
+            let after = process.executable().map_err(|error| failed(error, &facts))?;
+            if after.is_none_or(|after| (after.device, after.inode) != (before.device, before.inode)) {
+                return Err(AttestError::Exec(Box::new(facts)));
+            }
+        } else if workload.is_none() {
+            // Only for the message.
+            facts.executable = process.executable().ok().flatten().map(|executable| executable.path);
+        }
+        Ok(Attested { workload, facts })
+    }
+
+    async fn fill(&self, need: Need, gathered: &mut Gathered, executable: Option<&Executable>, facts: &mut Facts) {
+        if need == Need::Cgroup {
+            // Known before this point; asked for again, it has none.
+            gathered.cgroup = Known::Is(None);
+            return;
+        }
+        let Some(executable) = executable else {
+            facts.note = Some("its executable cannot be read".into());
+            (gathered.path, gathered.sha256) = (Known::Is(None), Known::Is(None));
+            return;
+        };
+        facts.executable = Some(executable.path.clone());
+        match need {
+            Need::Cgroup | Need::Path => {
+                if !executable.is_at_path {
+                    facts.note = Some(
+                        "its executable was deleted or replaced, or is not the file of that path on this host".into(),
+                    );
+                }
+                gathered.path = Known::Is(executable.is_at_path.then(|| executable.path.clone()));
+            }
+            Need::Sha256 => {
+                let digest = self.digests.of(executable).await;
+                gathered.sha256 = Known::Is(digest.map_err(|error| facts.note = Some(error.to_string())).ok());
+            }
+        }
+    }
+
+    /// Is the process in the cgroup that was recorded? Gives its path.
+    fn check_cgroup(&self, process: &Process, recorded: u64, facts: &Facts) -> Result<Arc<str>, AttestError> {
+        let path = process.cgroup().map_err(|error| failed(error, facts))?;
+        match self.hierarchy.id_of(&path).map_err(|error| failed(error, facts))? {
+            Some(id) if id == recorded => Ok(path.into()),
+            _ => Err(AttestError::Moved { facts: Box::new(facts.clone()), now: path }),
+        }
+    }
+
+    /// The oldest process on this host that holds a socket. Looking at every process takes milliseconds, so the answer
+    /// holds for a second, as long as that process lives.
+    async fn find(&self, cookie: u64) -> Option<Process> {
+        const HOLDS: Duration = Duration::from_secs(1);
+        const REMEMBERED: usize = 1024;
+        let known = self.found.lock().unwrap_or_else(PoisonError::into_inner).get(&cookie).copied();
+        if let Some((pid, start, _)) = known.filter(|(_, _, at)| at.elapsed() < HOLDS)
+            && let Ok(Some(process)) = Process::pin(pid)
+            && process.start() == start
+        {
+            return Some(process);
+        }
+        let processes = std::fs::read_dir("/proc").ok()?;
+        let numbers = processes.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
+        let process = oldest_holder(numbers, cookie).await?;
+        let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+        if found.len() >= REMEMBERED {
+            found.clear();
+        }
+        found.insert(cookie, (process.pid(), process.start(), Instant::now()));
+        Some(process)
+    }
+
+    fn recorded(&self, task: &Task) -> Facts {
+        let comm = task.comm.split(|byte| *byte == 0).next().unwrap_or_default();
+        Facts {
+            pid: task.tgid,
+            uid: task.uid,
+            gid: task.gid,
+            comm: String::from_utf8_lossy(comm).into_owned(),
+            executable: None,
+            cgroup: None,
+            note: None,
+        }
+    }
+}
+
+impl fmt::Display for Facts {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "process {}", self.pid)?;
+        if !self.comm.is_empty() {
+            // Escaped: the name may hold anything, control characters included.
+            write!(f, " ({})", self.comm.escape_debug())?;
+        }
+        write!(f, ", uid {}, gid {}", self.uid, self.gid)?;
+        if let Some(executable) = &self.executable {
+            write!(f, ", executable {executable:?}")?;
+        }
+        if let Some(cgroup) = &self.cgroup {
+            write!(f, ", cgroup {cgroup:?}")?;
+        }
+        match &self.note {
+            Some(note) => write!(f, " ({note})"),
+            None => Ok(()),
+        }
+    }
+}
+
+/// Evidence that notes what it was asked for and did not have.
+#[derive(Debug)]
+struct Gathered {
+    uid: Option<u32>,
+    gid: Option<u32>,
+    cgroup: Known<Arc<str>>,
+    path: Known<PathBuf>,
+    sha256: Known<[u8; 32]>,
+    asked: Cell<Option<Need>>,
+}
+
+#[derive(Debug)]
+enum Known<T> {
+    NotYet,
+    Is(Option<T>),
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Need {
+    Cgroup,
+    Path,
+    Sha256,
+}
+
+enum Decision {
+    /// It does not depend on anything that is not known.
+    Final(Option<Workload>),
+    Needs(Need),
+}
+
+impl Gathered {
+    fn new(uid: Option<u32>, gid: Option<u32>, cgroup: Option<Arc<str>>) -> Self {
+        let cgroup = cgroup.map_or(Known::NotYet, |cgroup| Known::Is(Some(cgroup)));
+        Self { uid, gid, cgroup, path: Known::NotYet, sha256: Known::NotYet, asked: Cell::new(None) }
+    }
+
+    /// Asks the registry. An answer that depends on what is not known yet is none, also when it is that entries are
+    /// ambiguous: one with more selectors may still win.
+    fn decide(&self, registry: &dyn Registry, facts: &Facts) -> Result<Decision, AttestError> {
+        self.asked.set(None);
+        let answer = registry.workload(self);
+        match self.asked.get() {
+            Some(need) => Ok(Decision::Needs(need)),
+            None => answer
+                .map(Decision::Final)
+                .map_err(|source| AttestError::Ambiguous { facts: Box::new(facts.clone()), source }),
+        }
+    }
+
+    fn look<'a, T>(&self, known: &'a Known<T>, need: Need) -> Option<&'a T> {
+        match known {
+            Known::Is(value) => value.as_ref(),
+            Known::NotYet => {
+                self.asked.set(Some(need));
+                None
+            }
+        }
+    }
+}
+
+impl Evidence for Gathered {
+    fn uid(&self) -> Option<u32> {
+        self.uid
+    }
+    fn gid(&self) -> Option<u32> {
+        self.gid
+    }
+    fn cgroup(&self) -> Option<&str> {
+        self.look(&self.cgroup, Need::Cgroup).map(AsRef::as_ref)
+    }
+    fn path(&self) -> Option<&Path> {
+        self.look(&self.path, Need::Path).map(AsRef::as_ref)
+    }
+    fn sha256(&self) -> Option<[u8; 32]> {
+        self.look(&self.sha256, Need::Sha256).copied()
+    }
+}
+
+fn pin(task: &Task, facts: &Facts) -> Result<Process, AttestError> {
+    let process = Process::pin(task.tgid).map_err(|error| failed(error, facts))?;
+    let process = process.ok_or_else(|| AttestError::Died(Box::new(facts.clone())))?;
+    if process.start().is_after(task.at) {
+        return Err(AttestError::Reused(Box::new(facts.clone())));
+    }
+    Ok(process)
+}
+
+/// On a thread for blocking work: a process may have very many descriptors.
+async fn oldest_holder(processes: Vec<u32>, cookie: u64) -> Option<Process> {
+    if cookie == 0 {
+        return None;
+    }
+    let search = move || {
+        let pinned = processes.into_iter().filter_map(|pid| Process::pin(pid).ok().flatten());
+        pinned.filter(|process| process.holds_socket(cookie).unwrap_or(false)).min_by_key(Process::start)
+    };
+    tokio::task::spawn_blocking(search).await.ok().flatten()
+}
+
+fn failed(error: io::Error, facts: &Facts) -> AttestError {
+    let facts = Box::new(facts.clone());
+    if is_gone(&error) { AttestError::Died(facts) } else { AttestError::Unreadable { facts, source: error } }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::testing::id_of, *};
+    use std::process::{Child, Command};
+
+    /// A process that waits, killed at the end.
+    struct Waiting(Child);
+
+    impl Waiting {
+        fn new() -> Self {
+            Self(Command::new("sleep").arg("60").spawn().unwrap())
+        }
+        fn end(&mut self) {
+            self.0.kill().unwrap();
+            self.0.wait().unwrap();
+        }
+    }
+
+    impl Drop for Waiting {
+        fn drop(&mut self) {
+            let _ = self.0.kill();
+            let _ = self.0.wait();
+        }
+    }
+
+    fn boottime() -> u64 {
+        let now = rustix::time::clock_gettime_dynamic(rustix::time::DynamicClockId::Boottime).unwrap();
+        u64::try_from(now.tv_sec).unwrap() * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap()
+    }
+
+    /// What the kernel would record about a process now.
+    fn task(attestor: &Attestor, pid: u32) -> Task {
+        let process = Process::pin(pid).unwrap().unwrap();
+        let ids = process.ids().unwrap();
+        Task {
+            tgid: pid,
+            uid: ids.real_uid,
+            gid: ids.real_gid,
+            workload: 0,
+            cgroup: attestor.hierarchy.id_of(&process.cgroup().unwrap()).unwrap().unwrap(),
+            at: boottime(),
+            comm: *b"sleep\0\0\0\0\0\0\0\0\0\0\0",
+        }
+    }
+
+    /// `None`, with a line that says so, where this machine or this user cannot do it.
+    fn attestor() -> Option<Attestor> {
+        let attestor = Attestor::discover();
+        let fault = match &attestor {
+            Ok(attestor) => attestor.hierarchy.path_of(1).err().map(|error| error.to_string()),
+            Err(error) => Some(error.to_string()),
+        };
+        match fault {
+            None => attestor.ok(),
+            Some(fault) => {
+                eprintln!("skipped: {fault}");
+                None
+            }
+        }
+    }
+
+    /// A cgroup of a test's own, removed at the end.
+    struct Cgroup {
+        directory: PathBuf,
+        path: String,
+    }
+
+    impl Cgroup {
+        fn new(attestor: &Attestor, name: &str) -> Self {
+            let path = format!("/wimsey-test-{}-{name}", std::process::id());
+            let directory = PathBuf::from(format!("{}{path}", attestor.hierarchy.mount().display()));
+            std::fs::create_dir(&directory).unwrap();
+            Self { directory, path }
+        }
+        fn take(&self, process: &Waiting) {
+            std::fs::write(self.directory.join("cgroup.procs"), process.0.id().to_string()).unwrap();
+        }
+    }
+
+    impl Drop for Cgroup {
+        fn drop(&mut self) {
+            // A process that was just killed may take a moment to leave.
+            for _ in 0..100 {
+                if std::fs::remove_dir(&self.directory).is_ok() {
+                    return;
+                }
+                std::thread::sleep(Duration::from_millis(10));
+            }
+        }
+    }
+
+    fn workload() -> Workload {
+        Workload { number: 1, id: id_of("spiffe://example.org/sleep") }
+    }
+
+    /// A registry made of one question.
+    struct Ask<F>(F);
+
+    impl<F: Fn(&dyn Evidence) -> bool + Sync> Registry for Ask<F> {
+        fn workload(&self, evidence: &dyn Evidence) -> Result<Option<Workload>, Ambiguous> {
+            Ok((self.0)(evidence).then(workload))
+        }
+    }
+
+    fn sleep_path() -> PathBuf {
+        let found = ["/usr/bin/sleep", "/bin/sleep"].into_iter().find(|path| Path::new(path).exists());
+        std::fs::canonicalize(found.unwrap()).unwrap()
+    }
+
+    #[tokio::test]
+    async fn a_process_is_attested_by_its_ids_cgroup_path_and_digest() {
+        let Some(attestor) = attestor() else { return };
+        let process = Waiting::new();
+        let task = task(&attestor, process.0.id());
+        let (uid, gid, path) = (task.uid, task.gid, sleep_path());
+        let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, &std::fs::read(&path).unwrap());
+        let cgroup = Process::pin(process.0.id()).unwrap().unwrap().cgroup().unwrap();
+        // The executable may not yet be sleep just after the fork; the command has returned, so it is.
+        let registry = Ask(|evidence: &dyn Evidence| {
+            evidence.uid() == Some(uid)
+                && evidence.gid() == Some(gid)
+                && evidence.cgroup() == Some(&cgroup)
+                && evidence.path() == Some(&path)
+                && evidence.sha256().as_ref().map(<[u8; 32]>::as_slice) == Some(digest.as_ref())
+        });
+        let attested = attestor.dialler(&task, &registry).await.unwrap();
+        assert_eq!(attested.workload.unwrap().id, workload().id);
+        assert_eq!(attested.facts.executable, Some(path.clone()));
+    }
+
+    #[tokio::test]
+    async fn an_executable_that_nobody_asks_for_is_not_read() {
+        let Some(attestor) = attestor() else { return };
+        let process = Waiting::new();
+        let registry = Ask(|evidence: &dyn Evidence| evidence.uid().is_some());
+        let attested = attestor.dialler(&task(&attestor, process.0.id()), &registry).await.unwrap();
+        assert!(attested.workload.is_some() && attested.facts.executable.is_none());
+    }
+
+    #[tokio::test]
+    async fn a_process_that_no_entry_matches_is_described() {
+        let Some(attestor) = attestor() else { return };
+        let process = Waiting::new();
+        let task = task(&attestor, process.0.id());
+        let attested = attestor.dialler(&task, &Ask(|_: &dyn Evidence| false)).await.unwrap();
+        assert!(attested.workload.is_none());
+        let text = attested.facts.to_string();
+        assert!(text.contains(&format!("process {} (sleep), uid {}", task.tgid, task.uid)), "{text}");
+        assert!(text.contains("sleep\"") && text.contains("cgroup"), "{text}");
+    }
+
+    #[tokio::test]
+    async fn a_dialler_that_died_is_refused_even_if_the_kernel_facts_match() {
+        let Some(attestor) = attestor() else { return };
+        let mut process = Waiting::new();
+        let task = task(&attestor, process.0.id());
+        process.end();
+        let error = attestor.dialler(&task, &Ask(|_: &dyn Evidence| true)).await.unwrap_err();
+        assert_eq!(error.code(), "process-died");
+    }
+
+    #[tokio::test]
+    async fn a_dialler_that_dies_while_it_is_attested_is_refused() {
+        let Some(attestor) = attestor() else { return };
+        let process = Mutex::new(Waiting::new());
+        let task = task(&attestor, process.lock().unwrap().0.id());
+        let registry = Ask(|_: &dyn Evidence| {
+            process.lock().unwrap().end();
+            true
+        });
+        assert_eq!(attestor.dialler(&task, &registry).await.unwrap_err().code(), "process-died");
+    }
+
+    #[tokio::test]
+    async fn a_number_that_was_used_again_is_noticed() {
+        let Some(attestor) = attestor() else { return };
+        let process = Waiting::new();
+        let mut task = task(&attestor, process.0.id());
+        // Recorded a second before this process, who has the number now, began.
+        task.at = task.at.saturating_sub(1_000_000_000);
+        let error = attestor.dialler(&task, &Ask(|_: &dyn Evidence| true)).await.unwrap_err();
+        assert_eq!(error.code(), "pid-reused");
+    }
+
+    #[tokio::test]
+    async fn a_process_with_other_ids_than_recorded_is_refused() {
+        let Some(attestor) = attestor() else { return };
+        let process = Waiting::new();
+        let mut task = task(&attestor, process.0.id());
+        task.gid = task.gid.wrapping_add(1);
+        let error = attestor.dialler(&task, &Ask(|_: &dyn Evidence| true)).await.unwrap_err();
+        assert_eq!(error.code(), "ids-changed");
+    }
+
+    #[tokio::test]
+    async fn a_process_that_is_in_another_cgroup_than_recorded_is_refused() {
+        let Some(attestor) = attestor() else { return };
+        let process = Waiting::new();
+        let mut task = task(&attestor, process.0.id());
+        task.cgroup += 1_000_000;
+        let error = attestor.dialler(&task, &Ask(|_: &dyn Evidence| true)).await.unwrap_err();
+        assert_eq!(error.code(), "cgroup-moved");
+    }
+
+    #[tokio::test]
+    async fn a_process_that_moves_to_another_cgroup_is_refused_by_the_kernels_own_ids() {
+        let Some(attestor) = attestor() else { return };
+        let (first, second) = (Cgroup::new(&attestor, "first"), Cgroup::new(&attestor, "second"));
+        let process = Waiting::new();
+        first.take(&process);
+        let task = task(&attestor, process.0.id());
+        let inside = Ask(|evidence: &dyn Evidence| evidence.cgroup() == Some(&first.path));
+        assert!(attestor.dialler(&task, &inside).await.unwrap().workload.is_some());
+        second.take(&process);
+        let error = attestor.dialler(&task, &inside).await.unwrap_err();
+        assert_eq!(error.code(), "cgroup-moved");
+        assert!(error.to_string().contains(&second.path), "{error}");
+    }
+
+    #[tokio::test]
+    async fn a_listener_whose_cgroup_is_gone_and_was_never_seen_has_no_owner() {
+        let Some(attestor) = attestor() else { return };
+        let cgroup = Cgroup::new(&attestor, "gone");
+        let mut process = Waiting::new();
+        cgroup.take(&process);
+        let task = task(&attestor, process.0.id());
+        process.end();
+        drop(cgroup);
+        let asks = Ask(|evidence: &dyn Evidence| evidence.cgroup().is_some());
+        assert_eq!(attestor.owner(Some(&task), 1, &asks).await.unwrap_err().code(), "listener-without-owner");
+        // An entry that does not look at the cgroup does not need it.
+        let uid = Ask(|evidence: &dyn Evidence| evidence.uid().is_some());
+        assert!(attestor.owner(Some(&task), 1, &uid).await.unwrap().workload.is_some());
+    }
+
+    #[tokio::test]
+    async fn an_exec_during_the_attestation_is_refused() {
+        let Some(attestor) = attestor() else { return };
+        let dir = tempfile::tempdir().unwrap();
+        let go = dir.path().join("go");
+        let script = format!("while ! test -e {}; do :; done; exec sleep 60", go.display());
+        let process = Waiting(Command::new("sh").args(["-c", &script]).spawn().unwrap());
+        let task = task(&attestor, process.0.id());
+        let registry = Ask(|evidence: &dyn Evidence| {
+            let Some(path) = evidence.path() else { return false };
+            std::fs::write(&go, "").unwrap();
+            while Process::pin(task.tgid).unwrap().unwrap().executable().unwrap().unwrap().path == path {
+                std::thread::yield_now();
+            }
+            true
+        });
+        assert_eq!(attestor.dialler(&task, &registry).await.unwrap_err().code(), "process-exec");
+    }
+
+    #[tokio::test]
+    async fn the_recorded_facts_of_a_listener_suffice_when_its_binder_is_gone_and_no_more_is_asked() {
+        let Some(attestor) = attestor() else { return };
+        let mut process = Waiting::new();
+        let task = task(&attestor, process.0.id());
+        process.end();
+        let uid = task.uid;
+        let registry = Ask(|evidence: &dyn Evidence| evidence.uid() == Some(uid) && evidence.cgroup().is_some());
+        let attested = attestor.owner(Some(&task), 1, &registry).await.unwrap();
+        assert!(attested.workload.is_some());
+    }
+
+    #[tokio::test]
+    async fn where_more_is_asked_the_holder_of_the_socket_in_the_same_cgroup_is_looked_at() {
+        let Some(attestor) = attestor() else { return };
+        let mut binder = Waiting::new();
+        let mut task = task(&attestor, binder.0.id());
+        binder.end();
+        task.at = boottime();
+        // This process holds the socket; so it must be in the cgroup that was recorded, which it is.
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let cookie = rustix::net::sockopt::socket_cookie(&listener).unwrap();
+        let registry = Ask(|evidence: &dyn Evidence| evidence.path().is_some());
+        let attested = attestor.owner(Some(&task), cookie, &registry).await.unwrap();
+        assert_eq!(attested.facts.pid, std::process::id());
+        assert_eq!(attested.facts.executable, Some(std::env::current_exe().unwrap()));
+        drop(listener);
+        let error = attestor.owner(Some(&task), cookie, &registry).await.unwrap_err();
+        assert_eq!(error.code(), "listener-without-owner");
+    }
+
+    #[tokio::test]
+    async fn a_listener_that_nobody_recorded_belongs_to_the_process_that_holds_it() {
+        let Some(attestor) = attestor() else { return };
+        let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let cookie = rustix::net::sockopt::socket_cookie(&listener).unwrap();
+        let registry = Ask(|evidence: &dyn Evidence| evidence.cgroup().is_some());
+        for _ in 0..2 {
+            let attested = attestor.owner(None, cookie, &registry).await.unwrap();
+            assert_eq!((attested.facts.pid, attested.workload.is_some()), (std::process::id(), true));
+        }
+        for nobody in [0, u64::MAX] {
+            assert_eq!(attestor.owner(None, nobody, &registry).await.unwrap_err().code(), "listener-without-owner");
+        }
+    }
+
+    #[tokio::test]
+    async fn ambiguous_entries_are_an_error_only_when_everything_is_known() {
+        struct Two;
+        impl Registry for Two {
+            fn workload(&self, evidence: &dyn Evidence) -> Result<Option<Workload>, Ambiguous> {
+                // A third entry with more selectors would win.
+                if evidence.path() == Some(Path::new("/nonexistent")) {
+                    return Ok(Some(workload()));
+                }
+                Err(Ambiguous { first: workload().id, second: id_of("spiffe://example.org/other") })
+            }
+        }
+        let Some(attestor) = attestor() else { return };
+        let process = Waiting::new();
+        let error = attestor.dialler(&task(&attestor, process.0.id()), &Two).await.unwrap_err();
+        assert_eq!((error.code(), error.culprit()), ("ambiguous-entries", Culprit::Policy));
+        assert!(error.to_string().contains("process"), "{error}");
+    }
+
+    #[test]
+    fn a_hostile_name_cannot_forge_a_line() {
+        let facts = Facts {
+            pid: 1,
+            uid: 2,
+            gid: 3,
+            comm: "a\nb\u{1b}[31m".into(),
+            executable: Some("/tmp/x\ny".into()),
+            cgroup: Some("/a".into()),
+            note: None,
+        };
+        assert_eq!(
+            facts.to_string(),
+            r#"process 1 (a\nb\u{1b}[31m), uid 2, gid 3, executable "/tmp/x\ny", cgroup "/a""#
+        );
+    }
+}

@@ -1,0 +1,707 @@
+//! The embedded authority: a directory with one certificate and one key, SVIDs out.
+//!
+//! It is meant for one host and for labs. `ca-key.pem` is the only long-lived secret; the keys of SVIDs are made for one
+//! certificate each and live only as long as it does (R41).
+//!
+//! *Invariant:* an authority that is expired, exposed, or of another trust domain is never loaded, and no certificate
+//! that it signs outlives it.
+
+use super::{
+    bundle::{Anchors, AuthorityFault, BundleError, Validity, check_authority, other_domain},
+    files::{self, FileError, Guard},
+    x509::{Parsed, display_time, hex, unix_time},
+};
+use crate::{
+    refusal::{Culprit, Refusal},
+    spiffe::{InvalidId, SpiffeId, TrustDomain},
+};
+use aws_lc_rs::{
+    rand::SystemRandom,
+    signature::{ECDSA_P256_SHA256_ASN1_SIGNING, EcdsaKeyPair, KeyPair},
+};
+use rcgen::{
+    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
+    KeyUsagePurpose, SanType, string::Ia5String,
+};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, pem::PemObject};
+use std::{
+    path::{Path, PathBuf},
+    time::{Duration, SystemTime},
+};
+use zeroize::{Zeroize, Zeroizing};
+
+/// The authority's certificate, in its directory.
+pub const CERTIFICATE_FILE: &str = "ca.pem";
+/// The authority's key, in its directory.
+pub const KEY_FILE: &str = "ca.key";
+/// How long a new authority lasts unless told otherwise: ten years.
+pub const DEFAULT_LIFE: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
+
+/// Certificates begin so long before they are made, for peers whose clocks are a little slow.
+const LEEWAY: Duration = Duration::from_secs(10);
+
+/// An authority that can sign: certificate and key, loaded and checked.
+pub struct Authority {
+    domain: TrustDomain,
+    certificate: CertificateDer<'static>,
+    validity: Validity,
+    anchors: Anchors,
+    issuer: Issuer<'static, SigningKey>,
+}
+
+/// An X.509-SVID as it was made, with its key.
+pub struct Issued {
+    /// The certificate. The authority signed it itself, so it is the whole chain.
+    pub certificate: CertificateDer<'static>,
+    /// Its key, PKCS#8.
+    pub key: Zeroizing<Vec<u8>>,
+    /// First second of its validity.
+    pub not_before: SystemTime,
+    /// Last second of its validity: never after the authority's own.
+    pub not_after: SystemTime,
+    /// Its serial number in hexadecimal.
+    pub serial: String,
+}
+
+/// Why an authority cannot be made, loaded or used.
+#[derive(Debug, thiserror::Error)]
+pub enum CaError {
+    /// One of its files.
+    #[error("certificate authority: {0}")]
+    File(#[from] FileError),
+    /// There is one already.
+    #[error("{path} is there already: Wimsey does not overwrite an authority. Use it, or take another directory")]
+    Exists {
+        /// The file that is in the way.
+        path: PathBuf,
+    },
+    /// Not PEM, or not what the file should hold.
+    #[error("certificate authority: {path}: {why}")]
+    Malformed {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong.
+        why: String,
+    },
+    /// The certificate cannot sign SVIDs.
+    #[error("certificate authority: {path} is not an authority: {why}")]
+    NotAnAuthority {
+        /// The file.
+        path: PathBuf,
+        /// What it lacks.
+        why: &'static str,
+    },
+    /// The certificate is of another trust domain.
+    #[error(
+        "certificate authority: {path} is of {found}, but the policy's trust domain is {expected}: give the authority \
+         of {expected}, or make one with wimsey ca init --trust-domain {expected}"
+    )]
+    OtherDomain {
+        /// The file.
+        path: PathBuf,
+        /// What the certificate says.
+        found: String,
+        /// What it should say.
+        expected: TrustDomain,
+    },
+    /// It is over.
+    #[error(
+        "certificate authority: {path} expired at {not_after}: make a new one with wimsey ca init in a new directory"
+    )]
+    Expired {
+        /// The file.
+        path: PathBuf,
+        /// When.
+        not_after: String,
+    },
+    /// It has not begun.
+    #[error("certificate authority: {path} is not valid before {not_before}, and the clock says {now}: set the clock")]
+    NotYetValid {
+        /// The file.
+        path: PathBuf,
+        /// When it begins.
+        not_before: String,
+        /// What the clock says.
+        now: String,
+    },
+    /// Certificate and key are not a pair.
+    #[error("certificate authority: the key in {key} is not the key of {certificate}: put the right one there")]
+    KeyMismatch {
+        /// The certificate file.
+        certificate: PathBuf,
+        /// The key file.
+        key: PathBuf,
+    },
+    /// What it issues is not accepted with its own certificate as the anchor.
+    #[error(
+        "certificate authority: {path}: an SVID that it signs does not verify: {why}. Make one with wimsey ca init"
+    )]
+    Unfit {
+        /// The certificate file.
+        path: PathBuf,
+        /// What the path validation says.
+        why: String,
+    },
+    /// It was asked for an identity of another trust domain.
+    #[error("the authority of {domain} cannot issue {id}: it is of another trust domain")]
+    ForeignId {
+        /// The authority's trust domain.
+        domain: TrustDomain,
+        /// What was asked for.
+        id: SpiffeId,
+    },
+    /// It was asked for a life of no time.
+    #[error("a certificate cannot have a life of {0:?}: give it at least a second")]
+    NoLife(Duration),
+    /// The trust domain has no valid name.
+    #[error("trust domain of the authority: {0}")]
+    Domain(#[from] InvalidId),
+    /// The cryptographic library failed.
+    #[error("certificate authority: {what} failed: {why}. This is a defect of Wimsey or of this host's random numbers")]
+    Crypto {
+        /// What was being done.
+        what: &'static str,
+        /// What the library says.
+        why: String,
+    },
+}
+
+impl Refusal for CaError {
+    fn culprit(&self) -> Culprit {
+        match self {
+            CaError::Crypto { .. } => Culprit::Ourselves,
+            CaError::ForeignId { .. } | CaError::NoLife(_) | CaError::Domain(_) => Culprit::Policy,
+            _ => Culprit::Host,
+        }
+    }
+    fn code(&self) -> &'static str {
+        match self {
+            CaError::File(FileError::Missing { .. }) => "ca-missing",
+            CaError::File(FileError::Exposed { .. } | FileError::ForeignOwner { .. }) => "ca-permissions",
+            CaError::File(_) => "ca-file",
+            CaError::Exists { .. } => "ca-exists",
+            CaError::Malformed { .. } => "ca-malformed",
+            CaError::NotAnAuthority { .. } => "ca-not-an-authority",
+            CaError::OtherDomain { .. } => "ca-other-domain",
+            CaError::Expired { .. } => "ca-expired",
+            CaError::NotYetValid { .. } => "ca-not-yet-valid",
+            CaError::KeyMismatch { .. } => "ca-key-mismatch",
+            CaError::Unfit { .. } => "ca-unfit",
+            CaError::ForeignId { .. } => "ca-foreign-id",
+            CaError::NoLife(_) => "ca-no-life",
+            CaError::Domain(_) => "ca-trust-domain",
+            CaError::Crypto { .. } => "ca-crypto",
+        }
+    }
+}
+
+/// `wimsey ca init`: makes an authority in a directory that has none.
+pub fn init(dir: &Path, domain: &TrustDomain, life: Duration, now: SystemTime) -> Result<Validity, CaError> {
+    let (certificate_path, key_path) = (dir.join(CERTIFICATE_FILE), dir.join(KEY_FILE));
+    files::make_directory(dir)?;
+    files::check_directory(dir)?;
+    for path in [&certificate_path, &key_path] {
+        if std::fs::symlink_metadata(path).is_ok() {
+            return Err(CaError::Exists { path: path.clone() });
+        }
+    }
+    let serial = random_serial()?;
+    let (key, document) = SigningKey::generate()?;
+    let (not_before, not_after) = validity(now, life, None)?;
+    let mut params = params(&serial, not_before, not_after);
+    // The serial number is part of the name, so that two authorities of one trust domain never have the same name.
+    params.distinguished_name = subject("authority", Some(&serial));
+    params.subject_alt_names = vec![uri(&format!("spiffe://{domain}"))?];
+    params.is_ca = IsCa::Ca(BasicConstraints::Constrained(0));
+    params.key_usages = vec![KeyUsagePurpose::KeyCertSign, KeyUsagePurpose::CrlSign];
+    let certificate = params.self_signed(&key).map_err(|error| crypto("signing the authority", error))?;
+    files::write(&key_path, files::pem("PRIVATE KEY", &document).as_bytes(), Guard::Secret, false)?;
+    let written =
+        files::write(&certificate_path, files::pem("CERTIFICATE", certificate.der()).as_bytes(), Guard::Public, false);
+    if let Err(error) = written {
+        // A key without its certificate would stand in the way of the next try.
+        let _ = std::fs::remove_file(&key_path);
+        return Err(error.into());
+    }
+    Ok(Authority::load(dir, Some(domain), now)?.validity)
+}
+
+/// `wimsey ca issue`: an SVID for a peer that is not run by Wimsey, as `svid.pem`, `key.pem` and `bundle.pem` in a
+/// directory, each replaced as a whole (R89).
+pub fn issue_files(dir: &Path, id: &SpiffeId, out: &Path, ttl: Duration, now: SystemTime) -> Result<Issued, CaError> {
+    let authority = Authority::load(dir, None, now)?;
+    let issued = authority.issue(id, ttl, now)?;
+    files::make_directory(out)?;
+    files::check_directory(out)?;
+    files::write(&out.join("key.pem"), files::pem("PRIVATE KEY", &issued.key).as_bytes(), Guard::Secret, true)?;
+    let svid = files::pem("CERTIFICATE", &issued.certificate);
+    files::write(&out.join("svid.pem"), svid.as_bytes(), Guard::Public, true)?;
+    let bundle = files::pem("CERTIFICATE", &authority.certificate);
+    files::write(&out.join("bundle.pem"), bundle.as_bytes(), Guard::Public, true)?;
+    Ok(issued)
+}
+
+impl Authority {
+    /// Loads the authority of a directory, and checks it. `expected`: the trust domain that it must be of; without one,
+    /// what its certificate says is taken.
+    pub fn load(dir: &Path, expected: Option<&TrustDomain>, now: SystemTime) -> Result<Self, CaError> {
+        let (certificate_path, key_path) = (dir.join(CERTIFICATE_FILE), dir.join(KEY_FILE));
+        let pem = files::read(&certificate_path, Guard::Public)?;
+        files::check_directory(dir)?;
+        let certificate = one_certificate(&certificate_path, &pem)?;
+        let domain = check_certificate(&certificate_path, &certificate, expected, now)?;
+        let key = read_key(&key_path)?;
+        let malformed = |why: String| CaError::Malformed { path: certificate_path.clone(), why };
+        let parsed = Parsed::parse(&certificate).map_err(|error| malformed(error.to_string()))?;
+        if parsed.public_key() != key.0.public_key().as_ref() {
+            return Err(CaError::KeyMismatch { certificate: certificate_path, key: key_path });
+        }
+        let anchors = Anchors::parse(&domain, &certificate_path, &pem, now)
+            .map_err(|error: BundleError| malformed(error.to_string()))?;
+        let validity = anchors.validity().first().cloned().ok_or_else(|| malformed("holds no certificate".into()))?;
+        let issuer = Issuer::from_ca_cert_der(&certificate, key).map_err(|error| malformed(error.to_string()))?;
+        let authority = Self { domain, certificate: certificate.clone(), validity, anchors, issuer };
+        authority.prove(&certificate_path, now)?;
+        Ok(authority)
+    }
+
+    /// Makes a key and a certificate for it (R23 to R30).
+    pub fn issue(&self, id: &SpiffeId, ttl: Duration, now: SystemTime) -> Result<Issued, CaError> {
+        if id.trust_domain() != self.domain {
+            return Err(CaError::ForeignId { domain: self.domain.clone(), id: id.clone() });
+        }
+        let serial = random_serial()?;
+        let (key, document) = SigningKey::generate()?;
+        let (not_before, not_after) = validity(now, ttl, Some(self.validity.not_after))?;
+        let mut params = params(&serial, not_before, not_after);
+        params.distinguished_name = subject("workload", None);
+        params.subject_alt_names = vec![uri(id.as_str())?];
+        params.is_ca = IsCa::ExplicitNoCa;
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        params.use_authority_key_identifier_extension = true;
+        let certificate = params.signed_by(&key, &self.issuer).map_err(|error| crypto("signing an SVID", error))?;
+        Ok(Issued {
+            certificate: certificate.der().clone(),
+            key: document,
+            not_before,
+            not_after,
+            serial: hex(&serial),
+        })
+    }
+
+    /// Its trust domain.
+    pub fn trust_domain(&self) -> &TrustDomain {
+        &self.domain
+    }
+
+    /// From when to when, and which one.
+    pub fn validity(&self) -> &Validity {
+        &self.validity
+    }
+
+    /// Itself as a trust anchor of its trust domain.
+    pub fn anchors(&self) -> &Anchors {
+        &self.anchors
+    }
+
+    /// Signs an SVID and verifies it, so that an authority made by other means fails at the start and not at the first
+    /// handshake.
+    fn prove(&self, path: &Path, now: SystemTime) -> Result<(), CaError> {
+        let unfit = |error: webpki::Error| CaError::Unfit { path: path.into(), why: error.to_string() };
+        let id = SpiffeId::parse(&format!("spiffe://{}/wimsey/proof", self.domain))?;
+        let issued = self.issue(&id, Duration::from_secs(60), now)?;
+        let leaf = webpki::EndEntityCert::try_from(&issued.certificate).map_err(unfit)?;
+        let anchors = self.anchors.valid_at(unix_time(now));
+        let usage = webpki::KeyUsage::client_auth();
+        leaf.verify_for_usage(webpki::ALL_VERIFICATION_ALGS, &anchors, &[], unix_time(now), usage, None, None)
+            .map(|_| ())
+            .map_err(unfit)
+    }
+}
+
+impl Issued {
+    /// Chain and key as rustls takes them.
+    pub fn certified(&self) -> Result<rustls::sign::CertifiedKey, CaError> {
+        let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(&self.key[..]));
+        let key = rustls::crypto::aws_lc_rs::sign::any_ecdsa_type(&key)
+            .map_err(|error| crypto("loading the key of an SVID", error))?;
+        Ok(rustls::sign::CertifiedKey::new(vec![self.certificate.clone()], key))
+    }
+}
+
+impl std::fmt::Debug for Authority {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Authority")
+            .field("trust_domain", &self.domain)
+            .field("validity", &self.validity)
+            .finish_non_exhaustive()
+    }
+}
+
+impl std::fmt::Debug for Issued {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Issued")
+            .field("serial", &self.serial)
+            .field("not_after", &self.not_after)
+            .finish_non_exhaustive()
+    }
+}
+
+/// A P-256 key whose memory aws-lc wipes when it goes; no `Debug`, no `Clone`.
+struct SigningKey(EcdsaKeyPair);
+
+impl SigningKey {
+    fn generate() -> Result<(Self, Zeroizing<Vec<u8>>), CaError> {
+        let failed = |error: aws_lc_rs::error::Unspecified| crypto("making a key", error);
+        let key = EcdsaKeyPair::generate(&ECDSA_P256_SHA256_ASN1_SIGNING).map_err(failed)?;
+        // The document wipes itself when it goes.
+        let document = key.to_pkcs8v1().map_err(failed)?;
+        Ok((Self(key), Zeroizing::new(document.as_ref().to_vec())))
+    }
+}
+
+impl rcgen::PublicKeyData for SigningKey {
+    fn der_bytes(&self) -> &[u8] {
+        self.0.public_key().as_ref()
+    }
+    fn algorithm(&self) -> &'static rcgen::SignatureAlgorithm {
+        &rcgen::PKCS_ECDSA_P256_SHA256
+    }
+}
+
+impl rcgen::SigningKey for SigningKey {
+    fn sign(&self, message: &[u8]) -> Result<Vec<u8>, rcgen::Error> {
+        let signature = self.0.sign(&SystemRandom::new(), message).map_err(|_| rcgen::Error::RemoteKeyError)?;
+        Ok(signature.as_ref().to_vec())
+    }
+}
+
+fn one_certificate(path: &Path, pem: &[u8]) -> Result<CertificateDer<'static>, CaError> {
+    let malformed = |why: &str| CaError::Malformed { path: path.into(), why: why.into() };
+    let mut certificates = CertificateDer::pem_slice_iter(pem);
+    let certificate = certificates
+        .next()
+        .ok_or_else(|| malformed("holds no PEM certificate"))?
+        .map_err(|error| malformed(&format!("is not PEM: {error}")))?;
+    match certificates.next() {
+        None => Ok(certificate),
+        Some(_) => Err(malformed("holds more than the one certificate of the authority")),
+    }
+}
+
+fn check_certificate(
+    path: &Path,
+    certificate: &CertificateDer<'_>,
+    expected: Option<&TrustDomain>,
+    now: SystemTime,
+) -> Result<TrustDomain, CaError> {
+    let malformed = |error: super::x509::Malformed| CaError::Malformed { path: path.into(), why: error.to_string() };
+    let parsed = Parsed::parse(certificate).map_err(malformed)?;
+    check_authority(&parsed).map_err(|fault| match fault {
+        AuthorityFault::Malformed(error) => malformed(error),
+        AuthorityFault::NotAnAuthority(why) => CaError::NotAnAuthority { path: path.into(), why },
+    })?;
+    let uris = parsed.uris().map_err(malformed)?;
+    let name = match uris.as_slice() {
+        [uri] => uri.strip_prefix("spiffe://"),
+        _ => None,
+    };
+    let name = name.ok_or(CaError::NotAnAuthority {
+        path: path.into(),
+        why: "it does not carry exactly one URI, spiffe:// and its trust domain",
+    })?;
+    let domain = TrustDomain::parse(name).map_err(|error| CaError::Malformed {
+        path: path.into(),
+        why: format!("its URI spiffe://{name} is no trust domain: {error}"),
+    })?;
+    if let Some(expected) = expected
+        && let Some(found) = other_domain(&parsed, expected).map_err(malformed)?
+    {
+        return Err(CaError::OtherDomain { path: path.into(), found, expected: expected.clone() });
+    }
+    if now < parsed.not_before() {
+        let not_before = display_time(parsed.not_before());
+        return Err(CaError::NotYetValid { path: path.into(), not_before, now: display_time(now) });
+    }
+    if now >= parsed.not_after() {
+        return Err(CaError::Expired { path: path.into(), not_after: display_time(parsed.not_after()) });
+    }
+    Ok(domain)
+}
+
+fn read_key(path: &Path) -> Result<SigningKey, CaError> {
+    let malformed = |why: String| CaError::Malformed { path: path.into(), why };
+    let pem = files::read(path, Guard::Secret)?;
+    let mut der =
+        PrivateKeyDer::from_pem_slice(&pem).map_err(|error| malformed(format!("holds no PEM private key: {error}")))?;
+    let key = EcdsaKeyPair::from_private_key_der(&ECDSA_P256_SHA256_ASN1_SIGNING, der.secret_der());
+    der.zeroize();
+    key.map(SigningKey).map_err(|error| malformed(format!("holds no ECDSA P-256 key: {error}")))
+}
+
+/// Certificates count in whole seconds: cut here, so that what is written down and what is signed are the same.
+fn validity(now: SystemTime, life: Duration, limit: Option<SystemTime>) -> Result<(SystemTime, SystemTime), CaError> {
+    let seconds = unix_time(now).as_secs();
+    let life = life.as_secs();
+    if life == 0 {
+        return Err(CaError::NoLife(Duration::ZERO));
+    }
+    // RFC 5280 section 4.1.2.5 has four digits for the year.
+    const LAST: u64 = 253_402_300_799;
+    let limit = limit.map_or(LAST, |limit| unix_time(limit).as_secs());
+    let at = |seconds: u64| SystemTime::UNIX_EPOCH + Duration::from_secs(seconds.min(LAST));
+    Ok((at(seconds.saturating_sub(LEEWAY.as_secs())), at(seconds.saturating_add(life).min(limit))))
+}
+
+fn params(serial: &[u8], not_before: SystemTime, not_after: SystemTime) -> CertificateParams {
+    let mut params = CertificateParams::default();
+    params.serial_number = Some(rcgen::SerialNumber::from_slice(serial));
+    params.not_before = not_before.into();
+    params.not_after = not_after.into();
+    params
+}
+
+/// Never empty, so that the names do not have to be critical (R27), and the same for every workload: the identity is in
+/// the URI alone.
+fn subject(role: &str, serial: Option<&[u8]>) -> DistinguishedName {
+    let mut subject = DistinguishedName::new();
+    subject.push(DnType::OrganizationName, "Wimsey");
+    subject.push(DnType::CommonName, serial.map_or_else(|| role.into(), |serial| format!("{role} {}", hex(serial))));
+    subject
+}
+
+fn uri(text: &str) -> Result<SanType, CaError> {
+    Ia5String::try_from(text).map(SanType::URI).map_err(|error| crypto("writing a URI name", error))
+}
+
+/// 127 random bits with the highest one set: positive, never zero, at most 20 octets (RFC 5280 section 4.1.2.2).
+fn random_serial() -> Result<[u8; 16], CaError> {
+    let mut serial = [0u8; 16];
+    aws_lc_rs::rand::fill(&mut serial).map_err(|error| crypto("random numbers", error))?;
+    let [first, ..] = &mut serial;
+    *first = *first & 0x7f | 0x40;
+    Ok(serial)
+}
+
+fn crypto(what: &'static str, why: impl std::fmt::Display) -> CaError {
+    CaError::Crypto { what, why: why.to_string() }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::testing::*, *};
+    use std::os::unix::fs::PermissionsExt;
+    use x509_parser::prelude::{FromDer, X509Certificate};
+
+    const HOUR: Duration = Duration::from_secs(3600);
+
+    fn made() -> (tempfile::TempDir, PathBuf) {
+        let scratch = tempfile::tempdir().unwrap();
+        let dir = scratch.path().join("etc/ca");
+        init(&dir, &domain_of("example.org"), DEFAULT_LIFE, now()).unwrap();
+        (scratch, dir)
+    }
+
+    fn mode(path: &Path) -> u32 {
+        std::fs::metadata(path).unwrap().permissions().mode() & 0o7777
+    }
+
+    fn issued() -> Issued {
+        let (_scratch, dir) = made();
+        let authority = Authority::load(&dir, Some(&domain_of("example.org")), now()).unwrap();
+        authority.issue(&id_of("spiffe://example.org/web"), HOUR, now()).unwrap()
+    }
+
+    #[test]
+    fn init_makes_a_directory_for_root_alone_and_a_key_for_root_alone() {
+        let (_scratch, dir) = made();
+        assert_eq!((mode(&dir), mode(&dir.join(KEY_FILE)), mode(&dir.join(CERTIFICATE_FILE))), (0o700, 0o600, 0o644));
+    }
+
+    #[test]
+    fn the_authority_names_its_trust_domain_and_may_only_sign_leaves() {
+        let (_scratch, dir) = made();
+        let authority = Authority::load(&dir, None, now()).unwrap();
+        let (_, certificate) = X509Certificate::from_der(&authority.certificate).unwrap();
+        let constraints = certificate.basic_constraints().unwrap().unwrap();
+        assert!(constraints.critical && constraints.value.ca);
+        assert_eq!(constraints.value.path_len_constraint, Some(0));
+        assert!(certificate.key_usage().unwrap().unwrap().value.key_cert_sign());
+        // R32: the signing certificate's SPIFFE ID has no path.
+        assert_eq!(Parsed::parse(&authority.certificate).unwrap().uris().unwrap(), ["spiffe://example.org"]);
+        assert_eq!(authority.trust_domain(), &domain_of("example.org"));
+    }
+
+    #[test]
+    fn init_never_overwrites_an_authority() {
+        let (_scratch, dir) = made();
+        let before = std::fs::read(dir.join(KEY_FILE)).unwrap();
+        let error = init(&dir, &domain_of("example.org"), DEFAULT_LIFE, now()).unwrap_err();
+        assert_eq!(error.code(), "ca-exists");
+        std::fs::remove_file(dir.join(CERTIFICATE_FILE)).unwrap();
+        assert_eq!(init(&dir, &domain_of("example.org"), DEFAULT_LIFE, now()).unwrap_err().code(), "ca-exists");
+        assert_eq!(std::fs::read(dir.join(KEY_FILE)).unwrap(), before);
+    }
+
+    #[test]
+    fn an_issued_svid_carries_exactly_one_uri() {
+        // R23, R24
+        assert_eq!(Parsed::parse(&issued().certificate).unwrap().uris().unwrap(), ["spiffe://example.org/web"]);
+    }
+
+    #[test]
+    fn an_issued_svid_has_a_subject_and_so_its_names_are_not_critical() {
+        // R27
+        let issued = issued();
+        let (_, certificate) = X509Certificate::from_der(&issued.certificate).unwrap();
+        assert!(certificate.subject().iter().count() > 0);
+        assert!(!certificate.subject_alternative_name().unwrap().unwrap().critical);
+    }
+
+    #[test]
+    fn an_issued_svid_says_explicitly_that_it_is_no_authority() {
+        // R28
+        let issued = issued();
+        let (_, certificate) = X509Certificate::from_der(&issued.certificate).unwrap();
+        assert!(!certificate.basic_constraints().unwrap().expect("explicit").value.ca);
+    }
+
+    #[test]
+    fn an_issued_svid_may_sign_handshakes_and_nothing_else() {
+        // R29
+        let issued = issued();
+        let (_, certificate) = X509Certificate::from_der(&issued.certificate).unwrap();
+        let usage = certificate.key_usage().unwrap().unwrap();
+        assert!(usage.critical && usage.value.digital_signature());
+        assert!(!usage.value.key_cert_sign() && !usage.value.crl_sign());
+        // R30
+        let purposes = certificate.extended_key_usage().unwrap().unwrap().value;
+        assert!(purposes.server_auth && purposes.client_auth && !purposes.any);
+    }
+
+    #[test]
+    fn an_issued_svid_begins_a_little_early_and_lasts_as_long_as_asked() {
+        let issued = issued();
+        let parsed = Parsed::parse(&issued.certificate).unwrap();
+        assert_eq!(parsed.not_before(), now() - LEEWAY);
+        assert_eq!(parsed.not_after(), now() + HOUR);
+        assert_eq!((issued.not_before, issued.not_after), (parsed.not_before(), parsed.not_after()));
+        assert_eq!(issued.serial, parsed.serial());
+    }
+
+    #[test]
+    fn every_svid_has_a_fresh_key_and_a_fresh_serial_number() {
+        // R41
+        let (_scratch, dir) = made();
+        let authority = Authority::load(&dir, None, now()).unwrap();
+        let id = id_of("spiffe://example.org/web");
+        let (one, two) = (authority.issue(&id, HOUR, now()).unwrap(), authority.issue(&id, HOUR, now()).unwrap());
+        assert_ne!(one.serial, two.serial);
+        assert_ne!(*one.key, *two.key);
+        assert!(one.certified().unwrap().keys_match().is_ok());
+    }
+
+    #[test]
+    fn no_svid_outlives_its_authority() {
+        let (scratch, _) = made();
+        let dir = scratch.path().join("short");
+        init(&dir, &domain_of("example.org"), Duration::from_secs(600), now()).unwrap();
+        let authority = Authority::load(&dir, None, now()).unwrap();
+        let issued = authority.issue(&id_of("spiffe://example.org/web"), HOUR, now()).unwrap();
+        assert_eq!(issued.not_after, now() + Duration::from_secs(600));
+    }
+
+    #[test]
+    fn an_identity_of_another_trust_domain_is_not_issued() {
+        let (_scratch, dir) = made();
+        let authority = Authority::load(&dir, None, now()).unwrap();
+        let error = authority.issue(&id_of("spiffe://example.net/web"), HOUR, now()).unwrap_err();
+        assert_eq!((error.code(), error.culprit()), ("ca-foreign-id", Culprit::Policy));
+        assert!(authority.issue(&id_of("spiffe://example.org/web"), Duration::ZERO, now()).is_err());
+    }
+
+    #[test]
+    fn a_missing_authority_is_named() {
+        let error = Authority::load(Path::new("/nonexistent/ca"), None, now()).unwrap_err();
+        assert_eq!((error.code(), error.culprit()), ("ca-missing", Culprit::Host));
+        assert!(error.to_string().contains("/nonexistent/ca/ca.pem"), "{error}");
+    }
+
+    #[test]
+    fn an_expired_authority_and_one_of_the_future_are_refused() {
+        let (_scratch, dir) = made();
+        let load = |at| Authority::load(&dir, None, at).unwrap_err().code();
+        assert_eq!(load(now() + DEFAULT_LIFE), "ca-expired");
+        assert_eq!(load(now() - HOUR), "ca-not-yet-valid");
+    }
+
+    #[test]
+    fn an_authority_of_another_trust_domain_is_refused_and_both_are_named() {
+        let (_scratch, dir) = made();
+        let error = Authority::load(&dir, Some(&domain_of("example.net")), now()).unwrap_err();
+        assert_eq!(error.code(), "ca-other-domain");
+        assert!(error.to_string().contains("example.org") && error.to_string().contains("example.net"), "{error}");
+    }
+
+    #[test]
+    fn an_authority_whose_key_the_group_may_read_is_refused() {
+        let (_scratch, dir) = made();
+        for (file, wrong) in [(KEY_FILE, 0o640), (KEY_FILE, 0o604), (CERTIFICATE_FILE, 0o666), (".", 0o777)] {
+            let path = dir.join(file);
+            let right = mode(&path);
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(wrong)).unwrap();
+            let error = Authority::load(&dir, None, now()).unwrap_err();
+            assert_eq!((error.code(), error.culprit()), ("ca-permissions", Culprit::Host), "{file}");
+            std::fs::set_permissions(&path, std::fs::Permissions::from_mode(right)).unwrap();
+        }
+        assert!(Authority::load(&dir, None, now()).is_ok());
+    }
+
+    #[test]
+    fn a_key_of_another_authority_and_garbage_are_refused() {
+        let (_scratch, dir) = made();
+        let (_other_scratch, other) = made();
+        let original = std::fs::read(dir.join(KEY_FILE)).unwrap();
+        std::fs::copy(other.join(KEY_FILE), dir.join(KEY_FILE)).unwrap();
+        assert_eq!(Authority::load(&dir, None, now()).unwrap_err().code(), "ca-key-mismatch");
+        std::fs::write(dir.join(KEY_FILE), "garbage").unwrap();
+        assert_eq!(Authority::load(&dir, None, now()).unwrap_err().code(), "ca-malformed");
+        std::fs::write(dir.join(KEY_FILE), original).unwrap();
+        std::fs::write(dir.join(CERTIFICATE_FILE), "garbage").unwrap();
+        assert_eq!(Authority::load(&dir, None, now()).unwrap_err().code(), "ca-malformed");
+    }
+
+    #[test]
+    fn a_leaf_in_the_place_of_the_authority_is_refused() {
+        let (_scratch, dir) = made();
+        let issued = Authority::load(&dir, None, now()).unwrap().issue(&id_of("spiffe://example.org/web"), HOUR, now());
+        std::fs::write(dir.join(CERTIFICATE_FILE), &*files::pem("CERTIFICATE", &issued.unwrap().certificate)).unwrap();
+        assert_eq!(Authority::load(&dir, None, now()).unwrap_err().code(), "ca-not-an-authority");
+    }
+
+    #[test]
+    fn issue_writes_three_files_that_openssl_can_read_and_replaces_them_whole() {
+        let (scratch, dir) = made();
+        let out = scratch.path().join("peer");
+        let id = id_of("spiffe://example.org/peer");
+        let first = issue_files(&dir, &id, &out, HOUR, now()).unwrap();
+        let second = issue_files(&dir, &id, &out, HOUR, now()).unwrap();
+        assert_ne!(first.serial, second.serial);
+        assert_eq!(mode(&out.join("key.pem")), 0o600);
+        let svid = CertificateDer::from_pem_file(out.join("svid.pem")).unwrap();
+        assert_eq!(svid, second.certificate);
+        let key = PrivateKeyDer::from_pem_file(out.join("key.pem")).unwrap();
+        let key = rustls::crypto::aws_lc_rs::sign::any_ecdsa_type(&key).unwrap();
+        assert!(rustls::sign::CertifiedKey::new(vec![svid], key).keys_match().is_ok());
+        let bundle = std::fs::read(out.join("bundle.pem")).unwrap();
+        assert!(Anchors::parse(&domain_of("example.org"), Path::new("b"), &bundle, now()).is_ok());
+        assert_eq!(std::fs::read_dir(&out).unwrap().count(), 3);
+    }
+
+    #[test]
+    fn secrets_are_not_in_the_debug_text() {
+        let issued = issued();
+        assert!(!format!("{issued:?}").contains("key"), "{issued:?}");
+    }
+}

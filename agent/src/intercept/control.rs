@@ -1,0 +1,541 @@
+//! The control side: one value that owns what is attached, installs policies, and tells what the kernel has to tell.
+//!
+//! It lives on the control runtime, in the network namespace that it was made in. Nothing on the way of a connection waits
+//! for it.
+//!
+//! *Invariant:* the protection of a listener is lowered here only, and only for the socket that was looked at.
+
+use super::{
+    Doorway, Error,
+    cgroups::{Cgroup, Cgroups},
+    diagnostics::{self, Socket},
+    error::During,
+    host::{self, Host},
+    install::{self, Classes, KernelFacts, Rows},
+    owners,
+    programs::{self, Loaded, Readers, ToTracing},
+    tables::{Tables, canonical, listener_key, map_error, socket_address, tuple_key},
+};
+use crate::sys::{self, bpf};
+use aya::maps::{MapData, PerCpuArray, RingBuf};
+use aya_log::EbpfLogger;
+use std::{
+    collections::{HashMap, HashSet, VecDeque},
+    io,
+    net::SocketAddr,
+    os::fd::{AsFd, OwnedFd},
+    path::PathBuf,
+    sync::{Arc, atomic::AtomicU64},
+};
+use tokio::io::unix::AsyncFd;
+use wimsey_common::*;
+
+/// What to attach where.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Where the lock of this namespace is.
+    pub run_dir: PathBuf,
+    /// The subtree of the unified hierarchy whose connections are acted on; `/` is all of it.
+    pub cgroup: PathBuf,
+    /// Number of data shards, 1 to [`MAX_SHARDS`].
+    pub shards: usize,
+    /// Rows of maps, where other than built in. Ignored for maps that are adopted.
+    pub sizes: Vec<(&'static str, u32)>,
+}
+
+/// The kernel programs of this network namespace, attached. Dropping it leaves them attached.
+pub struct Programs {
+    host: Host,
+    tables: Tables,
+    cgroups: Cgroups,
+    doorways: Vec<Doorway>,
+    shards: u32,
+    facts: Option<Arc<dyn KernelFacts>>,
+    classes: Classes,
+    generation: u32,
+    /// Addresses that policy protects whether or not anybody listens.
+    protected: HashSet<ListenerKey>,
+    events: RingBuf<MapData>,
+    /// Wakes when there are events, or changes of the cgroup tree; made on the runtime that waits first.
+    wakers: Option<[AsyncFd<OwnedFd>; 2]>,
+    counters: PerCpuArray<MapData, u64>,
+    log: Option<EbpfLogger<ToTracing>>,
+    notices: VecDeque<Notice>,
+    covered: PathBuf,
+    _locks: [OwnedFd; 2],
+}
+
+/// Something that the daemon should know.
+#[derive(Clone, Copy, Debug)]
+pub enum Notice {
+    /// The kernel has refused something by itself.
+    Refused(Event),
+    /// Something passed by a named bypass.
+    Bypassed(Event),
+    /// Somebody listens. The owner is to be attested, and [`Programs::set_listener_mode`] called.
+    Listening(Listening),
+    /// Nobody listens there any more.
+    Closed(ListenerKey),
+}
+
+/// A listening socket and its owner.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Listening {
+    /// Where it listens.
+    pub key: ListenerKey,
+    /// Owner, cookie and mode.
+    pub row: Listener,
+}
+
+impl Listening {
+    /// Address and port.
+    pub fn address(&self) -> SocketAddr {
+        socket_address(&self.key.address, self.key.port)
+    }
+}
+
+/// A connection from before the agent, between this host's programs and what is protected now.
+#[derive(Clone, Copy, Debug)]
+pub struct OldConnection {
+    /// This host's end.
+    pub local: SocketAddr,
+    /// The other end.
+    pub remote: SocketAddr,
+    /// This host's end dialled a mesh destination; else it serves from a protected listener.
+    pub outbound: bool,
+    /// Owner of the socket file.
+    pub uid: u32,
+    /// Inode number, as `/proc/PID/fd` shows it.
+    pub inode: u32,
+    socket: Socket,
+}
+
+impl Programs {
+    /// Loads, attaches and pins the programs, and makes the listeners of every shard. With maps adopted from an agent before,
+    /// its policy stays in force until [`Programs::install`]; without, nothing is touched until then.
+    pub fn load(options: &Options) -> Result<Self, Error> {
+        let shards = u32::try_from(options.shards).unwrap_or(u32::MAX);
+        if shards == 0 || shards as usize > MAX_SHARDS {
+            return Err(Error::Misuse { what: "the number of shards must be 1 to 64" });
+        }
+        let host = Host::find()?;
+        let lock = host::lock(&options.run_dir, host.netns_inode)?;
+        host.open_cgroup(&options.cgroup)?;
+        host.mount_bpffs()?;
+        discard_foreign(&host)?;
+        let pins_lock = host.make_pins()?;
+        let loaded = Loaded::load(&host, &options.sizes)?;
+        let tables = Tables::open(&host.pins)?;
+        let config = tables.config.get(&0).map_err(map_error(map::CONFIG))?;
+        let generation = config.filter(|config| config.abi == ABI).map_or(0, |config| config.generation);
+        // What an agent that was killed in the middle has left.
+        install::sweep(&tables, |of| of == generation)?;
+        let Readers { events, counters, log } = loaded.attach(&host, &options.cgroup)?;
+        for stale in tables.origins.keys().map_err(map_error(map::ORIGINS))? {
+            tables.origins.remove(&stale).map_err(map_error(map::ORIGINS))?;
+        }
+        let flows = Arc::new(AtomicU64::new(0));
+        let doorways: Result<Vec<Doorway>, Error> =
+            (0..options.shards).map(|shard| Doorway::make(shard, &tables, Arc::clone(&flows))).collect();
+        let cgroups = Cgroups::watch(&host.cgroup2)?;
+        let programs = Self {
+            covered: host.cgroup2.join(options.cgroup.strip_prefix("/").unwrap_or(&options.cgroup)),
+            host,
+            tables,
+            cgroups,
+            doorways: doorways?,
+            shards,
+            facts: None,
+            classes: Classes::default(),
+            generation,
+            protected: HashSet::new(),
+            events,
+            wakers: None,
+            counters,
+            log,
+            notices: VecDeque::new(),
+            _locks: [lock, pins_lock],
+        };
+        if let Some(config) = config.filter(|_| generation != 0) {
+            programs.configure(generation, config.flags)?;
+        }
+        Ok(programs)
+    }
+
+    /// The doors of the shards, to be sent to their threads. They are there once.
+    pub fn doorways(&mut self) -> Vec<Doorway> {
+        std::mem::take(&mut self.doorways)
+    }
+
+    /// Puts a policy in force and gives its generation. When it fails, nothing has changed.
+    ///
+    /// Listeners keep their modes; see [`Programs::listeners`] for attesting their owners again.
+    pub fn install(&mut self, facts: Arc<dyn KernelFacts>) -> Result<u32, Error> {
+        self.watch_cgroups()?;
+        let generation = self.generation.checked_add(1).unwrap_or(1);
+        let rows = Rows::of(facts.as_ref(), generation, &self.cgroups.all(), install::source_for);
+        let in_force = self.generation;
+        let prepared = rows.write(&self.tables).and_then(|()| install::protect(&self.tables, &rows.protected));
+        let protected = match prepared {
+            Ok(protected) => protected,
+            Err(error) => {
+                install::sweep(&self.tables, |of| of == in_force)?;
+                return Err(error);
+            }
+        };
+        if let Err(error) = self.flip(generation, rows.flags) {
+            install::sweep(&self.tables, |of| of == in_force)?;
+            install::unprotect(&self.tables, &protected)?;
+            return Err(error);
+        }
+        self.generation = generation;
+        self.classes = rows.classes;
+        self.facts = Some(facts);
+        let before = std::mem::replace(&mut self.protected, rows.protected.into_iter().collect());
+        // From here on the new policy is in force, and what cannot be tidied up is only a loss of room.
+        let over: Vec<ListenerKey> = before.difference(&self.protected).copied().collect();
+        if let Err(error) =
+            install::sweep(&self.tables, |of| of == generation).and_then(|()| install::unprotect(&self.tables, &over))
+        {
+            tracing::warn!(%error, "rows of the policy before could not be removed from the kernel maps");
+        }
+        Ok(generation)
+    }
+
+    /// Inode number of the network namespace.
+    pub fn netns(&self) -> u64 {
+        self.host.netns_inode
+    }
+
+    /// Generation of the policy in force; 0 before the first.
+    pub fn generation(&self) -> u32 {
+        self.generation
+    }
+
+    /// The cgroup subtree that is covered, and the directory of the pins: what `wimsey status` tells.
+    pub fn places(&self) -> (&std::path::Path, &std::path::Path) {
+        (&self.covered, &self.host.pins)
+    }
+
+    /// Counters by the numbers of [`wimsey_common::counter`], all CPUs added up.
+    pub fn counters(&self) -> Result<[u64; counter::COUNT as usize], Error> {
+        let mut sums = [0_u64; counter::COUNT as usize];
+        for (index, sum) in (0..).zip(sums.iter_mut()) {
+            let values = self
+                .counters
+                .get(&index, 0)
+                .map_err(|error| Error::Map { map: map::COUNTERS, error: io::Error::other(error) })?;
+            *sum = values.iter().sum();
+        }
+        Ok(sums)
+    }
+
+    /// The next thing that the daemon should know. Cgroups that appear are classified on the way. Cancel safe.
+    ///
+    /// When the counter `EVENTS_LOST` has risen, something was not told: [`Programs::listeners`] then finds what listens.
+    pub async fn notice(&mut self) -> Result<Notice, Error> {
+        loop {
+            // Only then is more read: in a flood the ring buffer fills and events are counted as lost, not hoarded here.
+            if let Some(notice) = self.notices.pop_front() {
+                return Ok(notice);
+            }
+            self.watch_cgroups()?;
+            self.read_events()?;
+            if !self.notices.is_empty() {
+                continue;
+            }
+            let failed = || "waiting for events of the kernel programs".into();
+            let [events, cgroups] = match &mut self.wakers {
+                Some(wakers) => wakers,
+                none => none.insert([
+                    sys::readable(self.events.as_fd()).during(failed)?,
+                    sys::readable(self.cgroups.as_fd()).during(failed)?,
+                ]),
+            };
+            tokio::select! {
+                ready = events.readable() => ready.during(failed)?.clear_ready(),
+                ready = cgroups.readable() => ready.during(failed)?.clear_ready(),
+            }
+        }
+    }
+
+    /// Looks at every listening socket of the namespace: those from before the programs are recorded, those that are gone are
+    /// forgotten. All that are left are to be attested, and [`Programs::set_listener_mode`] called for each.
+    pub fn listeners(&mut self) -> Result<Vec<Listening>, Error> {
+        let sockets = self.listening_sockets()?;
+        let mut by_key: HashMap<ListenerKey, Vec<Socket>> = HashMap::new();
+        for socket in sockets {
+            by_key.entry(key_of(&socket)).or_default().push(socket);
+        }
+        let tables = self.tables.clone();
+        let full = map_error(map::LISTENERS);
+        let mut unrecorded = Vec::new();
+        let mut found = Vec::new();
+        for (key, sockets) in &by_key {
+            let row = tables.listeners.get(key).map_err(&full)?;
+            match row.filter(|row| row.owner.tgid != 0 && sockets.iter().any(|socket| socket.cookie == row.cookie)) {
+                Some(row) => found.push(Listening { key: *key, row }),
+                None => unrecorded.extend(sockets.first().map(|socket| (*key, *socket, row))),
+            }
+        }
+        let inodes = unrecorded.iter().map(|(_, socket, _)| socket.inode).collect();
+        let owners = owners::owners(&inodes, &self.host.cgroup2);
+        for (key, socket, row) in unrecorded {
+            let owner = owners.get(&socket.inode).copied();
+            found.push(self.record(key, &socket, owner, row)?);
+        }
+        for key in tables.listeners.keys().map_err(&full)? {
+            if !by_key.contains_key(&key) {
+                self.forget(&key)?;
+            }
+        }
+        Ok(found)
+    }
+
+    /// Says what a listening socket is, after its owner was attested: one of the `LISTENER_` modes. Says whether it was still
+    /// the same socket. An address that policy protects by itself stays protected.
+    pub fn set_listener_mode(&self, listening: &Listening, mode: u32, workload: u32) -> Result<bool, Error> {
+        let full = map_error(map::LISTENERS);
+        let Some(mut row) = self.tables.listeners.get(&listening.key).map_err(&full)? else { return Ok(false) };
+        if row.cookie != listening.row.cookie {
+            return Ok(false);
+        }
+        row.mode = if self.protected.contains(&listening.key) { LISTENER_PROTECTED } else { mode };
+        row.owner.workload = workload;
+        match self.tables.listeners.put(&listening.key, &row, bpf::REPLACE) {
+            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
+            done => done.map(|()| true).map_err(full),
+        }
+    }
+
+    /// Connections that were open before, between this host's programs and mesh destinations or from protected listeners,
+    /// and that the agent does not carry.
+    pub fn preexisting(&self, is_mesh: impl Fn(SocketAddr) -> bool) -> Result<Vec<OldConnection>, Error> {
+        let mut found = Vec::new();
+        let ours: HashSet<u32> = owners::sockets_of(std::process::id()).into_iter().collect();
+        for socket in diagnostics::sockets(diagnostics::CONNECTED)? {
+            if ours.contains(&socket.inode)
+                || self.tables.own.get(&socket.cookie).map_err(map_error(map::OWN))?.is_some()
+                || self.is_leg(&socket)?
+            {
+                continue;
+            }
+            let outbound = is_mesh(socket.remote);
+            if outbound || self.is_protected(socket.local)? {
+                let Socket { local, remote, uid, inode, .. } = socket;
+                found.push(OldConnection { local, remote, outbound, uid, inode, socket });
+            }
+        }
+        Ok(found)
+    }
+
+    /// Closes a connection as if it had been reset. Says whether it was still there.
+    pub fn kill(&self, connection: &OldConnection) -> Result<bool, Error> {
+        diagnostics::destroy(&connection.socket)
+    }
+
+    /// Forgets rows of sockets that went without a word (multipath TCP closes its own inner sockets). To be called now and
+    /// then; says how many there were.
+    pub fn tidy(&self) -> Result<usize, Error> {
+        let mut gone = 0;
+        let full = map_error(map::FLOWS);
+        let before = self.tables.flows.keys().map_err(&full)?;
+        let alive: HashSet<u64> =
+            diagnostics::sockets(diagnostics::ALL)?.into_iter().map(|socket| socket.cookie).collect();
+        for cookie in before {
+            // A socket between `connect()` and its SYN is on no list yet, so the young are left alone.
+            let young = |origin: &Origin| owners::now().saturating_sub(origin.task.at) < 60_000_000_000;
+            if !alive.contains(&cookie)
+                && self.tables.flows.get(&cookie).map_err(&full)?.is_some_and(|origin| !young(&origin))
+                && self.tables.flows.remove(&cookie).map_err(&full)?
+            {
+                gone += 1;
+            }
+        }
+        Ok(gone)
+    }
+
+    /// Flips to a generation. The flag that makes the programs ask more comes before the generation that needs it: the map's
+    /// one value is not replaced in one step.
+    fn flip(&self, generation: u32, flags: u32) -> Result<(), Error> {
+        if self.generation != 0
+            && let Some(before) = self.tables.config.get(&0).map_err(map_error(map::CONFIG))?
+        {
+            self.configure(self.generation, before.flags | flags)?;
+            self.configure(generation, before.flags | flags)?;
+        }
+        self.configure(generation, flags)
+    }
+
+    fn configure(&self, generation: u32, flags: u32) -> Result<(), Error> {
+        let config = Config { abi: ABI, generation, netns_cookie: self.host.netns_cookie, shards: self.shards, flags };
+        self.tables.config.put(&0, &config, bpf::ANY).map_err(map_error(map::CONFIG))
+    }
+
+    fn read_events(&mut self) -> Result<(), Error> {
+        if let Some(log) = &mut self.log {
+            log.flush();
+        }
+        let mut events = Vec::new();
+        while let Some(item) = self.events.next() {
+            events.extend(bpf::read::<Event>(&item));
+        }
+        for event in events {
+            match event.kind {
+                EVENT_REFUSED => self.notices.push_back(Notice::Refused(event)),
+                EVENT_BYPASSED => self.notices.push_back(Notice::Bypassed(event)),
+                EVENT_LISTENING => self.somebody_listens(&event)?,
+                EVENT_CLOSED => self.somebody_closed(&event)?,
+                EVENT_UNKNOWN_CGROUP => self.classify_unknown(event.task.cgroup)?,
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    fn somebody_listens(&mut self, event: &Event) -> Result<(), Error> {
+        let key = ListenerKey { address: event.destination, port: event.destination_port, pad: [0; 3] };
+        let row = self.tables.listeners.get(&key).map_err(map_error(map::LISTENERS))?;
+        let listening = match row {
+            Some(row) if row.cookie != event.cookie && row.cookie != 0 => return Ok(()),
+            Some(row) if row.cookie != 0 && row.owner.tgid != 0 => Some(Listening { key, row }),
+            // A socket that was never bound by hand, or a row that did not fit.
+            row => {
+                let socket = self.listening_sockets()?.into_iter().find(|socket| socket.cookie == event.cookie);
+                match socket {
+                    Some(socket) => {
+                        let owners = owners::owners(&HashSet::from([socket.inode]), &self.host.cgroup2);
+                        Some(self.record(key, &socket, owners.get(&socket.inode).copied(), row)?)
+                    }
+                    None => None,
+                }
+            }
+        };
+        self.notices.extend(listening.map(Notice::Listening));
+        Ok(())
+    }
+
+    fn somebody_closed(&mut self, event: &Event) -> Result<(), Error> {
+        let key = ListenerKey { address: event.destination, port: event.destination_port, pad: [0; 3] };
+        let Some(row) = self.tables.listeners.get(&key).map_err(map_error(map::LISTENERS))? else { return Ok(()) };
+        if row.cookie != 0 {
+            return Ok(());
+        }
+        // Another socket may share the address (SO_REUSEPORT).
+        if let Some(socket) = self.listening_sockets()?.into_iter().find(|socket| key_of(socket) == key) {
+            let owners = owners::owners(&HashSet::from([socket.inode]), &self.host.cgroup2);
+            let listening = self.record(key, &socket, owners.get(&socket.inode).copied(), Some(row))?;
+            self.notices.push_back(Notice::Listening(listening));
+            return Ok(());
+        }
+        self.forget(&key)?;
+        self.notices.push_back(Notice::Closed(key));
+        Ok(())
+    }
+
+    /// Writes down a listening socket that the programs have not, or not completely, seen.
+    fn record(
+        &self,
+        key: ListenerKey,
+        socket: &Socket,
+        owner: Option<Task>,
+        before: Option<Listener>,
+    ) -> Result<Listening, Error> {
+        let nobody = Task { tgid: 0, uid: 0, gid: 0, workload: 0, cgroup: 0, at: 0, comm: [0; 16] };
+        let wildcard = key.address == [0; 16];
+        let row = Listener {
+            owner: owner.unwrap_or(nobody),
+            cookie: socket.cookie,
+            // Never lower than it was.
+            mode: before.map_or(LISTENER_UNKNOWN, |row| row.mode.max(LISTENER_UNKNOWN)),
+            dual: u32::from(wildcard && !socket.ipv6_only),
+        };
+        self.tables.listening.put(&socket.cookie, &key, bpf::ANY).map_err(map_error(map::LISTENING))?;
+        self.tables.listeners.put(&key, &row, bpf::ANY).map_err(map_error(map::LISTENERS))?;
+        Ok(Listening { key, row })
+    }
+
+    /// Forgets an address on which nobody listens, unless policy protects it by itself.
+    fn forget(&self, key: &ListenerKey) -> Result<(), Error> {
+        if self.protected.contains(key) {
+            return Ok(());
+        }
+        if let Some(row) = self.tables.listeners.take(key).map_err(map_error(map::LISTENERS))?
+            && row.cookie != 0
+            && self.tables.listening.get(&row.cookie).map_err(map_error(map::LISTENING))?.is_some()
+        {
+            // Somebody has begun to listen since we looked.
+            self.tables.listeners.put(key, &row, bpf::NEW).map_err(map_error(map::LISTENERS))?;
+        }
+        Ok(())
+    }
+
+    fn watch_cgroups(&mut self) -> Result<(), Error> {
+        let changes = self.cgroups.changes()?;
+        let generation = self.generation;
+        for id in changes.removed {
+            let key = CgroupKey { generation, pad: 0, cgroup: id };
+            self.tables.cgroups.remove(&key).map_err(map_error(map::CGROUPS))?;
+        }
+        self.classify(&changes.made)
+    }
+
+    fn classify_unknown(&mut self, id: u64) -> Result<(), Error> {
+        let key = CgroupKey { generation: self.generation, pad: 0, cgroup: id };
+        if self.tables.cgroups.get(&key).map_err(map_error(map::CGROUPS))?.is_some() {
+            return Ok(());
+        }
+        let made = self.cgroups.rescan();
+        self.classify(&made)?;
+        // Known before, and not in this generation: it was there under an older policy.
+        let known: Vec<Cgroup> = self.cgroups.all().into_iter().filter(|cgroup| cgroup.id == id).collect();
+        self.classify(&known)
+    }
+
+    fn classify(&mut self, cgroups: &[Cgroup]) -> Result<(), Error> {
+        let Some(facts) = self.facts.clone().filter(|_| self.classes.wanted()) else { return Ok(()) };
+        cgroups
+            .iter()
+            .try_for_each(|cgroup| self.classes.classify(facts.as_ref(), self.generation, cgroup).write(&self.tables))
+    }
+
+    /// Listening sockets of everybody but the agent.
+    fn listening_sockets(&self) -> Result<Vec<Socket>, Error> {
+        let mut sockets = diagnostics::sockets(diagnostics::LISTENING)?;
+        let own = |socket: &Socket| matches!(self.tables.own.get(&socket.cookie), Ok(Some(_)));
+        sockets.retain(|socket| !own(socket));
+        Ok(sockets)
+    }
+
+    fn is_leg(&self, socket: &Socket) -> Result<bool, Error> {
+        let leg = self.tables.legs.get(&tuple_key(socket.remote, socket.local)).map_err(map_error(map::LEGS))?;
+        Ok(leg.is_some())
+    }
+
+    fn is_protected(&self, local: SocketAddr) -> Result<bool, Error> {
+        let found = self.tables.listener_for(local).map_err(map_error(map::LISTENERS))?;
+        Ok(found.is_some_and(|(_, row)| row.mode == LISTENER_PROTECTED))
+    }
+}
+
+impl std::fmt::Debug for Programs {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Programs").field("pins", &self.host.pins).field("generation", &self.generation).finish()
+    }
+}
+
+/// Pins that belong to a namespace that is gone: inode numbers are used again, cookies are not.
+fn discard_foreign(host: &Host) -> Result<(), Error> {
+    let Ok(config) = bpf::Table::<u32, Config>::open(&host.pins.join(map::CONFIG)) else { return Ok(()) };
+    match config.get(&0).map_err(map_error(map::CONFIG))? {
+        Some(config) if config.generation != 0 && config.netns_cookie != host.netns_cookie => {
+            programs::remove_pins(&host.pins).map(|_| ())
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Where a listening socket is in `LISTENERS`. An IPv6 socket that is bound to an IPv4 address is listed under that.
+fn key_of(socket: &Socket) -> ListenerKey {
+    listener_key(canonical(socket.local))
+}

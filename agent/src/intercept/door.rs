@@ -1,0 +1,291 @@
+//! The doors of a shard: connections that the kernel has turned to the agent come in, the agent's own connections go out.
+//!
+//! A [`Doorway`] is made with the programs and sent to the shard's thread, which opens it into a [`Door`] on its own
+//! runtime. A connection costs one or two map calls, on descriptors that nobody locks.
+//!
+//! *Invariant:* a destination is never guessed. What the kernel has no record of is reset.
+
+use super::{
+    Direction, Error, Flow, OriginalDst,
+    tables::{Tables, address, canonical, map_error, socket_address, tuple_key},
+};
+use crate::sys::{self, bpf};
+use rustix::io::Errno;
+use socket2::{Domain, Socket, Type};
+use std::{
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::fd::{AsFd, AsRawFd},
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use wimsey_common::*;
+
+/// Connections that may wait to be accepted, as far as `net.core.somaxconn` allows.
+const BACKLOG: i32 = 4096;
+
+/// The listeners of one shard, not yet on a runtime. Can be sent to another thread.
+#[derive(Debug)]
+pub struct Doorway {
+    shard: usize,
+    outbound: Pair<std::net::TcpListener>,
+    inbound: Pair<std::net::TcpListener>,
+    tables: Tables,
+    flows: Arc<AtomicU64>,
+}
+
+/// One listener for each family. A host without IPv6 has the first only.
+#[derive(Debug)]
+struct Pair<T> {
+    four: T,
+    six: Option<T>,
+}
+
+/// The listeners of one shard, on its runtime. Dropping it closes them, and what comes then is refused by the kernel.
+#[derive(Debug)]
+pub struct Door {
+    outbound: Pair<TcpListener>,
+    inbound: Pair<TcpListener>,
+    /// Addresses of the inbound listeners: nobody has any business there.
+    forbidden: Pair<SocketAddr>,
+    flows: Arc<AtomicU64>,
+    dialler: Dialler,
+}
+
+/// Makes the agent's own connections. Outlives the door, for flows that are under way when the agent stops to take new ones.
+#[derive(Clone, Debug)]
+pub struct Dialler {
+    tables: Tables,
+}
+
+impl Doorway {
+    /// Makes the listeners of a shard and shows them to the kernel programs.
+    pub(super) fn make(shard: usize, tables: &Tables, flows: Arc<AtomicU64>) -> Result<Self, Error> {
+        let outbound = Pair::listen(tables)?;
+        let inbound = Pair::listen(tables)?;
+        outbound.show(&tables.outbound, map::OUTBOUND, shard)?;
+        inbound.show(&tables.inbound, map::INBOUND, shard)?;
+        Ok(Self { shard, outbound, inbound, tables: tables.clone(), flows })
+    }
+
+    /// Number of the shard, from 0.
+    pub fn shard(&self) -> usize {
+        self.shard
+    }
+
+    /// Opens the door on the runtime of the calling thread.
+    pub fn open(self) -> Result<Door, Error> {
+        let forbidden = self.inbound.addresses().map_err(|error| Error::Accept { error })?;
+        let outbound = self.outbound.register().map_err(|error| Error::Accept { error })?;
+        let inbound = self.inbound.register().map_err(|error| Error::Accept { error })?;
+        Ok(Door { outbound, inbound, forbidden, flows: self.flows, dialler: Dialler { tables: self.tables } })
+    }
+}
+
+impl Door {
+    /// What makes this shard's own connections.
+    pub fn dialler(&self) -> Dialler {
+        self.dialler.clone()
+    }
+
+    /// The next connection of a local program that the kernel has turned to the agent. An error refuses one connection, or
+    /// says that accepting failed; the caller goes on. Cancel safe.
+    pub async fn accept_outbound(&self) -> Result<Flow, Error> {
+        let (socket, peer) = self.outbound.accept().await.map_err(|error| Error::Accept { error })?;
+        let local = socket.local_addr().map_err(|error| Error::Accept { error })?;
+        let origin = self.dialler.tables.origins.take(&tuple_key(peer, local)).map_err(map_error(map::ORIGINS));
+        let origin = match origin {
+            Ok(Some(origin)) => origin,
+            Ok(None) => {
+                reset(socket);
+                return Err(Error::NoOrigin { peer: canonical(peer), at: canonical(local) });
+            }
+            Err(error) => {
+                reset(socket);
+                return Err(error);
+            }
+        };
+        let dial_from = (origin.source != [0; 16]).then(|| socket_address(&origin.source, origin.source_port));
+        let source = dial_from.map_or_else(
+            || SocketAddr::new(canonical(peer).ip(), origin.source_port),
+            |from| SocketAddr::new(from.ip(), peer.port()),
+        );
+        Ok(Flow {
+            id: self.next_id(),
+            direction: Direction::Outbound,
+            socket,
+            destination: OriginalDst(socket_address(&origin.destination, origin.destination_port)),
+            source,
+            dial_from,
+            task: Some(origin.task),
+            protected: false,
+            cookie: origin.cookie,
+            listener_cookie: 0,
+        })
+    }
+
+    /// The next connection for a protected listener of this host. Errors as in [`Door::accept_outbound`]. Cancel safe.
+    pub async fn accept_inbound(&self) -> Result<Flow, Error> {
+        let (socket, peer) = self.inbound.accept().await.map_err(|error| Error::Accept { error })?;
+        let local = canonical(socket.local_addr().map_err(|error| Error::Accept { error })?);
+        if local == self.forbidden.four || Some(local) == self.forbidden.six {
+            reset(socket);
+            return Err(Error::DirectDial { peer: canonical(peer), at: local });
+        }
+        let listener = match self.dialler.tables.listener_for(local) {
+            Ok(listener) => listener,
+            Err(error) => {
+                reset(socket);
+                return Err(Error::Map { map: map::LISTENERS, error });
+            }
+        };
+        let (_, row) = listener.unzip();
+        Ok(Flow {
+            id: self.next_id(),
+            direction: Direction::Inbound,
+            socket,
+            destination: OriginalDst(local),
+            source: canonical(peer),
+            dial_from: None,
+            task: row.map(|row| row.owner).filter(|owner| owner.tgid != 0),
+            protected: row.is_none_or(|row| row.mode == LISTENER_PROTECTED),
+            cookie: 0,
+            listener_cookie: row.map_or(0, |row| row.cookie),
+        })
+    }
+
+    fn next_id(&self) -> u64 {
+        self.flows.fetch_add(1, Ordering::Relaxed) + 1
+    }
+}
+
+impl Dialler {
+    /// Connects to a remote peer. `from` is a flow's `dial_from`: its address is used if the host still has it, its port if
+    /// it is free.
+    pub async fn dial(&self, to: SocketAddr, from: Option<SocketAddr>) -> Result<TcpStream, Error> {
+        let failed = |error| Error::Dial { to, error };
+        let own = Own { kind: OWN_DIAL, pad: 0, client_port: 0, client: [0; 16] };
+        let socket = self.own_socket(to, own, failed)?;
+        if let Some(from) = from.filter(|from| from.is_ipv4() == to.is_ipv4()) {
+            bind(&socket, from).map_err(failed)?;
+        }
+        socket.connect(to).await.map_err(failed)
+    }
+
+    /// Connects to the local workload's own socket, which is shown `client` as its peer. No other program can make a
+    /// connection that passes as this one.
+    pub async fn leg(&self, to: OriginalDst, client: SocketAddr) -> Result<TcpStream, Error> {
+        let OriginalDst(to) = to;
+        let failed = |error| Error::Leg { to, error };
+        let own = Own { kind: OWN_LEG, pad: 0, client_port: client.port(), client: address(client.ip()) };
+        let socket = self.own_socket(to, own, failed)?;
+        socket.connect(to).await.map_err(failed)
+    }
+
+    /// A socket that the kernel programs know to be the agent's. They forget it when it is closed.
+    fn own_socket(&self, to: SocketAddr, own: Own, failed: impl Fn(io::Error) -> Error) -> Result<TcpSocket, Error> {
+        let socket = if to.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }.map_err(&failed)?;
+        socket.set_nodelay(true).map_err(&failed)?;
+        register(&self.tables, &socket, &own)?;
+        Ok(socket)
+    }
+}
+
+impl Pair<std::net::TcpListener> {
+    fn listen(tables: &Tables) -> Result<Self, Error> {
+        let four = listen(tables, IpAddr::V4(Ipv4Addr::LOCALHOST))?;
+        let six = match listen(tables, IpAddr::V6(Ipv6Addr::LOCALHOST)) {
+            Ok(listener) => Some(listener),
+            Err(Error::Listen { error, .. })
+                if matches!(error.raw_os_error(), Some(libc::EADDRNOTAVAIL | libc::EAFNOSUPPORT)) =>
+            {
+                tracing::warn!("this network namespace has no IPv6 loopback address: IPv6 connections are refused");
+                None
+            }
+            Err(error) => return Err(error),
+        };
+        Ok(Self { four, six })
+    }
+
+    /// Puts the listeners where the programs look for them. They leave these maps by themselves when they are closed.
+    fn show(&self, to: &bpf::Table<u32, u32>, map: &'static str, shard: usize) -> Result<(), Error> {
+        let slot = u32::try_from(shard * 2).map_err(|_| Error::Misuse { what: "too many shards" })?;
+        let put = |slot: u32, listener: &std::net::TcpListener| {
+            to.put(&slot, &listener.as_raw_fd().cast_unsigned(), bpf::ANY).map_err(map_error(map))
+        };
+        put(slot, &self.four)?;
+        self.six.iter().try_for_each(|six| put(slot + 1, six))
+    }
+
+    fn addresses(&self) -> io::Result<Pair<SocketAddr>> {
+        let six = self.six.as_ref().map(std::net::TcpListener::local_addr).transpose()?;
+        Ok(Pair { four: self.four.local_addr()?, six })
+    }
+
+    fn register(self) -> io::Result<Pair<TcpListener>> {
+        Ok(Pair { four: TcpListener::from_std(self.four)?, six: self.six.map(TcpListener::from_std).transpose()? })
+    }
+}
+
+impl Pair<TcpListener> {
+    async fn accept(&self) -> io::Result<(TcpStream, SocketAddr)> {
+        let Some(six) = &self.six else { return self.four.accept().await };
+        tokio::select! {
+            accepted = self.four.accept() => accepted,
+            accepted = six.accept() => accepted,
+        }
+    }
+}
+
+/// A listener of the agent, on a port of its own.
+fn listen(tables: &Tables, ip: IpAddr) -> Result<std::net::TcpListener, Error> {
+    let at = SocketAddr::new(ip, 0);
+    let failed = |error| Error::Listen { address: at, error };
+    let socket = Socket::new(Domain::for_address(at), Type::STREAM.nonblocking().cloexec(), None).map_err(failed)?;
+    if ip.is_ipv6() {
+        socket.set_only_v6(true).map_err(failed)?;
+    }
+    // Accepted sockets inherit it.
+    socket.set_tcp_nodelay(true).map_err(failed)?;
+    register(tables, &socket, &Own { kind: OWN_LISTENER, pad: 0, client_port: 0, client: [0; 16] })?;
+    socket.bind(&at.into()).map_err(failed)?;
+    socket.listen(BACKLOG).map_err(failed)?;
+    Ok(socket.into())
+}
+
+/// Tells the kernel programs that a socket is the agent's, before it does anything.
+fn register(tables: &Tables, socket: &impl AsFd, own: &Own) -> Result<(), Error> {
+    let cookie = rustix::net::sockopt::socket_cookie(socket)
+        .map_err(|error| Error::Host { what: "asking for the cookie of a socket".into(), error: error.into() })?;
+    tables.own.put(&cookie, own, bpf::ANY).map_err(map_error(map::OWN))
+}
+
+/// Binds to an address as far as that is possible: a port that is taken is left to the kernel, and so is an address that
+/// the host does not have any more.
+fn bind(socket: &TcpSocket, from: SocketAddr) -> io::Result<()> {
+    if from.port() != 0 {
+        socket.set_reuseaddr(true)?;
+        match socket.bind(from) {
+            Err(error) if error.raw_os_error() == Some(Errno::ADDRINUSE.raw_os_error()) => {}
+            done => return allow_gone(done),
+        }
+    }
+    sys::choose_port_late(socket.as_fd())?;
+    allow_gone(socket.bind(SocketAddr::new(from.ip(), 0)))
+}
+
+fn allow_gone(bound: io::Result<()>) -> io::Result<()> {
+    match bound {
+        Err(error) if error.raw_os_error() == Some(Errno::ADDRNOTAVAIL.raw_os_error()) => Ok(()),
+        done => done,
+    }
+}
+
+/// Closes a connection so that its other end sees a reset.
+fn reset(socket: TcpStream) {
+    // Without the option the other end sees an orderly end of a connection that carried nothing, which is no worse.
+    let _ = socket.set_zero_linger();
+}

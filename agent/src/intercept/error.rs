@@ -1,0 +1,222 @@
+//! What can go wrong between the kernel and the agent, at start, on reload and for one connection.
+//!
+//! *Invariant:* nothing here lets a connection through. A refusal of one connection has already reset it.
+
+use crate::refusal::{Culprit, Refusal};
+use std::{io, net::SocketAddr, path::PathBuf};
+
+/// Why the kernel programs are not in place, a policy did not get into the maps, or a connection was refused.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The build did not embed the kernel programs.
+    #[error("this wimsey was built without the kernel programs: run `cargo xtask build`")]
+    NoObject,
+    /// The process may not do what it has to do.
+    #[error("the agent lacks {missing}: run it as root, or give it these capabilities")]
+    Privilege {
+        /// Names of the capabilities.
+        missing: String,
+    },
+    /// No unified cgroup hierarchy.
+    #[error(
+        "no cgroup2 file system is mounted (looked in /proc/self/mountinfo): mount one, or start the agent where one is \
+         visible (`ip netns exec` hides it, `nsenter --net=` does not)"
+    )]
+    NoCgroup2,
+    /// The configured subtree does not exist.
+    #[error("cgroup {path} does not exist: write an existing one as `cgroup` in agent.toml")]
+    NoSuchCgroup {
+        /// Where it was looked for.
+        path: PathBuf,
+    },
+    /// The BPF file system cannot be had.
+    #[error("no BPF file system at {path}: {error}")]
+    BpfFs {
+        /// The mount point.
+        path: PathBuf,
+        /// What mount said.
+        error: io::Error,
+    },
+    /// Somebody else is here.
+    #[error("a second agent on the same network namespace: {lock} is held by another process; stop that one first")]
+    SecondAgent {
+        /// The lock file.
+        lock: PathBuf,
+    },
+    /// The kernel lacks something.
+    #[error("this kernel ({running}) has no {hook}: Wimsey needs Linux {since} or later for it")]
+    HookMissing {
+        /// The program's hook, as the kernel's documentation calls it.
+        hook: &'static str,
+        /// The version that has it.
+        since: &'static str,
+        /// `uname -r`.
+        running: String,
+    },
+    /// The verifier refuses a program.
+    #[error("the kernel refuses the program {program}: {error}; the end of its log: {log}")]
+    Rejected {
+        /// The program.
+        program: &'static str,
+        /// The error code.
+        error: io::Error,
+        /// The last lines of the verifier's log.
+        log: String,
+    },
+    /// Maps or links left by another version cannot be adopted.
+    #[error("cannot adopt what is pinned at {path}: {problem}; stop what depends on it and run `wimsey release`")]
+    Adopt {
+        /// The directory.
+        path: PathBuf,
+        /// What does not fit.
+        problem: String,
+    },
+    /// A map has no room for another row.
+    #[error("the kernel map {map} is full: the policy has too many rows for it; nothing was changed")]
+    MapFull {
+        /// The map.
+        map: &'static str,
+    },
+    /// A map cannot be read or written.
+    #[error("the kernel map {map} cannot be used: {error}")]
+    Map {
+        /// The map.
+        map: &'static str,
+        /// What the kernel said.
+        error: io::Error,
+    },
+    /// A policy that was never installed, or too many shards.
+    #[error("{what}")]
+    Misuse {
+        /// What was asked for.
+        what: &'static str,
+    },
+    /// The agent cannot listen.
+    #[error("cannot listen on {address}: {error} (is the loopback interface up in this network namespace?)")]
+    Listen {
+        /// Where.
+        address: SocketAddr,
+        /// What the kernel said.
+        error: io::Error,
+    },
+    /// A file or a system call at start or in a look around the host.
+    #[error("{what}: {error}")]
+    Host {
+        /// What was tried on what.
+        what: String,
+        /// What the kernel said.
+        error: io::Error,
+    },
+    /// Netlink socket diagnostics do not answer.
+    #[error("cannot list the TCP sockets of this host: {error} (is the kernel module tcp_diag there?)")]
+    Diagnostics {
+        /// What the kernel said.
+        error: io::Error,
+    },
+    /// `accept()` failed.
+    #[error("cannot accept a connection: {error}")]
+    Accept {
+        /// What the kernel said.
+        error: io::Error,
+    },
+    /// Somebody dialled the agent's outbound listener, not a destination.
+    #[error("{peer} dialled the agent itself: the kernel has no record of where that connection wanted to go")]
+    NoOrigin {
+        /// Who.
+        peer: SocketAddr,
+        /// The listener.
+        at: SocketAddr,
+    },
+    /// Somebody dialled the agent's inbound listener, not a protected listener.
+    #[error("{peer} dialled the agent itself instead of a protected listener")]
+    DirectDial {
+        /// Who.
+        peer: SocketAddr,
+        /// The listener.
+        at: SocketAddr,
+    },
+    /// The remote address cannot be reached.
+    #[error("cannot connect to {to}: {error}")]
+    Dial {
+        /// Where to.
+        to: SocketAddr,
+        /// What the kernel said.
+        error: io::Error,
+    },
+    /// The local workload cannot be reached.
+    #[error("cannot connect to the local workload at {to}: {error}")]
+    Leg {
+        /// Where it listens.
+        to: SocketAddr,
+        /// What the kernel said.
+        error: io::Error,
+    },
+}
+
+impl Error {
+    /// Who dialled the agent instead of a destination, and which of its addresses.
+    pub fn stranger(&self) -> Option<(SocketAddr, SocketAddr)> {
+        match self {
+            Self::NoOrigin { peer, at } | Self::DirectDial { peer, at } => Some((*peer, *at)),
+            _ => None,
+        }
+    }
+}
+
+impl Refusal for Error {
+    fn culprit(&self) -> Culprit {
+        match self {
+            Self::NoObject | Self::Rejected { .. } | Self::Misuse { .. } => Culprit::Ourselves,
+            Self::NoSuchCgroup { .. } | Self::MapFull { .. } => Culprit::Policy,
+            Self::NoOrigin { .. } | Self::DirectDial { .. } | Self::Dial { .. } => Culprit::Peer,
+            Self::Privilege { .. }
+            | Self::NoCgroup2
+            | Self::BpfFs { .. }
+            | Self::SecondAgent { .. }
+            | Self::HookMissing { .. }
+            | Self::Adopt { .. }
+            | Self::Map { .. }
+            | Self::Listen { .. }
+            | Self::Host { .. }
+            | Self::Diagnostics { .. }
+            | Self::Accept { .. }
+            | Self::Leg { .. } => Culprit::Host,
+        }
+    }
+
+    fn code(&self) -> &'static str {
+        match self {
+            Self::NoObject => "no-kernel-programs",
+            Self::Privilege { .. } => "missing-privilege",
+            Self::NoCgroup2 => "no-cgroup2",
+            Self::NoSuchCgroup { .. } => "no-such-cgroup",
+            Self::BpfFs { .. } => "no-bpffs",
+            Self::SecondAgent { .. } => "second-agent",
+            Self::HookMissing { .. } => "kernel-hook-missing",
+            Self::Rejected { .. } => "kernel-program-rejected",
+            Self::Adopt { .. } => "pins-do-not-fit",
+            Self::MapFull { .. } => "kernel-map-full",
+            Self::Map { .. } => "kernel-map",
+            Self::Misuse { .. } => "intercept-misuse",
+            Self::Listen { .. } => "cannot-listen",
+            Self::Host { .. } => "host-call",
+            Self::Diagnostics { .. } => "socket-diagnostics",
+            Self::Accept { .. } => "accept-failed",
+            Self::NoOrigin { .. } => "no-recorded-origin",
+            Self::DirectDial { .. } => "dialled-the-agent",
+            Self::Dial { .. } => "destination-unreachable",
+            Self::Leg { .. } => "workload-unreachable",
+        }
+    }
+}
+
+/// Says what was tried when the kernel answered with an error.
+pub(super) trait During<T> {
+    fn during(self, what: impl FnOnce() -> String) -> Result<T, Error>;
+}
+
+impl<T, E: Into<io::Error>> During<T> for Result<T, E> {
+    fn during(self, what: impl FnOnce() -> String) -> Result<T, Error> {
+        self.map_err(|error| Error::Host { what: what(), error: error.into() })
+    }
+}

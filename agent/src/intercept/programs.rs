@@ -1,0 +1,258 @@
+//! Loading, attaching, pinning and removing the kernel programs.
+//!
+//! Links and maps are pinned, so that they outlive the agent: while it is gone, what it protects is refused. A starting
+//! agent adopts the maps that are there, attaches its own programs beside the old ones and then drops those.
+//!
+//! *Invariant:* from the first agent's start until [`release`], there is no moment without the programs.
+
+use super::{
+    Error,
+    error::During,
+    host::{self, Host, hook_missing},
+};
+use aya::{
+    Ebpf, EbpfError, EbpfLoader,
+    maps::{MapData, MapError, PerCpuArray, RingBuf},
+    programs::{
+        CgroupAttachMode, CgroupSkb, CgroupSkbAttachType, CgroupSock, CgroupSockAddr, Program, ProgramError, SkLookup,
+        SockOps, links::FdLink,
+    },
+};
+use aya_log::EbpfLogger;
+use std::{
+    fs, io,
+    os::fd::OwnedFd,
+    path::{Path, PathBuf},
+};
+use wimsey_common::map;
+
+/// The kernel programs, compiled. Empty where they were not built.
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/wimsey-ebpf"));
+
+/// Where a program is attached.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum At {
+    /// The cgroup that the configuration names.
+    Covered,
+    /// The root of the hierarchy: what has to be known of every socket.
+    Everywhere,
+    /// The network namespace.
+    Namespace,
+}
+
+/// A program, the hook as the kernel's documentation calls it, the first version that has all that the program needs, and
+/// where it goes. In the order of attaching: what records comes before what relies on the records.
+const PROGRAMS: [(&str, &str, &str, At); 14] = [
+    ("sock_release", "cgroup/sock_release", "5.9", At::Everywhere),
+    ("post_bind4", "cgroup/post_bind4", "4.17", At::Everywhere),
+    ("post_bind6", "cgroup/post_bind6", "4.17", At::Everywhere),
+    ("tcp_events", "sock_ops with network namespace cookies", "5.15", At::Everywhere),
+    ("guard", "cgroup_skb/egress with socket lookup", "5.8", At::Everywhere),
+    ("steer", "sk_lookup", "5.9", At::Namespace),
+    ("getpeername4", "cgroup/getpeername4", "5.8", At::Everywhere),
+    ("getpeername6", "cgroup/getpeername6", "5.8", At::Everywhere),
+    ("getsockname4", "cgroup/getsockname4", "5.8", At::Everywhere),
+    ("getsockname6", "cgroup/getsockname6", "5.8", At::Everywhere),
+    ("sendmsg4", "cgroup/sendmsg4", "4.18", At::Covered),
+    ("sendmsg6", "cgroup/sendmsg6", "4.18", At::Covered),
+    ("connect4", "cgroup/connect4 with bpf_set_retval", "5.18", At::Covered),
+    ("connect6", "cgroup/connect6 with bpf_set_retval", "5.18", At::Covered),
+];
+
+/// What only aya can open: the ring buffer and the per-CPU counters.
+pub(super) struct Readers {
+    pub events: RingBuf<MapData>,
+    pub counters: PerCpuArray<MapData, u64>,
+    pub log: Option<EbpfLogger<ToTracing>>,
+}
+
+/// Hands what the programs log to the agent's own log.
+pub(super) struct ToTracing;
+
+impl log::Log for ToTracing {
+    fn enabled(&self, _: &log::Metadata<'_>) -> bool {
+        true
+    }
+    fn log(&self, record: &log::Record<'_>) {
+        tracing::warn!(target: "wimsey::ebpf", "{}", record.args());
+    }
+    fn flush(&self) {}
+}
+
+/// Programs that are loaded and not attached yet.
+pub(super) struct Loaded {
+    object: Ebpf,
+}
+
+impl Loaded {
+    /// Loads the programs. Maps that are pinned are adopted, others made and pinned; `sizes` overrides how many rows they
+    /// have.
+    pub fn load(host: &Host, sizes: &[(&'static str, u32)]) -> Result<Self, Error> {
+        if OBJECT.is_empty() {
+            return Err(Error::NoObject);
+        }
+        let mut loader = EbpfLoader::new();
+        loader.default_map_pin_directory(&host.pins);
+        for (map, rows) in sizes {
+            loader.map_max_entries(map, *rows);
+        }
+        let mut object = loader.load(OBJECT).map_err(|error| not_adopted(&host.pins, error))?;
+        for (name, hook, since, _) in PROGRAMS {
+            let program = object.program_mut(name).ok_or(Error::NoObject)?;
+            match load(program) {
+                Err(ProgramError::LoadError { io_error, verifier_log }) => {
+                    return Err(refused(name, hook, since, io_error, &verifier_log.to_string()));
+                }
+                Err(error) => return Err(io::Error::other(error)).during(|| format!("loading {name}")),
+                Ok(()) => {}
+            }
+        }
+        Ok(Self { object })
+    }
+
+    /// Attaches every program and pins its link over the one of the agent before, which is thereby detached.
+    pub fn attach(mut self, host: &Host, covered: &Path) -> Result<Readers, Error> {
+        let everywhere = host.open_cgroup(Path::new("/"))?;
+        let covered = host.open_cgroup(covered)?;
+        for (name, hook, since, at) in PROGRAMS {
+            let program = self.object.program_mut(name).ok_or(Error::NoObject)?;
+            let cgroup = if at == At::Covered { &covered } else { &everywhere };
+            let link = attach(program, cgroup, &host.netns).map_err(|error| match code(&error) {
+                Some(libc::EINVAL | libc::EOPNOTSUPP) => hook_missing(hook, since),
+                _ => Error::Host { what: format!("attaching {name}"), error: io::Error::other(error) },
+            })?;
+            pin(link, &host.pins, name)?;
+        }
+        let missing = |map| Error::Map { map, error: io::ErrorKind::NotFound.into() };
+        let events = self.object.take_map(map::EVENTS).ok_or_else(|| missing(map::EVENTS))?;
+        let counters = self.object.take_map(map::COUNTERS).ok_or_else(|| missing(map::COUNTERS))?;
+        let unusable = |map| move |error: MapError| Error::Map { map, error: io::Error::other(error) };
+        // The programs of the agent before have a log of their own, which nobody reads any more.
+        let log = EbpfLogger::init_with_logger(&mut self.object, ToTracing).ok();
+        Ok(Readers {
+            events: RingBuf::try_from(events).map_err(unusable(map::EVENTS))?,
+            counters: PerCpuArray::try_from(counters).map_err(unusable(map::COUNTERS))?,
+            log,
+        })
+    }
+}
+
+/// Removes what an agent has left in this network namespace: the host is then as if Wimsey had never been there, and the
+/// workloads' connections are theirs again, unprotected. Says whether there was anything.
+pub fn release(run_dir: &Path) -> Result<bool, Error> {
+    let (_, inode) = host::netns()?;
+    let _lock = host::lock(run_dir, inode)?;
+    remove_pins(&host::pins(inode))
+}
+
+/// Detaches the programs, then lets go of the maps. The connect hooks go first: they rely on all the others.
+pub(super) fn remove_pins(pins: &Path) -> Result<bool, Error> {
+    let entries = match fs::read_dir(pins) {
+        Ok(entries) => entries,
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(false),
+        Err(error) => return Err(error).during(|| format!("reading {}", pins.display())),
+    };
+    for (name, ..) in PROGRAMS.iter().rev() {
+        unpin(&link_path(pins, name))?;
+    }
+    for entry in entries {
+        unpin(&entry.during(|| format!("reading {}", pins.display()))?.path())?;
+    }
+    fs::remove_dir(pins).during(|| format!("removing {}", pins.display()))?;
+    Ok(true)
+}
+
+fn unpin(path: &Path) -> Result<(), Error> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => {
+            Err(error).during(|| format!("removing {}", path.display()))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn link_path(pins: &Path, program: &str) -> PathBuf {
+    pins.join(format!("link-{program}"))
+}
+
+/// Pins a link over the one that is there: one rename, and the old link is closed by it.
+fn pin(link: FdLink, pins: &Path, program: &str) -> Result<(), Error> {
+    let to = link_path(pins, program);
+    let next = pins.join(format!("next-{program}"));
+    unpin(&next)?;
+    link.pin(&next).map_err(io::Error::other).during(|| format!("pinning {}", next.display()))?;
+    fs::rename(&next, &to).during(|| format!("pinning {}", to.display()))
+}
+
+fn load(program: &mut Program) -> Result<(), ProgramError> {
+    match program {
+        Program::CgroupSockAddr(program) => program.load(),
+        Program::CgroupSock(program) => program.load(),
+        Program::CgroupSkb(program) => program.load(),
+        Program::SockOps(program) => program.load(),
+        Program::SkLookup(program) => program.load(),
+        _ => Err(ProgramError::UnexpectedProgramType),
+    }
+}
+
+/// A link of a cgroup lets other programs be attached to the same hook, whatever the mode says.
+fn attach(program: &mut Program, cgroup: &OwnedFd, netns: &OwnedFd) -> Result<FdLink, ProgramError> {
+    const MODE: CgroupAttachMode = CgroupAttachMode::Single;
+    match program {
+        Program::CgroupSockAddr(program) => {
+            let program: &mut CgroupSockAddr = program;
+            let id = program.attach(cgroup, MODE)?;
+            Ok(program.take_link(id)?.try_into()?)
+        }
+        Program::CgroupSock(program) => {
+            let program: &mut CgroupSock = program;
+            let id = program.attach(cgroup, MODE)?;
+            Ok(program.take_link(id)?.try_into()?)
+        }
+        Program::CgroupSkb(program) => {
+            let program: &mut CgroupSkb = program;
+            let id = program.attach(cgroup, CgroupSkbAttachType::Egress, MODE)?;
+            Ok(program.take_link(id)?.try_into()?)
+        }
+        Program::SockOps(program) => {
+            let program: &mut SockOps = program;
+            let id = program.attach(cgroup, MODE)?;
+            Ok(program.take_link(id)?.try_into()?)
+        }
+        Program::SkLookup(program) => {
+            let program: &mut SkLookup = program;
+            let id = program.attach(netns)?;
+            Ok(program.take_link(id)?.into())
+        }
+        _ => Err(ProgramError::UnexpectedProgramType),
+    }
+}
+
+/// The error code of a system call that aya made.
+fn code(error: &ProgramError) -> Option<i32> {
+    match error {
+        ProgramError::SyscallError(error) => error.io_error.raw_os_error(),
+        _ => None,
+    }
+}
+
+/// A program that does not load: the hook is missing, or the verifier has said why.
+fn refused(program: &'static str, hook: &'static str, since: &'static str, error: io::Error, log: &str) -> Error {
+    if error.raw_os_error() == Some(libc::EINVAL) && log.trim().is_empty() {
+        return hook_missing(hook, since);
+    }
+    let lines: Vec<&str> = log.lines().filter(|line| !line.is_empty()).collect();
+    let end = lines.get(lines.len().saturating_sub(6)..).unwrap_or_default();
+    Error::Rejected { program, error, log: end.join(" | ") }
+}
+
+/// The object does not load at all: most likely over maps that another version has left.
+fn not_adopted(pins: &Path, error: EbpfError) -> Error {
+    match error {
+        EbpfError::MapError(MapError::CreateError { name, io_error }) => {
+            Error::Host { what: format!("making the kernel map {name}"), error: io_error }
+        }
+        EbpfError::MapError(error) => Error::Adopt { path: pins.into(), problem: error.to_string() },
+        error => Error::Host { what: "loading the kernel programs".into(), error: io::Error::other(error) },
+    }
+}

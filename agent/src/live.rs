@@ -1,0 +1,180 @@
+//! The open connections of one agent, and what was refused so far: what `wimsey connections` and `wimsey status` show,
+//! and what a policy change closes.
+//!
+//! *Invariant:* a connection is listed from the moment its bytes can move until its audit record is made.
+
+use crate::audit::{End, Process, Record, Tls};
+use crate::authorize::still_allowed;
+use crate::intercept::Direction;
+use crate::policy::Policy;
+use crate::relay::{Progress, Stop};
+use crate::spiffe::SpiffeId;
+use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard};
+use time::OffsetDateTime;
+use tokio::sync::watch;
+
+/// What let a connection pass, so that it can be asked again under another policy.
+#[derive(Debug)]
+pub enum Basis {
+    /// Mutual TLS between these two.
+    Mesh {
+        /// The local workload.
+        local: SpiffeId,
+        /// The verified peer.
+        peer: SpiffeId,
+    },
+    /// Plaintext by a named rule.
+    Plaintext {
+        /// The local workload.
+        local: SpiffeId,
+    },
+    /// No workload of ours.
+    LeftAlone,
+}
+
+/// An open connection.
+#[derive(Debug)]
+pub struct Live {
+    /// Number of the flow.
+    pub flow: u64,
+    /// Which way.
+    pub direction: Direction,
+    /// The dialling end.
+    pub source: End,
+    /// The dialled end.
+    pub destination: End,
+    /// What let it pass.
+    pub basis: Basis,
+    /// Name of the rule.
+    pub rule: Option<Arc<str>>,
+    /// What TLS agreed on.
+    pub tls: Option<Tls>,
+    /// `kernel` or `user`.
+    pub engine: Option<&'static str>,
+    /// The local process.
+    pub process: Option<Process>,
+    /// When the attempt began.
+    pub since: OffsetDateTime,
+    /// Bytes so far.
+    pub progress: Arc<Progress>,
+    /// Ends it.
+    pub stop: watch::Sender<Option<Stop>>,
+}
+
+impl Live {
+    /// Ends it, unless it is ending for another reason already.
+    pub fn end(&self, stop: Stop) {
+        self.stop.send_if_modified(|told| told.is_none().then(|| *told = Some(stop)).is_some());
+    }
+    /// Would this policy let the connection pass as well?
+    pub fn is_allowed_by(&self, policy: &Policy) -> bool {
+        let (local, peer) = match &self.basis {
+            Basis::Mesh { local, peer } => (local, Some(peer)),
+            Basis::Plaintext { local } => (local, None),
+            Basis::LeftAlone => {
+                return self.direction == Direction::Inbound || !policy.is_mesh(self.destination.address);
+            }
+        };
+        still_allowed(policy, self.direction, local, self.destination.address, peer).is_ok()
+    }
+}
+
+/// Attempts that were refused with one code.
+#[derive(Clone, Debug)]
+pub struct Refused {
+    /// How many.
+    pub count: u64,
+    /// When the last one was.
+    pub last: OffsetDateTime,
+    /// Both ends and the reason of the last one.
+    pub last_reason: String,
+}
+
+/// All of it. Shards write, the control thread reads.
+#[derive(Debug, Default)]
+pub struct Registry {
+    open: Mutex<HashMap<u64, Arc<Live>>>,
+    refused: Mutex<BTreeMap<&'static str, Refused>>,
+    flows: AtomicU64,
+}
+
+impl Registry {
+    /// Counts a flow that begins its walk.
+    pub fn count_flow(&self) {
+        self.flows.fetch_add(1, Ordering::Relaxed);
+    }
+    /// Flows so far.
+    pub fn total(&self) -> u64 {
+        self.flows.load(Ordering::Relaxed)
+    }
+    /// Lists a connection until the guard is dropped.
+    pub fn enter(self: &Arc<Self>, live: Live) -> Entered {
+        let live = Arc::new(live);
+        lock(&self.open).insert(live.flow, live.clone());
+        Entered { registry: self.clone(), live }
+    }
+    /// The open connections, by flow number.
+    pub fn open(&self) -> Vec<Arc<Live>> {
+        let mut open: Vec<_> = lock(&self.open).values().cloned().collect();
+        open.sort_by_key(|live| live.flow);
+        open
+    }
+    /// How many are open.
+    pub fn open_count(&self) -> usize {
+        lock(&self.open).len()
+    }
+    /// Ends the connections that this policy would not let pass. Returns how many.
+    pub fn revoke(&self, policy: &Policy) -> usize {
+        let hit = self.open().into_iter().filter(|live| !live.is_allowed_by(policy));
+        hit.inspect(|live| live.end(Stop::Revoked)).count()
+    }
+    /// Ends all connections.
+    pub fn stop_all(&self, stop: Stop) {
+        for live in self.open() {
+            live.end(stop);
+        }
+    }
+    /// Counts a refused attempt.
+    pub fn count_refused(&self, record: &Record) {
+        let mut refused = lock(&self.refused);
+        let entry = refused.entry(record.code).or_insert_with(|| Refused {
+            count: 0,
+            last: record.time,
+            last_reason: String::new(),
+        });
+        entry.count += 1;
+        entry.last = record.time;
+        entry.last_reason = format!("{} -> {}: {}", record.source, record.destination, record.reason);
+    }
+    /// What was refused so far, by code.
+    pub fn refused(&self) -> BTreeMap<&'static str, Refused> {
+        lock(&self.refused).clone()
+    }
+}
+
+/// A connection is listed while this lives.
+#[derive(Debug)]
+pub struct Entered {
+    registry: Arc<Registry>,
+    live: Arc<Live>,
+}
+
+impl Entered {
+    /// The connection.
+    pub fn live(&self) -> &Live {
+        &self.live
+    }
+}
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        lock(&self.registry.open).remove(&self.live.flow);
+    }
+}
+
+/// A panic of another thread while it held the lock leaves a list that is still a list.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}

@@ -1,0 +1,108 @@
+//! Which engine protects the records of this host, and what the operator wished.
+//!
+//! *Invariant:* the kernel is chosen for what the self-test saw it do, never for its version, and never half.
+
+use super::selftest::{Matrix, Verdict};
+use crate::{
+    handshake::Ciphers,
+    refusal::{Culprit, Refusal},
+};
+
+/// Who protects the records of a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Engine {
+    /// The kernel, by TLS_TX and TLS_RX.
+    Kernel,
+    /// This process.
+    User,
+}
+
+impl Engine {
+    /// As the audit record and the configuration write it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Kernel => "kernel",
+            Self::User => "user",
+        }
+    }
+}
+
+/// What agent.toml asks for.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Preference {
+    /// The kernel where it passes the self-test, otherwise this process.
+    #[default]
+    Auto,
+    /// The kernel, or the agent does not start.
+    Kernel,
+    /// This process.
+    User,
+}
+
+/// The engine of this host.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Choice {
+    /// The kernel.
+    Kernel(Ability),
+    /// This process.
+    User,
+}
+
+/// What the kernel was seen to do.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ability {
+    /// It takes fresh keys in an open connection, so that KeyUpdate works (Linux 6.14 on).
+    pub rekey: bool,
+}
+
+/// The configuration insists on an engine that this host does not have.
+#[derive(Debug, thiserror::Error)]
+#[error(
+    "engine = \"kernel\" is configured, but this kernel fails the self-test ({why}): write engine = \"auto\" or \"user\""
+)]
+pub struct Unavailable {
+    /// The first thing that failed.
+    pub why: String,
+}
+
+impl Choice {
+    /// Chooses, from the matrix of the self-test.
+    pub fn from(preference: Preference, matrix: &Matrix) -> Result<Self, Unavailable> {
+        match (preference, matrix.verdict()) {
+            (Preference::User, _) | (Preference::Auto, Verdict::User { .. }) => Ok(Self::User),
+            (Preference::Auto | Preference::Kernel, Verdict::Kernel { rekey, .. }) => {
+                Ok(Self::Kernel(Ability { rekey }))
+            }
+            (Preference::Kernel, Verdict::User { why }) => Err(Unavailable { why }),
+        }
+    }
+
+    /// The cipher suites that this engine can carry to the end of a connection.
+    ///
+    /// A kernel that takes no fresh key must not agree on AES-GCM: the peer sends a KeyUpdate by itself near the record
+    /// limit of that cipher, and the connection would be lost. ChaCha20-Poly1305 has no such limit.
+    pub fn ciphers(self) -> Ciphers {
+        match self {
+            Self::User | Self::Kernel(Ability { rekey: true }) => Ciphers::All,
+            Self::Kernel(Ability { rekey: false }) => Ciphers::ChaChaOnly,
+        }
+    }
+
+    /// Its name.
+    pub fn engine(self) -> Engine {
+        match self {
+            Self::Kernel(_) => Engine::Kernel,
+            Self::User => Engine::User,
+        }
+    }
+}
+
+impl Refusal for Unavailable {
+    fn culprit(&self) -> Culprit {
+        Culprit::Host
+    }
+    fn code(&self) -> &'static str {
+        "engine-unavailable"
+    }
+}

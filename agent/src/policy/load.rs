@@ -1,0 +1,187 @@
+//! Reading a policy directory: the one place of the policy that does I/O.
+//!
+//! A directory comes in, the texts of its files go to `check`, in name order.
+//!
+//! *Invariant:* what anybody on the host could have written is not policy: a world-writable directory or file is refused.
+
+use super::{Accounts, Policy, check, language};
+use crate::{
+    document::{self, Place, Problems},
+    refusal::{Culprit, Refusal},
+};
+use std::{os::unix::fs::MetadataExt, path::Path, sync::Arc};
+
+/// Most files of one directory.
+const MAX_FILES: usize = 4096;
+
+/// A file of a policy and its text.
+#[derive(Clone, Debug)]
+pub struct Source {
+    /// Name, as shown to people.
+    pub file: Arc<str>,
+    /// Content.
+    pub text: String,
+}
+
+/// A policy that is not taken, and everything that is wrong with it: one line each.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("{problems}")]
+pub struct Rejected {
+    /// What is wrong, by file and line.
+    pub problems: Problems,
+}
+
+impl Refusal for Rejected {
+    fn culprit(&self) -> Culprit {
+        Culprit::Policy
+    }
+    fn code(&self) -> &'static str {
+        "policy-invalid"
+    }
+}
+
+pub(super) fn load(directory: &Path, accounts: &Accounts) -> Result<Policy, Rejected> {
+    let shown = directory.display().to_string();
+    let mut problems = Problems::default();
+    let sources = read(directory, &shown, &mut problems);
+    if problems.is_empty() {
+        return check::check(&shown, &sources, accounts);
+    }
+    // Some file could not be read; what is wrong with the others is worth saying in the same breath.
+    let mut statements = language::Statements::default();
+    for source in &sources {
+        statements.read(&source.file, &source.text, accounts, &mut problems);
+    }
+    Err(Rejected { problems: problems.sorted() })
+}
+
+fn read(directory: &Path, shown: &str, problems: &mut Problems) -> Vec<Source> {
+    let whole = Place { file: shown.into(), line: 0 };
+    let names = match names(directory) {
+        Ok(names) => names,
+        Err(error) => {
+            let instead = "make the directory, with a file in it that says trust_domain = \"example.org\"";
+            problems.add(&whole, format!("the policy directory cannot be read ({error})"), instead);
+            return Vec::new();
+        }
+    };
+    match std::fs::metadata(directory) {
+        Ok(metadata) if metadata.mode() & 0o002 != 0 => {
+            problems.add(&whole, "everybody can write to the policy directory", format!("run: chmod o-w {shown}"));
+        }
+        Ok(_) => {}
+        Err(error) => {
+            problems.add(&whole, format!("the policy directory cannot be read ({error})"), "check its permissions")
+        }
+    }
+    if names.is_empty() {
+        let instead = "start with a file DOMAIN.toml in it that says trust_domain = \"example.org\"";
+        problems.add(&whole, "the policy directory has no *.toml file", instead);
+    }
+    if names.len() > MAX_FILES {
+        let what = format!("the policy directory has {} files, and {MAX_FILES} are the most", names.len());
+        problems.add(&whole, what, "join some of them");
+        return Vec::new();
+    }
+    let mut sources = Vec::with_capacity(names.len());
+    for name in names {
+        let path = directory.join(&name);
+        let place = Place { file: path.display().to_string().into(), line: 0 };
+        match document::read(&path) {
+            Ok(text) => sources.push(Source { file: place.file, text }),
+            Err((what, instead)) => problems.add(&place, what, instead),
+        }
+    }
+    sources
+}
+
+/// The `*.toml` files by name. Hidden files are an editor's or a package manager's business.
+fn names(directory: &Path) -> std::io::Result<Vec<String>> {
+    let mut names = Vec::new();
+    for entry in std::fs::read_dir(directory)? {
+        // A name that is not UTF-8 is kept with a replacement character; opening it then says so.
+        let name = entry?.file_name().to_string_lossy().into_owned();
+        if name.ends_with(".toml") && !name.starts_with('.') {
+            names.push(name);
+        }
+    }
+    names.sort();
+    Ok(names)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::{fs, os::unix::fs::PermissionsExt};
+
+    fn refused(directory: &Path) -> String {
+        let error = load(directory, &Accounts::default()).unwrap_err();
+        error.to_string().replace(&directory.display().to_string(), "DIR")
+    }
+
+    #[test]
+    fn an_empty_or_missing_directory_says_how_to_start() {
+        let directory = tempfile::tempdir().unwrap();
+        assert_eq!(
+            refused(directory.path()),
+            "DIR: the policy directory has no *.toml file; \
+             start with a file DOMAIN.toml in it that says trust_domain = \"example.org\""
+        );
+        assert_eq!(
+            refused(&directory.path().join("none")),
+            "DIR: the policy directory cannot be read (No such file or directory (os error 2)); \
+             make the directory, with a file in it that says trust_domain = \"example.org\""
+        );
+    }
+
+    #[test]
+    fn files_are_read_in_name_order_and_others_are_left_out() {
+        let directory = tempfile::tempdir().unwrap();
+        for (name, text) in
+            [("b.toml", "preexisting = 2"), ("a.toml", "preexisting = 1"), (".c.toml", "x"), ("d.txt", "x")]
+        {
+            fs::write(directory.path().join(name), text).unwrap();
+        }
+        let mut problems = Problems::default();
+        let sources = read(directory.path(), "DIR", &mut problems);
+        assert!(problems.is_empty(), "{problems}");
+        assert_eq!(
+            sources.iter().map(|source| source.text.as_str()).collect::<Vec<_>>(),
+            ["preexisting = 1", "preexisting = 2"]
+        );
+    }
+
+    #[test]
+    fn what_everybody_can_write_is_refused() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("a.toml");
+        fs::write(&file, "trust_domain = \"example.org\"\n").unwrap();
+        assert!(load(directory.path(), &Accounts::default()).is_ok());
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o646)).unwrap();
+        assert_eq!(
+            refused(directory.path()),
+            "DIR/a.toml: everybody can write to this file; run: chmod o-w DIR/a.toml"
+        );
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o644)).unwrap();
+        fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o777)).unwrap();
+        assert_eq!(refused(directory.path()), "DIR: everybody can write to the policy directory; run: chmod o-w DIR");
+    }
+
+    #[test]
+    fn pipes_directories_and_other_encodings_are_refused_without_waiting() {
+        let directory = tempfile::tempdir().unwrap();
+        fs::create_dir(directory.path().join("a.toml")).unwrap();
+        fs::write(directory.path().join("b.toml"), b"# first\n# \xff\n").unwrap();
+        let pipe = directory.path().join("c.toml");
+        rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, rustix::fs::Mode::from(0o600), 0)
+            .unwrap();
+        fs::write(directory.path().join("d.toml"), "trust_domian = \"example.org\"\n").unwrap();
+        assert_eq!(
+            refused(directory.path()),
+            "DIR/a.toml: this is not a regular file; give it another name, or write a file\n\
+             DIR/b.toml: line 2 is not UTF-8 text; write it in UTF-8\n\
+             DIR/c.toml: this is not a regular file; give it another name, or write a file\n\
+             DIR/d.toml:1: unknown key `trust_domian` in the file; write `trust_domain`"
+        );
+    }
+}

@@ -1,0 +1,486 @@
+//! The loop of one flow: both directions, half-close, limits, and how it ends.
+//!
+//! A turn moves at most one batch each way and never waits; between turns the flow waits for exactly the sockets that
+//! it could use, for its clock, or for the order to stop.
+//! *Invariant:* nothing is read from one socket while the other has not taken what was read before.
+
+use super::{
+    CloseReason, Limits, Progress, Stop,
+    buffers::{Batch, Pending, Scratch, with_scratch},
+    control,
+    lane::{Fault, Lane, Outbound, Say, Then},
+    plain, socket,
+};
+use crate::sys::tls;
+use rustix::{
+    io::writev,
+    net::{Shutdown, shutdown},
+};
+use std::{
+    future::{Future, pending, poll_fn},
+    io::{self, IoSlice},
+    ops::Range,
+    os::fd::AsFd,
+    pin::{Pin, pin},
+    sync::atomic::Ordering,
+    task::Poll,
+    time::Duration,
+};
+use tokio::{
+    io::Interest,
+    net::TcpStream,
+    time::{Instant, Sleep, sleep_until},
+};
+
+/// How often a lane that needs it is asked again while something is under way: the kernel's TLS may miss to wake an
+/// edge-triggered waiter when memory is short, and nothing tells when its last record has left.
+const TICK: Duration = Duration::from_millis(20);
+
+/// Where a lane cannot tell whether there is more, it is asked again in the same turn after so little.
+const SMALL: usize = 4096;
+
+/// ... and so many times.
+const MAX_SMALL: u32 = 16;
+
+/// Pieces of one vectored write.
+const PIECES: usize = 64;
+
+pub(super) struct Flow<L> {
+    application: TcpStream,
+    network: TcpStream,
+    lane: L,
+    up: Half,
+    down: Half,
+    /// For the network, as the lane made it.
+    up_pending: Pending,
+    /// For the application.
+    down_pending: Pending,
+    up_batch: Batch,
+    down_batch: Batch,
+    /// What ends the flow as soon as `down_pending` is delivered.
+    last: Option<Fault>,
+    heard: bool,
+}
+
+/// How far one direction has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Half {
+    /// Bytes may come.
+    Open,
+    /// The sender has ended; what is pending has to go first.
+    Ended,
+    /// The receiver will be told when everything has left.
+    Draining,
+    /// The receiver has been told.
+    Closed,
+}
+
+/// What the flow can use now.
+#[derive(Clone, Copy, Debug, Default)]
+struct Wants {
+    application_read: bool,
+    application_write: bool,
+    network_read: bool,
+    network_write: bool,
+    /// There is more to do at once.
+    more: bool,
+}
+
+/// Why the flow is awake again.
+enum Woken {
+    /// There is something to do.
+    Again,
+    /// A socket that is not used any more reports an error.
+    Failed,
+    /// The deadline has come.
+    Late,
+    /// The agent wants it to end.
+    Stopped(Stop),
+}
+
+impl<L: Lane> Flow<L> {
+    pub(super) fn new(application: TcpStream, network: TcpStream, lane: L) -> Self {
+        Self {
+            application,
+            network,
+            lane,
+            up: Half::Open,
+            down: Half::Open,
+            up_pending: Pending::default(),
+            down_pending: Pending::default(),
+            up_batch: Batch::new(),
+            down_batch: Batch::new(),
+            last: None,
+            heard: false,
+        }
+    }
+
+    pub(super) async fn run(
+        mut self,
+        limits: &Limits,
+        stop: impl Future<Output = Stop>,
+        progress: &Progress,
+    ) -> CloseReason {
+        let mut stop = pin!(stop);
+        let mut clock = pin!(sleep_until(Instant::now()));
+        let mut moved = Instant::now();
+        let reason = loop {
+            let before = (progress.sent(), progress.received());
+            let wants = match with_scratch(|scratch| self.turn(scratch, progress)) {
+                Ok(wants) => wants,
+                Err(reason) => break reason,
+            };
+            if (self.up, self.down) == (Half::Closed, Half::Closed) {
+                break CloseReason::Complete;
+            }
+            if before != (progress.sent(), progress.received()) {
+                moved = Instant::now();
+            }
+            self.lane.rest();
+            let deadline = self.deadline(limits, moved);
+            let over = match self.wait(wants, deadline, stop.as_mut(), clock.as_mut()).await {
+                Woken::Again => None,
+                Woken::Failed => self.failure(),
+                Woken::Late => deadline.and_then(|(_, reason)| reason).filter(|reason| self.is_over(*reason)),
+                Woken::Stopped(stop) => Some(CloseReason::Stopped(stop)),
+            };
+            if let Some(reason) = over {
+                break reason;
+            }
+        };
+        self.close(reason);
+        reason
+    }
+
+    fn turn(&mut self, scratch: &mut Scratch, progress: &Progress) -> Result<Wants, CloseReason> {
+        let mut wants = Wants::default();
+        self.turn_up(scratch, progress, &mut wants)?;
+        self.turn_down(scratch, progress, &mut wants)?;
+        Ok(wants)
+    }
+
+    /// From the application to the network.
+    fn turn_up(&mut self, scratch: &mut Scratch, progress: &Progress, wants: &mut Wants) -> Result<(), CloseReason> {
+        if !self.flush_up()? {
+            wants.network_write = true;
+            return Ok(());
+        }
+        if self.up == Half::Open && self.lane.owes_key_update() {
+            let said = self.lane.say(&self.network, Say::KeyUpdate, &mut self.up_pending);
+            if !said.map_err(|fault| self.network_fault(fault))? || !self.flush_up()? {
+                wants.network_write = true;
+                return Ok(());
+            }
+        }
+        if self.up == Half::Open {
+            let outbound = self.lane.outbound(&self.application, self.up_batch, scratch);
+            match outbound.map_err(|fault| application_fault(fault))? {
+                Outbound::Blocked => wants.application_read = true,
+                Outbound::End => self.up = Half::Ended,
+                Outbound::Bytes { taken, wire } => {
+                    progress.sent.fetch_add(taken as u64, Ordering::Relaxed);
+                    self.send(scratch, wire, taken, wants)?;
+                }
+            }
+        }
+        if self.up == Half::Ended {
+            let said = self.lane.say(&self.network, Say::CloseNotify, &mut self.up_pending);
+            if !said.map_err(|fault| self.network_fault(fault))? {
+                wants.network_write = true;
+                return Ok(());
+            }
+            self.up = Half::Draining;
+        }
+        if self.up == Half::Draining {
+            if !self.flush_up()? {
+                wants.network_write = true;
+            } else if self.lane.has_drained(&self.network).map_err(|error| self.network_fault(error.into()))? {
+                end(&self.network);
+                self.up = Half::Closed;
+            }
+        }
+        Ok(())
+    }
+
+    fn flush_up(&mut self) -> Result<bool, CloseReason> {
+        if self.up_pending.is_empty() {
+            return Ok(true);
+        }
+        let flushed = self.up_pending.flush(|bytes| self.lane.write(&self.network, bytes));
+        flushed.map_err(|error| self.network_fault(error.into()))
+    }
+
+    fn send(
+        &mut self,
+        scratch: &Scratch,
+        wire: Range<usize>,
+        taken: usize,
+        wants: &mut Wants,
+    ) -> Result<(), CloseReason> {
+        let bytes = scratch.bytes.get(wire).unwrap_or_default();
+        let written = self.lane.write(&self.network, bytes).map_err(|error| self.network_fault(error.into()))?;
+        let full = taken == self.up_batch.bytes();
+        if let Some(rest) = bytes.get(written..)
+            && !rest.is_empty()
+        {
+            self.up_pending.keep(rest);
+            self.up_batch.was_too_much();
+            wants.network_write = true;
+        } else if full {
+            self.up_batch.was_full();
+            wants.more = true;
+        } else {
+            // A short read: there is no more until the next edge.
+            wants.application_read = true;
+        }
+        Ok(())
+    }
+
+    /// From the network to the application.
+    fn turn_down(&mut self, scratch: &mut Scratch, progress: &Progress, wants: &mut Wants) -> Result<(), CloseReason> {
+        if !self.down_pending.is_empty() {
+            let flushed = self.down_pending.flush(|bytes| plain::put(&self.application, bytes));
+            if !flushed.map_err(|error| application_fault(error.into()))? {
+                wants.application_write = true;
+                return Ok(());
+            }
+        }
+        if let Some(fault) = self.last.take() {
+            return Err(self.network_fault(fault));
+        }
+        let mut turns = 0;
+        while self.down == Half::Open && self.receive(scratch, progress, wants)? {
+            turns += 1;
+            if turns == MAX_SMALL {
+                wants.more = true;
+                break;
+            }
+        }
+        wants.more |= self.up == Half::Open && self.lane.owes_key_update() && !wants.network_write;
+        if self.down == Half::Ended && self.down_pending.is_empty() {
+            end(&self.application);
+            self.down = Half::Closed;
+        }
+        Ok(())
+    }
+
+    /// Takes one batch. True: it was small, and there may be more right behind it.
+    fn receive(&mut self, scratch: &mut Scratch, progress: &Progress, wants: &mut Wants) -> Result<bool, CloseReason> {
+        let arrived = self.lane.inbound(&self.network, self.down_batch, scratch);
+        let arrived = arrived.map_err(|fault| self.network_fault(fault))?;
+        if arrived.bytes > 0 {
+            self.heard = true;
+            progress.received.fetch_add(arrived.bytes as u64, Ordering::Relaxed);
+            self.deliver(scratch, arrived.bytes).map_err(|error| application_fault(error.into()))?;
+        }
+        let delivered = self.down_pending.is_empty();
+        if !delivered {
+            self.down_batch.was_too_much();
+            wants.application_write = true;
+        } else if arrived.taken == self.down_batch.bytes() {
+            self.down_batch.was_full();
+        }
+        match arrived.then {
+            Then::More if delivered && arrived.taken < SMALL => return Ok(true),
+            Then::More => wants.more |= delivered,
+            Then::Blocked => wants.network_read = delivered,
+            Then::End => self.down = Half::Ended,
+            Then::Fault(fault) if delivered => return Err(self.network_fault(fault)),
+            Then::Fault(fault) => self.last = Some(fault),
+        }
+        Ok(false)
+    }
+
+    /// Writes the segments of the scratch to the application, and keeps what it does not take.
+    fn deliver(&mut self, scratch: &Scratch, total: usize) -> io::Result<()> {
+        let mut left = total;
+        let mut segments = scratch.segments.iter().map(|range| scratch.bytes.get(range.clone()).unwrap_or_default());
+        if scratch.segments.len() == 1 {
+            let bytes = segments.next().unwrap_or_default();
+            let written = plain::put(&self.application, bytes)?;
+            self.down_pending.keep(bytes.get(written..).unwrap_or_default());
+            return Ok(());
+        }
+        while left > 0 {
+            let mut pieces = [IoSlice::new(&[]); PIECES];
+            let (mut count, mut length) = (0, 0);
+            for (piece, segment) in pieces.iter_mut().zip(segments.by_ref()) {
+                *piece = IoSlice::new(segment);
+                count += 1;
+                length += segment.len();
+            }
+            let pieces = pieces.get(..count).unwrap_or_default();
+            if pieces.is_empty() {
+                break;
+            }
+            let mut written = if self.down_pending.is_empty() {
+                socket::write(&self.application, length, || writev(&self.application, pieces))?
+            } else {
+                0
+            };
+            for piece in pieces {
+                let skip = written.min(piece.len());
+                written -= skip;
+                self.down_pending.keep(piece.get(skip..).unwrap_or_default());
+            }
+            left -= length.min(left);
+        }
+        Ok(())
+    }
+
+    async fn wait(
+        &self,
+        wants: Wants,
+        deadline: Option<(Instant, Option<CloseReason>)>,
+        mut stop: Pin<&mut impl Future<Output = Stop>>,
+        mut clock: Pin<&mut Sleep>,
+    ) -> Woken {
+        if let Some((at, _)) = deadline
+            && at < clock.deadline()
+        {
+            clock.as_mut().reset(at);
+        }
+        // A socket that is neither read nor written any more may still be reset, and the other program has to know.
+        let mut failed = pin!(async {
+            match (self.up, self.down) {
+                (Half::Open, Half::Closed) => _ = self.network.ready(Interest::ERROR).await,
+                (Half::Closed, Half::Open) => _ = self.application.ready(Interest::ERROR).await,
+                _ => pending().await,
+            }
+        });
+        let woken = poll_fn(|context| {
+            if let Poll::Ready(stop) = stop.as_mut().poll(context) {
+                return Poll::Ready(Woken::Stopped(stop));
+            }
+            let ready = wants.more
+                || (wants.application_read && self.application.poll_read_ready(context).is_ready())
+                    | (wants.application_write && self.application.poll_write_ready(context).is_ready())
+                    | (wants.network_read && self.network.poll_read_ready(context).is_ready())
+                    | (wants.network_write && self.network.poll_write_ready(context).is_ready());
+            if ready {
+                return Poll::Ready(Woken::Again);
+            }
+            if failed.as_mut().poll(context).is_ready() {
+                return Poll::Ready(Woken::Failed);
+            }
+            let Some((at, _)) = deadline else { return Poll::Pending };
+            if clock.as_mut().poll(context).is_ready() {
+                // It rings at the earliest time that it was ever set for: activity does not cost a timer each time.
+                if at <= Instant::now() {
+                    return Poll::Ready(Woken::Late);
+                }
+                clock.as_mut().reset(at);
+                return clock.as_mut().poll(context).map(|()| Woken::Late);
+            }
+            Poll::Pending
+        })
+        .await;
+        if wants.more && matches!(woken, Woken::Again) {
+            // The other flows of the shard come first.
+            tokio::task::yield_now().await;
+        }
+        woken
+    }
+
+    /// Until when to wait, and what it means when nothing has happened by then.
+    fn deadline(&self, limits: &Limits, moved: Instant) -> Option<(Instant, Option<CloseReason>)> {
+        let under_way = !self.up_pending.is_empty()
+            || !self.down_pending.is_empty()
+            || matches!(self.up, Half::Ended | Half::Draining);
+        let idle = limits.idle.map(|idle| (moved + idle, Some(CloseReason::Idle)));
+        // Once it is due it is looked at every second, for as long as the receiver is just slow.
+        let stall = under_way.then(|| {
+            let at = (moved + limits.stall).max(Instant::now() + Duration::from_secs(1));
+            (at, Some(CloseReason::Stalled))
+        });
+        let tick = (under_way && self.lane.needs_ticks()).then(|| (Instant::now() + TICK, None));
+        [idle, stall, tick].into_iter().flatten().min_by_key(|(at, _)| *at)
+    }
+
+    /// Is this the end? A stall is one only where a socket has room and takes nothing all the same.
+    fn is_over(&self, reason: CloseReason) -> bool {
+        let stuck = |socket: &TcpStream, pending: bool| {
+            pending && tls::unacknowledged(socket.as_fd()).is_ok_and(|queued| queued == 0)
+        };
+        let up_pending = !self.up_pending.is_empty() || matches!(self.up, Half::Ended | Half::Draining);
+        reason != CloseReason::Stalled
+            || stuck(&self.network, up_pending)
+            || stuck(&self.application, !self.down_pending.is_empty())
+    }
+
+    /// A socket reported an error while nothing was read from it or written to it.
+    fn failure(&self) -> Option<CloseReason> {
+        let fault = |error: io::Error| Fault::from(error);
+        if self.down == Half::Closed {
+            let error = self.network.take_error().ok().flatten();
+            _ = self.network.try_io(Interest::ERROR, || Err::<(), _>(io::ErrorKind::WouldBlock.into()));
+            error.map(|error| self.network_fault(fault(error)))
+        } else {
+            let error = self.application.take_error().ok().flatten();
+            _ = self.application.try_io(Interest::ERROR, || Err::<(), _>(io::ErrorKind::WouldBlock.into()));
+            error.map(|error| application_fault(fault(error)))
+        }
+    }
+
+    fn network_fault(&self, fault: Fault) -> CloseReason {
+        match fault {
+            Fault::Io(libc::ECONNRESET | libc::EPIPE | libc::ECONNABORTED) => CloseReason::PeerReset,
+            Fault::Io(number) => CloseReason::PeerLost(number),
+            Fault::Truncated => CloseReason::PeerTruncated,
+            Fault::Violation(violation) => CloseReason::PeerViolation(violation),
+            Fault::Alert(alert) if !self.heard && control::is_refusal(alert) => CloseReason::PeerRefused(alert),
+            Fault::Alert(alert) => CloseReason::PeerAlert(alert),
+            Fault::Ours(reason) => reason,
+        }
+    }
+
+    fn close(mut self, reason: CloseReason) {
+        if reason == CloseReason::Complete {
+            // What comes behind close_notify is ignored (RFC 9846 section 6.1), and must not turn into a reset that
+            // overtakes our last bytes.
+            socket::discard(&self.network);
+            return;
+        }
+        reset(&self.application);
+        if !(L::TLS && self.tell(reason)) {
+            reset(&self.network);
+        }
+    }
+
+    /// Tells the peer why. False: it could not be told, or need not be.
+    fn tell(&mut self, reason: CloseReason) -> bool {
+        let Some(alert) = reason.alert() else { return false };
+        if !matches!(self.up, Half::Open | Half::Ended) || !matches!(self.flush_up(), Ok(true)) {
+            return false;
+        }
+        let said = self.lane.say(&self.network, Say::Alert(alert), &mut self.up_pending);
+        if !matches!(said, Ok(true)) || !matches!(self.flush_up(), Ok(true)) {
+            return false;
+        }
+        socket::discard(&self.network);
+        end(&self.network);
+        true
+    }
+}
+
+fn application_fault(fault: Fault) -> CloseReason {
+    match fault {
+        Fault::Io(libc::ECONNRESET | libc::EPIPE | libc::ECONNABORTED) => CloseReason::ApplicationReset,
+        Fault::Io(number) => CloseReason::ApplicationLost(number),
+        Fault::Ours(reason) => reason,
+        // A lane finds these in what the network sends.
+        Fault::Truncated | Fault::Violation(_) | Fault::Alert(_) => CloseReason::PeerTruncated,
+    }
+}
+
+/// The receiver reads the end of the stream.
+fn end(socket: &TcpStream) {
+    // A socket that is not connected any more has nobody to tell; its next read or write says so.
+    _ = shutdown(socket, Shutdown::Write);
+}
+
+/// Closing the socket will be a reset.
+fn reset(socket: &TcpStream) {
+    // A socket that is gone already needs no reset.
+    _ = socket.set_zero_linger();
+}

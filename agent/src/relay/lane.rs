@@ -1,0 +1,137 @@
+//! What the loop asks of an engine: bytes of the application into bytes of the network, and back.
+//!
+//! *Invariant:* a lane never waits and never looks at the other socket; what it could not hand on, the loop keeps.
+
+use super::{
+    CloseReason, Violation,
+    buffers::{Batch, Pending, Scratch},
+    control,
+};
+use std::{io, ops::Range};
+use tokio::net::TcpStream;
+
+/// One engine's way with the bytes of one connection.
+pub(super) trait Lane {
+    /// Does the peer end its stream with close_notify? Otherwise with a FIN.
+    const TLS: bool;
+
+    /// Takes from the application, and leaves in the scratch what goes to the network.
+    fn outbound(&mut self, application: &TcpStream, batch: Batch, scratch: &mut Scratch) -> Result<Outbound, Fault>;
+
+    /// Takes from the network, and leaves in the scratch, in its segments, what goes to the application.
+    fn inbound(&mut self, network: &TcpStream, batch: Batch, scratch: &mut Scratch) -> Result<Inbound, Fault>;
+
+    /// Writes to the network what `outbound` left; 0 where it takes none.
+    fn write(&mut self, network: &TcpStream, bytes: &[u8]) -> io::Result<usize>;
+
+    /// Is there a KeyUpdate to send before any more data?
+    fn owes_key_update(&self) -> bool {
+        false
+    }
+
+    /// Says something that is not data. `pending` is empty, or may be appended to where the lane seals by itself. False:
+    /// the network takes nothing now.
+    fn say(&mut self, network: &TcpStream, what: Say, pending: &mut Pending) -> Result<bool, Fault>;
+
+    /// Has everything left this lane, so that the network socket may be shut down?
+    fn has_drained(&self, _network: &TcpStream) -> io::Result<bool> {
+        Ok(true)
+    }
+
+    /// Does this lane need to be asked again without a sign from the socket?
+    fn needs_ticks(&self) -> bool {
+        false
+    }
+
+    /// The flow waits: memory that is not in use is given back.
+    fn rest(&mut self) {}
+}
+
+/// What to say.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Say {
+    /// This side's stream is complete.
+    CloseNotify,
+    /// This side gives up.
+    Alert(u8),
+    /// This side's next record comes under its next key.
+    KeyUpdate,
+}
+
+impl Say {
+    /// The body of an alert, where it is one.
+    pub(super) fn alert(self) -> Option<[u8; 2]> {
+        match self {
+            Self::CloseNotify => Some(control::alert(0)),
+            Self::Alert(description) => Some(control::alert(description)),
+            Self::KeyUpdate => None,
+        }
+    }
+}
+
+/// What was taken from the application.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(super) enum Outbound {
+    /// Nothing for now.
+    Blocked,
+    /// It closed its side.
+    End,
+    /// So many bytes, which lie in this part of the scratch as the network gets them.
+    Bytes {
+        /// Bytes of the application.
+        taken: usize,
+        /// Where they lie, sealed or not.
+        wire: Range<usize>,
+    },
+}
+
+/// What was taken from the network.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Inbound {
+    /// Bytes for the application, in the segments of the scratch.
+    pub(super) bytes: usize,
+    /// Bytes off the network.
+    pub(super) taken: usize,
+    /// What came after them.
+    pub(super) then: Then,
+}
+
+/// What came behind the bytes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Then {
+    /// There may be more now.
+    More,
+    /// There is no more for now.
+    Blocked,
+    /// The peer's stream is complete.
+    End,
+    /// The connection is over. What came before is delivered first.
+    Fault(Fault),
+}
+
+/// Why a lane cannot go on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Fault {
+    /// The socket that was read or written failed, with this error number.
+    Io(i32),
+    /// The network ended without close_notify.
+    Truncated,
+    /// The peer broke the protocol.
+    Violation(Violation),
+    /// The peer gave up.
+    Alert(u8),
+    /// Ours to explain.
+    Ours(CloseReason),
+}
+
+impl From<io::Error> for Fault {
+    fn from(error: io::Error) -> Self {
+        Self::Io(error.raw_os_error().unwrap_or(libc::EIO))
+    }
+}
+
+impl From<Violation> for Fault {
+    fn from(violation: Violation) -> Self {
+        Self::Violation(violation)
+    }
+}

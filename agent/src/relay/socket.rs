@@ -1,0 +1,93 @@
+//! Reading and writing sockets without a system call too many.
+//!
+//! The sockets are edge-triggered: a read that fills less than its room, or a write that is taken in part, says that the
+//! next one would block, so readiness is given back at once and the next call waits for the next edge.
+//! *Invariant:* nothing here waits.
+
+use rustix::io::Errno;
+use std::io::{self, ErrorKind};
+use tokio::{io::Interest, net::TcpStream};
+
+/// What a read gave.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Read {
+    /// So many bytes.
+    Bytes(usize),
+    /// None for now.
+    Blocked,
+    /// None any more.
+    End,
+}
+
+/// Reads at most `room` bytes. `short_is_dry`: fewer than that say that the socket is empty now.
+pub(super) fn read(
+    socket: &TcpStream,
+    room: usize,
+    short_is_dry: bool,
+    mut read: impl FnMut() -> Result<usize, Errno>,
+) -> io::Result<Read> {
+    let mut outcome = Read::Blocked;
+    attempt(socket.try_io(Interest::READABLE, || {
+        match read()? {
+            0 => outcome = Read::End,
+            length => {
+                outcome = Read::Bytes(length);
+                if short_is_dry && length < room {
+                    return Err(ErrorKind::WouldBlock.into());
+                }
+            }
+        }
+        Ok(())
+    }))?;
+    Ok(outcome)
+}
+
+/// Writes `length` bytes or fewer, and says how many; 0 where the socket takes none.
+pub(super) fn write(
+    socket: &TcpStream,
+    length: usize,
+    mut write: impl FnMut() -> Result<usize, Errno>,
+) -> io::Result<usize> {
+    let mut taken = 0;
+    attempt(socket.try_io(Interest::WRITABLE, || {
+        taken = write()?;
+        if taken < length { Err(ErrorKind::WouldBlock.into()) } else { Ok(()) }
+    }))?;
+    Ok(taken)
+}
+
+/// Writes like `write`, but asks the socket itself instead of what is known of its readiness: for sockets that may forget
+/// to say that they have room.
+pub(super) fn write_unasked(
+    socket: &TcpStream,
+    length: usize,
+    write: impl FnOnce() -> Result<usize, Errno>,
+) -> io::Result<usize> {
+    let taken = match write() {
+        Ok(taken) => taken,
+        Err(Errno::AGAIN | Errno::INTR) => 0,
+        Err(error) => return Err(error.into()),
+    };
+    if taken < length {
+        attempt(socket.try_io(Interest::WRITABLE, || Err(ErrorKind::WouldBlock.into())))?;
+    }
+    Ok(taken)
+}
+
+fn attempt(outcome: io::Result<()>) -> io::Result<()> {
+    match outcome {
+        Err(error) if error.kind() != ErrorKind::WouldBlock && error.kind() != ErrorKind::Interrupted => Err(error),
+        _ => Ok(()),
+    }
+}
+
+/// Takes what has arrived off a socket and drops it, so that closing it does not turn into a reset.
+pub(super) fn discard(socket: &TcpStream) {
+    let mut rest = [0; 8192];
+    for _ in 0..128 {
+        match socket.try_read(&mut rest) {
+            Ok(1..) => {}
+            Ok(0) | Err(_) => return,
+        }
+    }
+}

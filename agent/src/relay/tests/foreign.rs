@@ -1,0 +1,256 @@
+//! With TLS stacks that are not ours: rustls as others use it, and OpenSSL's own programs.
+
+use super::*;
+use crate::{
+    handshake::{
+        accept, connect,
+        testing::{CURL, WEB, terms},
+    },
+    intercept::Direction,
+};
+use rustls::{ClientConnection, ConnectionCommon, ServerConnection, SideData};
+use std::{
+    io::{Read, Write},
+    ops::DerefMut,
+    process::{Child, Command, Stdio},
+};
+
+/// Our server behind a relay, for a foreign client at `socket`. The application echoes.
+async fn our_server(world: &World, socket: TcpStream, rekey: u64) -> JoinHandle<Tally> {
+    let permit = world.permit(Direction::Inbound, socket, WEB, CURL);
+    let session = accept(permit, terms(Ciphers::All)).await.unwrap();
+    let (application, leg) = pair().await;
+    let pipe = arm(session, Some(leg), Choice::User).unwrap().rekey_after(rekey);
+    tokio::spawn(echo(application));
+    Relay::over(pair().await.0, pipe, Limits::default()).tally
+}
+
+/// Our client behind a relay, for a foreign server at `socket`. The application echoes.
+async fn our_client(world: &World, socket: TcpStream, rekey: u64) -> JoinHandle<Tally> {
+    let (application, own) = pair().await;
+    let permit = world.permit(Direction::Outbound, own, CURL, WEB);
+    let session = connect(permit, socket, terms(Ciphers::All)).await.unwrap();
+    let pipe = arm(session, None, Choice::User).unwrap().rekey_after(rekey);
+    tokio::spawn(echo(application));
+    Relay::over(pair().await.0, pipe, Limits::default()).tally
+}
+
+async fn echo(mut socket: TcpStream) {
+    let (mut read, mut write) = socket.split();
+    // What becomes of the connection is seen at its other end.
+    let _ = tokio::io::copy(&mut read, &mut write).await;
+    let _ = write.shutdown().await;
+}
+
+fn blocking(socket: TcpStream) -> std::net::TcpStream {
+    let socket = socket.into_std().unwrap();
+    socket.set_nonblocking(false).unwrap();
+    socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    socket
+}
+
+/// Sends pieces and wants each of them back, with fresh keys between them, then closes its half first.
+fn converse<C, S>(tls: &mut C, socket: &mut std::net::TcpStream, refresh: bool)
+where
+    C: DerefMut<Target = ConnectionCommon<S>>,
+    S: SideData,
+{
+    for (round, length) in [1, 300, 5_000, 16_384, 100_000, 7, 250_000, 60_000].into_iter().cycle().take(40).enumerate()
+    {
+        let bytes = noise(length, round as u64 + 1);
+        let mut back = vec![0; length];
+        let mut stream = rustls::Stream::new(tls, socket);
+        for piece in bytes.chunks(20_000) {
+            stream.write_all(piece).unwrap();
+        }
+        stream.read_exact(&mut back).unwrap();
+        assert!(back == bytes, "round {round}");
+        if refresh {
+            tls.refresh_traffic_keys().unwrap();
+        }
+    }
+    tls.send_close_notify();
+    while tls.wants_write() {
+        tls.write_tls(socket).unwrap();
+    }
+    let mut rest = Vec::new();
+    let ended = rustls::Stream::new(tls, socket).read_to_end(&mut rest);
+    assert!(ended.is_ok(), "the other half is closed in order too: {ended:?}");
+    assert!(rest.is_empty());
+}
+
+#[tokio::test]
+async fn a_rustls_client_talks_to_us_with_fresh_keys_on_both_sides() {
+    let world = World::new();
+    for (refresh, rekey) in [(false, u64::MAX), (true, u64::MAX), (false, 3), (true, 3)] {
+        let (theirs, ours) = pair().await;
+        let config = Arc::new(world.foreign_client(Some(CURL)));
+        let client = tokio::task::spawn_blocking(move || {
+            let mut socket = blocking(theirs);
+            let mut tls = ClientConnection::new(config, "web.example.org".try_into().unwrap()).unwrap();
+            converse(&mut tls, &mut socket, refresh);
+        });
+        let tally = our_server(&world, ours, rekey).await;
+        client.await.unwrap();
+        assert_eq!(tally.await.unwrap().closed, CloseReason::Complete, "refresh {refresh}, rekey {rekey}");
+    }
+}
+
+#[tokio::test]
+async fn a_rustls_server_with_tickets_talks_to_us_with_fresh_keys_on_both_sides() {
+    let world = World::new();
+    for (refresh, rekey) in [(false, u64::MAX), (true, 3)] {
+        let (theirs, ours) = pair().await;
+        let mut config = world.foreign_server(WEB);
+        config.send_tls13_tickets = 4;
+        let config = Arc::new(config);
+        let server = tokio::task::spawn_blocking(move || {
+            let mut socket = blocking(theirs);
+            let mut tls = ServerConnection::new(config).unwrap();
+            while tls.is_handshaking() {
+                tls.complete_io(&mut socket).unwrap();
+            }
+            converse(&mut tls, &mut socket, refresh);
+        });
+        let tally = our_client(&world, ours, rekey).await;
+        server.await.unwrap();
+        assert_eq!(tally.await.unwrap().closed, CloseReason::Complete, "refresh {refresh}, rekey {rekey}");
+    }
+}
+
+#[tokio::test]
+async fn data_in_the_same_segment_as_the_end_of_the_handshake_is_not_lost() {
+    let world = World::new();
+    let (theirs, ours) = pair().await;
+    let config = Arc::new(world.foreign_client(Some(CURL)));
+    let client = tokio::task::spawn_blocking(move || {
+        let mut socket = blocking(theirs);
+        let mut tls = ClientConnection::new(config, "web.example.org".try_into().unwrap()).unwrap();
+        // Buffered by rustls until it may go out: then behind Finished, in one write.
+        tls.writer().write_all(b"first words").unwrap();
+        let mut flight = Vec::new();
+        tls.write_tls(&mut socket).unwrap();
+        while tls.is_handshaking() {
+            tls.read_tls(&mut socket).unwrap();
+            tls.process_new_packets().unwrap();
+        }
+        tls.send_close_notify();
+        while tls.wants_write() {
+            tls.write_tls(&mut flight).unwrap();
+        }
+        socket.write_all(&flight).unwrap();
+        let mut back = Vec::new();
+        rustls::Stream::new(&mut tls, &mut socket).read_to_end(&mut back).unwrap();
+        back
+    });
+    let tally = our_server(&world, ours, u64::MAX).await;
+    assert_eq!(client.await.unwrap(), b"first words");
+    assert_eq!(tally.await.unwrap().closed, CloseReason::Complete);
+}
+
+/// `openssl` with these arguments, certificate and key of `id`, fed with lines that have a pause between them.
+fn openssl(
+    world: &World,
+    id: &str,
+    directory: &std::path::Path,
+    arguments: &[&str],
+    lines: &'static [&'static str],
+) -> Option<Child> {
+    let pem = |label: &str, der: &[u8]| {
+        let encoded = pem_body(der);
+        format!("-----BEGIN {label}-----\n{encoded}-----END {label}-----\n")
+    };
+    let (certificate, key) = world.svid(id);
+    let path = |name: &str| directory.join(name);
+    std::fs::write(path("svid.pem"), pem("CERTIFICATE", &certificate)).unwrap();
+    std::fs::write(path("key.pem"), pem("PRIVATE KEY", &key)).unwrap();
+    std::fs::write(path("ca.pem"), pem("CERTIFICATE", world.ca_der())).unwrap();
+    let mut child = Command::new("openssl")
+        .args(arguments)
+        .args(["-tls1_3", "-cert", "svid.pem", "-key", "key.pem", "-CAfile", "ca.pem"])
+        .current_dir(directory)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .ok()?;
+    let mut input = child.stdin.take().unwrap();
+    std::thread::spawn(move || {
+        for line in lines {
+            std::thread::sleep(Duration::from_millis(400));
+            if writeln!(input, "{line}").is_err() {
+                break;
+            }
+        }
+        std::thread::sleep(Duration::from_millis(400));
+    });
+    Some(child)
+}
+
+fn pem_body(der: &[u8]) -> String {
+    const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let mut body = String::new();
+    for (at, three) in der.chunks(3).enumerate() {
+        let value = three.iter().fold(0_u32, |value, byte| value << 8 | u32::from(*byte)) << (8 * (3 - three.len()));
+        for digit in 0..4 {
+            let bits = value >> (18 - 6 * digit) & 63;
+            body.push(if digit > three.len() { '=' } else { char::from(DIGITS[bits as usize]) });
+        }
+        if at % 16 == 15 {
+            body.push('\n');
+        }
+    }
+    body + "\n"
+}
+
+/// Lines that begin with K ask for fresh keys on both sides, with k on one.
+const LINES: &[&str] = &["first line", "K", "second line", "k", "third line", "K", "fourth line", "Q"];
+
+#[tokio::test]
+async fn openssl_s_client_talks_to_us_and_takes_fresh_keys() {
+    let world = World::new();
+    let directory = tempfile::tempdir().unwrap();
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap().to_string();
+    let arguments = ["s_client", "-connect", &address, "-verify_return_error"];
+    let Some(child) = openssl(&world, CURL, directory.path(), &arguments, LINES) else {
+        eprintln!("skipped: no openssl on PATH");
+        return;
+    };
+    let (socket, _) = listener.accept().await.unwrap();
+    let tally = our_server(&world, socket, 2).await;
+    let output = tokio::task::spawn_blocking(|| child.wait_with_output().unwrap()).await.unwrap();
+    let (output, complaints) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    for line in LINES.iter().filter(|line| line.ends_with("line")) {
+        assert!(output.contains(line), "{line} came back: {output} {complaints}");
+    }
+    assert!(complaints.contains("KEYUPDATE"), "{complaints}");
+    assert_eq!(tally.await.unwrap().closed, CloseReason::Complete);
+}
+
+#[tokio::test]
+async fn openssl_s_server_talks_to_us_gives_tickets_and_takes_fresh_keys() {
+    let world = World::new();
+    let directory = tempfile::tempdir().unwrap();
+    let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
+    let arguments = ["s_server", "-accept", &free, "-Verify", "2", "-verify_return_error", "-naccept", "1"];
+    let Some(child) = openssl(&world, WEB, directory.path(), &arguments, LINES) else {
+        eprintln!("skipped: no openssl on PATH");
+        return;
+    };
+    let socket = loop {
+        match TcpStream::connect(&free).await {
+            Ok(socket) => break socket,
+            Err(_) => sleep(Duration::from_millis(20)).await,
+        }
+    };
+    let tally = our_client(&world, socket, 2).await;
+    let output = tokio::task::spawn_blocking(|| child.wait_with_output().unwrap()).await.unwrap();
+    let (output, complaints) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    for line in LINES.iter().filter(|line| line.ends_with("line")) {
+        assert!(output.contains(line), "{line} came back: {output} {complaints}");
+    }
+    let closed = tally.await.unwrap().closed;
+    // It ends without close_notify, and that is called what it is.
+    assert!(matches!(closed, CloseReason::PeerTruncated | CloseReason::PeerReset), "{closed}: {complaints}");
+}

@@ -1,0 +1,205 @@
+//! How connections live and end: half-closes, resets, limits, and orders to stop.
+
+use super::*;
+use crate::{
+    handshake::{
+        accept, connect,
+        testing::{CURL, WEB, terms},
+    },
+    intercept::Direction,
+    refusal::Culprit,
+};
+
+#[tokio::test]
+async fn either_side_may_end_first_and_still_hear_the_other() {
+    for client_first in [true, false] {
+        let (mut client, mut server) = chain(Ciphers::All).await;
+        let (first, second) = if client_first {
+            (&mut client.application, &mut server.application)
+        } else {
+            (&mut server.application, &mut client.application)
+        };
+        first.write_all(b"question").await.unwrap();
+        first.shutdown().await.unwrap();
+        assert_eq!(read_to_end(second).await, b"question");
+        for _ in 0..3 {
+            sleep(Duration::from_millis(30)).await;
+            second.write_all(b"answer").await.unwrap();
+        }
+        second.shutdown().await.unwrap();
+        assert_eq!(read_to_end(first).await, b"answer".repeat(3));
+        assert_eq!(client.closed().await.closed, CloseReason::Complete);
+        assert_eq!(server.closed().await.closed, CloseReason::Complete);
+    }
+}
+
+#[tokio::test]
+async fn a_reset_goes_through_to_the_other_program() {
+    for client_first in [true, false] {
+        let (mut client, mut server) = chain(Ciphers::All).await;
+        // Something has been said, so that the connection is known to be through.
+        client.application.write_all(b"hello").await.unwrap();
+        server.application.read_exact(&mut [0; 5]).await.unwrap();
+        let (dying, living) = if client_first {
+            (client, &mut server)
+        } else {
+            let Relay { application, tally, progress, stop, polls } = server;
+            server = client;
+            (Relay { application, tally, progress, stop, polls }, &mut server)
+        };
+        dying.application.set_zero_linger().unwrap();
+        assert_eq!(dying.closed().await.closed, CloseReason::ApplicationReset);
+        assert!(is_reset(&mut living.application).await, "client first: {client_first}");
+        assert_eq!(server.closed().await.closed, CloseReason::PeerReset);
+    }
+}
+
+#[tokio::test]
+async fn a_reset_is_noticed_by_a_side_that_only_waits_for_its_own_program() {
+    // The client ended its stream; the server's program thinks about the answer; the client dies.
+    let (mut client, mut server) = chain(Ciphers::All).await;
+    client.application.write_all(b"question").await.unwrap();
+    client.application.shutdown().await.unwrap();
+    assert_eq!(read_to_end(&mut server.application).await, b"question");
+    sleep(Duration::from_millis(50)).await;
+    client.application.set_zero_linger().unwrap();
+    drop(client.application);
+    let client = timeout(Duration::from_secs(5), client.tally).await.expect("noticed").unwrap();
+    assert_eq!(client.closed, CloseReason::ApplicationReset);
+    let server = timeout(Duration::from_secs(5), server.tally).await.expect("passed on").unwrap();
+    assert_eq!(server.closed, CloseReason::PeerReset);
+}
+
+#[tokio::test]
+async fn a_program_that_goes_away_with_bytes_unread_resets_its_peer() {
+    let (client, mut server) = chain(Ciphers::All).await;
+    server.application.write_all(&noise(1 << 20, 1)).await.unwrap();
+    sleep(Duration::from_millis(100)).await;
+    assert_eq!(client.closed().await.closed, CloseReason::ApplicationReset);
+    assert!(is_reset(&mut server.application).await);
+    assert_eq!(server.closed().await.closed, CloseReason::PeerReset);
+}
+
+#[tokio::test]
+async fn waiting_costs_nothing_in_any_state() {
+    let (mut client, mut server) = chain(Ciphers::All).await;
+    let quiet = async |relay: &Relay, state: &str| {
+        sleep(Duration::from_millis(100)).await;
+        let before = relay.polls.load(Relaxed);
+        sleep(Duration::from_millis(300)).await;
+        let polls = relay.polls.load(Relaxed) - before;
+        assert!(polls <= 2, "{state}: woken {polls} times");
+    };
+    quiet(&client, "idle").await;
+    client.application.write_all(b"question").await.unwrap();
+    quiet(&client, "one question on its way").await;
+    client.application.shutdown().await.unwrap();
+    quiet(&client, "this side ended").await;
+    quiet(&server, "the other side ended").await;
+    server.application.write_all(b"answer").await.unwrap();
+    quiet(&server, "the other side ended, and this side has sent").await;
+}
+
+#[tokio::test]
+async fn a_flow_is_small() {
+    let sessions = World::new().sessions(Ciphers::All).await;
+    let pipe = arm(sessions.client, None, Choice::User).unwrap();
+    let (limits, progress) = (Limits::default(), Progress::default());
+    let flow = carry(pipe, &limits, pending(), &progress);
+    let size = size_of_val(&flow);
+    assert!(size < 2048, "{size} bytes for each flow");
+}
+
+#[tokio::test]
+async fn a_connection_that_says_nothing_for_the_idle_timeout_is_closed() {
+    let sessions = World::new().sessions(Ciphers::All).await;
+    let limits = Limits { idle: Some(Duration::from_millis(400)), ..Limits::default() };
+    let pipe = arm(sessions.client, None, Choice::User).unwrap();
+    let mut client = Relay::over(sessions.client_application, pipe, limits);
+    let mut server = Relay::server(sessions.server).await;
+    for _ in 0..4 {
+        sleep(Duration::from_millis(200)).await;
+        client.application.write_all(b"still here").await.unwrap();
+        server.application.read_exact(&mut [0; 10]).await.unwrap();
+    }
+    let started = std::time::Instant::now();
+    assert!(is_reset(&mut client.application).await, "the program hears of it");
+    assert!(started.elapsed() > Duration::from_millis(300));
+    assert_eq!(client.closed().await.closed, CloseReason::Idle);
+    assert!(is_reset(&mut server.application).await, "a stream that was cut does not look complete");
+    assert_eq!(server.closed().await.closed, CloseReason::PeerTruncated);
+}
+
+#[tokio::test]
+async fn an_order_to_stop_reaches_both_programs_and_the_peer_at_once_also_in_full_flow() {
+    for (stop, code, seen) in
+        [(Stop::Revoked, "revoked", CloseReason::PeerAlert(49)), (Stop::Drained, "drained", CloseReason::PeerTruncated)]
+    {
+        let (mut client, mut server) = chain(Ciphers::All).await;
+        client.application.write_all(b"before").await.unwrap();
+        server.application.read_exact(&mut [0; 6]).await.unwrap();
+        server.application.write_all(b"before").await.unwrap();
+        client.application.read_exact(&mut [0; 6]).await.unwrap();
+        client.stop.send(stop).unwrap();
+        assert!(is_reset(&mut client.application).await);
+        assert!(is_reset(&mut server.application).await, "{code}");
+        let tally = client.tally.await.unwrap();
+        assert_eq!((tally.closed.code(), tally.sent, tally.received), (code, 6, 6));
+        assert_eq!(server.closed().await.closed, seen);
+    }
+    let (client, server) = chain(Ciphers::All).await;
+    let (mut read, mut write) = (client.application, server.application);
+    let flood = tokio::spawn(async move { while write.write_all(&[7; 100_000]).await.is_ok() {} });
+    read.read_exact(&mut vec![0; 10_000_000]).await.unwrap();
+    client.stop.send(Stop::Revoked).unwrap();
+    let tally = timeout(Duration::from_secs(1), client.tally).await.expect("at once").unwrap();
+    assert_eq!(tally.closed, CloseReason::Stopped(Stop::Revoked));
+    flood.await.unwrap();
+}
+
+#[tokio::test]
+async fn a_server_that_refuses_the_client_afterwards_is_reported_as_a_refusal() {
+    let world = World::new();
+    let (network_client, network_server) = pair().await;
+    let (mut application, own) = pair().await;
+    let client = world.permit(Direction::Outbound, own, CURL, WEB);
+    let server = world.permit(Direction::Inbound, network_server, WEB, "spiffe://example.org/somebody-else");
+    let (client, server) =
+        tokio::join!(connect(client, network_client, terms(Ciphers::All)), accept(server, terms(Ciphers::All)));
+    assert!(server.is_err());
+    // The application has asked already; it must see a reset, and the record must say why.
+    application.write_all(b"GET /").await.unwrap();
+    let relay = Relay::client(client.unwrap(), application).await;
+    drop(server);
+    let closed = timeout(Duration::from_secs(5), relay.tally).await.expect("in time").unwrap().closed;
+    assert_eq!(closed, CloseReason::PeerRefused(49));
+    assert_eq!((closed.code(), closed.culprit()), ("peer-refused", Some(Culprit::Peer)));
+    assert_eq!(closed.to_string(), "peer-refused (access_denied)");
+}
+
+#[tokio::test]
+async fn a_plain_pipe_passes_resets_and_half_closes_on_too() {
+    let plain = async || {
+        let (left, own) = pair().await;
+        let (network, right) = pair().await;
+        (Relay::over(left, Pipe::plain(own, network).unwrap(), Limits::default()), right)
+    };
+    let (mut relay, mut right) = plain().await;
+    right.shutdown().await.unwrap();
+    assert_eq!(read_to_end(&mut relay.application).await, b"");
+    relay.application.write_all(b"after").await.unwrap();
+    relay.application.shutdown().await.unwrap();
+    assert_eq!(read_to_end(&mut right).await, b"after");
+    assert_eq!(relay.tally.await.unwrap().closed, CloseReason::Complete);
+
+    let (mut relay, right) = plain().await;
+    right.set_zero_linger().unwrap();
+    drop(right);
+    assert!(is_reset(&mut relay.application).await);
+    assert_eq!(relay.closed().await.closed, CloseReason::PeerReset);
+
+    let (relay, mut right) = plain().await;
+    relay.application.set_zero_linger().unwrap();
+    assert_eq!(relay.closed().await.closed, CloseReason::ApplicationReset);
+    assert!(is_reset(&mut right).await);
+}

@@ -1,0 +1,216 @@
+//! Engine `user`: records sealed and opened by this process, in place, in the shard's scratch.
+//!
+//! Outbound, the application's bytes are read straight into the bodies of records, sealed where they lie, and written
+//! with one call. Inbound, whole records are opened where they lie and their content goes out with one call.
+//! *Invariant:* between two turns a flow keeps no plaintext here, and of the network at most one partial record.
+
+use super::{
+    CloseReason, Violation,
+    buffers::{Batch, MAX_BATCH, Pending, Scratch},
+    control::{Act, Control, KEY_UPDATE_NOT_REQUESTED},
+    lane::{Fault, Inbound, Lane, Outbound, Say, Then},
+    plain,
+    socket::{self, Read},
+};
+use crate::offload::{
+    Opener, Sealer, UserKeys,
+    record::{self, ContentType, FULL_RECORD, HEADER, MAX_PLAINTEXT, TRAILER},
+};
+use rustix::{
+    io::readv,
+    net::{RecvFlags, recv},
+};
+use std::{
+    io::{self, IoSliceMut},
+    ops::Range,
+};
+use tokio::net::TcpStream;
+
+/// Content shorter than this is moved up to the content before it, so that a batch of small records goes out as one
+/// piece; longer content is cheaper to leave where it is and name in one more element of the vector.
+const SHORT: usize = 2048;
+
+pub(super) struct User {
+    keys: Box<UserKeys>,
+    control: Control,
+    /// The beginning of a record whose rest has not arrived.
+    partial: Vec<u8>,
+    /// The peer asked for a fresh key.
+    asked: bool,
+}
+
+impl User {
+    pub(super) fn new(keys: Box<UserKeys>) -> Self {
+        let control = Control::new(keys.secrets.is_client());
+        Self { keys, control, partial: Vec::new(), asked: false }
+    }
+
+    fn next_receive_key(&mut self) -> Result<(), Fault> {
+        let spent = Fault::Ours(CloseReason::KeysSpent);
+        let traffic = self.keys.secrets.next_receive().map_err(|_| spent)?;
+        self.keys.opener = Opener::new(&traffic).map_err(|_| spent)?;
+        Ok(())
+    }
+
+    /// Opens the whole records among the first `filled` bytes; gives how far it came and what came behind the data.
+    fn open(&mut self, scratch: &mut Scratch, filled: usize) -> (usize, usize, Then) {
+        let (mut at, mut bytes) = (0, 0);
+        loop {
+            let rest = scratch.bytes.get_mut(at..filled).unwrap_or_default();
+            let length = match record::measure(rest) {
+                Ok(Some(length)) if length <= rest.len() => length,
+                Ok(_) => return (at, bytes, Then::More),
+                Err(bad) => return (at, bytes, Then::Fault(Violation::from(bad).into())),
+            };
+            let whole = rest.get_mut(..length).unwrap_or_default();
+            match self.open_one(whole) {
+                Ok(Opened::Data(content)) => {
+                    bytes += content.len();
+                    append(scratch, at + content.start..at + content.end);
+                }
+                Ok(Opened::Nothing) => {}
+                Ok(Opened::End) => return (at + length, bytes, Then::End),
+                Err(fault) => return (at + length, bytes, Then::Fault(fault)),
+            }
+            at += length;
+        }
+    }
+
+    fn open_one(&mut self, whole: &mut [u8]) -> Result<Opened, Fault> {
+        let (content_type, content) = self.keys.opener.open(whole).map_err(Violation::from)?;
+        if content_type == ContentType::APPLICATION_DATA {
+            self.control.data(content.len())?;
+            return Ok(if content.is_empty() { Opened::Nothing } else { Opened::Data(content) });
+        }
+        match self.control.record(content_type, whole.get(content).unwrap_or_default())? {
+            Act::Nothing => Ok(Opened::Nothing),
+            Act::NextKey { answer } => {
+                self.asked |= answer;
+                self.next_receive_key()?;
+                Ok(Opened::Nothing)
+            }
+            Act::CloseNotify => Ok(Opened::End),
+            Act::Fatal(alert) => Err(Fault::Alert(alert)),
+        }
+    }
+}
+
+enum Opened {
+    Data(Range<usize>),
+    Nothing,
+    End,
+}
+
+/// Adds content to the segments of the scratch.
+fn append(scratch: &mut Scratch, content: Range<usize>) {
+    if content.len() < SHORT
+        && let Some(last) = scratch.segments.last_mut()
+    {
+        let end = last.end;
+        last.end += content.len();
+        // Content lies behind its header, so behind everything that is in front of it already.
+        scratch.bytes.copy_within(content, end);
+    } else {
+        scratch.segments.push(content);
+    }
+}
+
+impl Lane for User {
+    const TLS: bool = true;
+
+    fn outbound(&mut self, application: &TcpStream, batch: Batch, scratch: &mut Scratch) -> Result<Outbound, Fault> {
+        let taken = match read_into_bodies(application, batch, scratch)? {
+            Read::Blocked => return Ok(Outbound::Blocked),
+            Read::End => return Ok(Outbound::End),
+            Read::Bytes(taken) => taken,
+        };
+        let spent = Fault::Ours(CloseReason::KeysSpent);
+        let (mut rest, mut end) = (taken, 0);
+        for slot in scratch.bytes.chunks_exact_mut(FULL_RECORD) {
+            let length = rest.min(MAX_PLAINTEXT);
+            end += self.keys.sealer.seal(ContentType::APPLICATION_DATA, slot, length).map_err(|_| spent)?;
+            rest -= length;
+            if rest == 0 {
+                break;
+            }
+        }
+        Ok(Outbound::Bytes { taken, wire: 0..end })
+    }
+
+    fn inbound(&mut self, network: &TcpStream, batch: Batch, scratch: &mut Scratch) -> Result<Inbound, Fault> {
+        scratch.segments.clear();
+        let before = self.partial.len();
+        let want = batch.bytes();
+        let room = scratch.bytes.get_mut(before..before + want).unwrap_or_default();
+        let taken = match socket::read(network, want, true, || Ok(recv(network, &mut *room, RecvFlags::DONTWAIT)?.1))? {
+            Read::Blocked => return Ok(Inbound { bytes: 0, taken: 0, then: Then::Blocked }),
+            // Also in the middle of a record: a FIN is not close_notify.
+            Read::End => return Err(Fault::Truncated),
+            Read::Bytes(taken) => taken,
+        };
+        if let Some(front) = scratch.bytes.get_mut(..before) {
+            front.copy_from_slice(&self.partial);
+        }
+        self.partial.clear();
+        let filled = before + taken;
+        let (came, bytes, then) = self.open(scratch, filled);
+        let then = match then {
+            Then::More => {
+                self.partial.extend_from_slice(scratch.bytes.get(came..filled).unwrap_or_default());
+                if taken < want { Then::Blocked } else { Then::More }
+            }
+            over => over,
+        };
+        Ok(Inbound { bytes, taken, then })
+    }
+
+    fn write(&mut self, network: &TcpStream, bytes: &[u8]) -> io::Result<usize> {
+        plain::put(network, bytes)
+    }
+
+    fn owes_key_update(&self) -> bool {
+        self.asked || self.keys.sealer.is_due()
+    }
+
+    fn say(&mut self, _network: &TcpStream, what: Say, pending: &mut Pending) -> Result<bool, Fault> {
+        let spent = Fault::Ours(CloseReason::KeysSpent);
+        let mut slot = [0; HEADER + 8 + TRAILER];
+        let mut seal = |content_type, body: &[u8]| {
+            slot.iter_mut().skip(HEADER).zip(body).for_each(|(to, from)| *to = *from);
+            let length = self.keys.sealer.seal(content_type, &mut slot, body.len()).map_err(|_| spent)?;
+            pending.keep(slot.get(..length).unwrap_or_default());
+            Ok(true)
+        };
+        if let Some(body) = what.alert() {
+            return seal(ContentType::ALERT, &body);
+        }
+        seal(ContentType::HANDSHAKE, &KEY_UPDATE_NOT_REQUESTED)?;
+        self.asked = false;
+        let traffic = self.keys.secrets.next_transmit().map_err(|_| spent)?;
+        let due = self.keys.sealer.due();
+        self.keys.sealer = Sealer::new(&traffic).map_err(|_| spent)?;
+        self.keys.sealer.set_due(due);
+        Ok(true)
+    }
+
+    fn rest(&mut self) {
+        if self.partial.is_empty() {
+            self.partial = Vec::new();
+        }
+    }
+}
+
+/// Reads the application's bytes to where the bodies of up to a batch of records will be.
+fn read_into_bodies(application: &TcpStream, batch: Batch, scratch: &mut Scratch) -> io::Result<Read> {
+    let bodies = scratch
+        .bytes
+        .chunks_exact_mut(FULL_RECORD)
+        .take(batch.records())
+        .filter_map(|slot| slot.get_mut(HEADER..HEADER + MAX_PLAINTEXT));
+    let mut parts: [IoSliceMut<'_>; MAX_BATCH] = std::array::from_fn(|_| IoSliceMut::new(&mut []));
+    for (part, body) in parts.iter_mut().zip(bodies) {
+        *part = IoSliceMut::new(body);
+    }
+    let parts = parts.get_mut(..batch.records()).unwrap_or_default();
+    socket::read(application, batch.bytes(), true, || readv(application, parts))
+}

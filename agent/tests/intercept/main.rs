@@ -1,0 +1,597 @@
+//! The kernel programs and the agent's doors, on the running kernel: each test in a network namespace and a cgroup of its own.
+
+mod world;
+
+use std::{io::Write, net::TcpListener, sync::Arc, time::Duration};
+use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use wimsey::intercept::{Direction, Error, KernelFacts, Notice, OriginalDst, listener_key};
+use wimsey_common::*;
+use world::{Facts, HERE, SERVER, SERVER6, WORKLOAD, World, world};
+
+/// Not a test: what a client process runs.
+#[test]
+fn the_client_role() {
+    if let Ok(script) = std::env::var("WIMSEY_TEST_CLIENT") {
+        world::play(&script);
+    }
+}
+
+/// Lets the client's connection in and answers on it, as a relay would.
+fn answer(world: &World) -> wimsey::intercept::Flow {
+    let door = world.door();
+    world.run(async {
+        let mut flow = door.accept_outbound().await.unwrap();
+        flow.socket.write_all(b"answer").await.unwrap();
+        flow
+    })
+}
+
+#[test]
+fn an_allowed_connection_comes_to_the_agent_with_its_origin() {
+    let mut world = world!();
+    let facts = world.enrol().allowing();
+    let generation = world.install(facts);
+    let mut client = world.client("connect 10.77.0.2:80;read");
+    let flow = answer(&world);
+    assert_eq!(flow.direction, Direction::Outbound);
+    assert_eq!(flow.destination, OriginalDst(SERVER.parse().unwrap()));
+    let task = flow.task.unwrap();
+    assert_eq!((task.tgid, task.uid, task.workload), (client.pid(), 0, WORKLOAD));
+    assert_eq!(generation, 1);
+    // The program sees what it would see without the agent.
+    assert_eq!(client.line(), "connected to 10.77.0.2:80 from 10.77.0.2");
+    assert_eq!(client.line(), "answer");
+    assert_eq!(world.count(counter::TURNED), 1);
+}
+
+#[test]
+fn ipv6_and_ipv4_mapped_addresses_take_the_same_way() {
+    let mut world = world!();
+    let facts = world.enrol().allowing();
+    world.install(facts);
+    let mut client = world.client("connect [fd77::2]:80;read");
+    assert_eq!(answer(&world).destination, OriginalDst(SERVER6.parse().unwrap()));
+    assert_eq!(client.line(), "connected to [fd77::2]:80 from fd77::2");
+    assert_eq!(client.line(), "answer");
+
+    let mut client = world.client("connect [::ffff:10.77.0.2]:80;read");
+    assert_eq!(answer(&world).destination, OriginalDst(SERVER.parse().unwrap()));
+    assert_eq!(client.line(), "connected to [::ffff:10.77.0.2]:80 from ::ffff:10.77.0.2");
+    assert_eq!(client.line(), "answer");
+}
+
+#[test]
+fn an_application_bound_to_an_address_keeps_it() {
+    let mut world = world!();
+    let facts = world.enrol().allowing();
+    world.install(facts);
+    let server = TcpListener::bind(SERVER).unwrap();
+    let mut client = world.client(&format!("connect {SERVER} from {HERE}:4567;read"));
+    let flow = answer(&world);
+    assert_eq!(flow.source, "10.77.0.1:4567".parse().unwrap());
+    assert_eq!(flow.dial_from, Some("10.77.0.1:4567".parse().unwrap()));
+    assert_eq!(client.line(), "connected to 10.77.0.2:80 from 10.77.0.1");
+    // Its port is taken, by itself; its address is not.
+    let door = world.door();
+    let dialled = world.run(door.dialler().dial(SERVER.parse().unwrap(), flow.dial_from)).unwrap();
+    assert_eq!(dialled.local_addr().unwrap().ip().to_string(), HERE);
+    assert_eq!(server.accept().unwrap().1.ip().to_string(), HERE);
+}
+
+#[test]
+fn non_blocking_and_fast_open_connections_take_the_same_way() {
+    let mut world = world!();
+    let facts = world.enrol().allowing();
+    world.install(facts);
+    let mut client = world.client("connect 10.77.0.2:80 nonblocking;read");
+    answer(&world);
+    assert_eq!(client.line(), "connected to 10.77.0.2:80 from 10.77.0.2");
+    assert_eq!(client.line(), "answer");
+
+    let mut client = world.client("connect 10.77.0.2:80 fastopen;read");
+    let mut flow = answer(&world);
+    assert_eq!(flow.destination, OriginalDst(SERVER.parse().unwrap()));
+    let mut early = [0; 5];
+    world.run(flow.socket.read_exact(&mut early)).unwrap();
+    assert_eq!(&early, b"early");
+    assert_eq!(client.line(), "connected to 10.77.0.2:80 from 10.77.0.2");
+    assert_eq!(client.line(), "answer");
+}
+
+#[test]
+fn a_multipath_client_takes_the_same_way() {
+    let mut world = world!();
+    let facts = world.enrol().allowing();
+    world.install(facts);
+    let probe = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, Some(socket2::Protocol::MPTCP));
+    if probe.is_err() {
+        eprintln!("SKIPPED (this kernel has no MPTCP): a_multipath_client_takes_the_same_way");
+        return;
+    }
+    let mut client = world.client("connect 10.77.0.2:80 multipath;read");
+    assert_eq!(answer(&world).destination, OriginalDst(SERVER.parse().unwrap()));
+    assert!(client.line().starts_with("connected"));
+    assert_eq!(client.line(), "answer");
+    assert_eq!(world.programs().tidy().unwrap(), 0);
+}
+
+#[test]
+fn a_program_without_identity_is_refused_at_a_mesh_destination_only() {
+    let mut world = world!();
+    let facts = world.enrol().allowing();
+    world.install(facts);
+    let open = TcpListener::bind("10.77.0.2:81").unwrap();
+    let mut stranger =
+        world.stranger("connect 10.77.0.2:80;connect [::ffff:10.77.0.2]:80;connect [fd77::2]:80;connect 10.77.0.2:81");
+    assert_eq!(stranger.line(), "EPERM");
+    assert_eq!(stranger.line(), "EPERM");
+    assert_eq!(stranger.line(), "EPERM");
+    assert_eq!(stranger.line(), "connected to 10.77.0.2:81 from 10.77.0.2");
+    drop(open);
+    let event = world.refusal();
+    assert_eq!((event.reason, event.task.tgid), (REASON_NO_IDENTITY, stranger.pid()));
+    assert_eq!(event.destination_port, 80);
+    assert_eq!(world.count(counter::REFUSED_NO_IDENTITY), 3);
+    assert_eq!(world.count(counter::LEFT_ALONE), 1);
+}
+
+#[test]
+fn an_enrolled_program_reaches_only_what_policy_names() {
+    let mut world = world!();
+    let mut facts = world.enrol().verdict(3, 6, VERDICT_BYPASS);
+    facts.policy.destinations.push(wimsey::policy::KernelDestination {
+        number: 3,
+        network: "10.77.0.0/24".parse().unwrap(),
+        port: Some(53),
+        mode: MODE_PLAIN,
+    });
+    world.install(facts);
+    let _dns = TcpListener::bind("10.77.0.2:53").unwrap();
+    let mut client =
+        world.client("connect 10.77.0.2:80;connect 10.77.0.2:81;connect 127.0.0.1:81;connect 10.77.0.2:53");
+    assert_eq!(client.line(), "EPERM");
+    assert_eq!(client.line(), "EPERM");
+    assert_eq!(client.line(), "EPERM");
+    assert_eq!(client.line(), "connected to 10.77.0.2:53 from 10.77.0.2");
+    let event = world.refusal();
+    assert_eq!((event.reason, event.task.workload), (REASON_NOT_ALLOWED, WORKLOAD));
+    let rule = world.notice(|notice| match notice {
+        Notice::Bypassed(event) => Some(event.rule),
+        _ => None,
+    });
+    assert_eq!(rule, 3);
+    assert_eq!(world.count(counter::BYPASSED), 1);
+}
+
+#[test]
+fn a_candidate_is_turned_to_the_agent_whatever_it_dials() {
+    let mut world = world!();
+    let facts = Facts { ask: true, ..world.enrol() };
+    world.install(facts);
+    let mut client = world.client("connect 10.77.0.1:9999;read");
+    let flow = answer(&world);
+    assert_eq!(flow.destination, OriginalDst("10.77.0.1:9999".parse().unwrap()));
+    assert_eq!(flow.task.unwrap().workload, 0);
+    assert_eq!(client.line(), "connected to 10.77.0.1:9999 from 127.0.0.1");
+    assert_eq!(client.line(), "answer");
+}
+
+#[test]
+fn whoever_dials_the_agent_itself_is_reset() {
+    let mut world = world!();
+    let facts = world.enrol().allowing();
+    world.install(facts);
+    let mut client = world.client("connect 10.77.0.2:80;pause");
+    let flow = answer(&world);
+    client.line();
+    // The agent's outbound listener, found as any local program could find it.
+    let agent = flow.socket.local_addr().unwrap();
+    let mut stranger = world.stranger(&format!("connect {agent};read"));
+    let door = world.door();
+    assert!(matches!(world.run(door.accept_outbound()), Err(Error::NoOrigin { .. })));
+    assert!(stranger.line().starts_with("connected"));
+    assert!(["ECONNRESET", ""].contains(&stranger.line().as_str()));
+}
+
+#[test]
+fn a_dead_agent_means_refused_and_the_next_one_takes_over() {
+    let mut world = world!();
+    let facts = world.enrol().allowing();
+    world.install(facts.clone());
+    let server = TcpListener::bind(SERVER).unwrap();
+    world.kill_agent();
+    let mut client = world.client("connect 10.77.0.2:80;connect [fd77::2]:80");
+    assert_eq!(client.line(), "ECONNREFUSED");
+    assert_eq!(client.line(), "ECONNREFUSED");
+    let mut stranger = world.stranger("connect 10.77.0.2:80");
+    assert_eq!(stranger.line(), "EPERM");
+    server.set_nonblocking(true).unwrap();
+    assert_eq!(server.accept().unwrap_err().kind(), std::io::ErrorKind::WouldBlock);
+
+    // The policy before is in force until there is another.
+    world.try_start().unwrap();
+    assert_eq!(world.programs().generation(), 1);
+    let mut client = world.client("connect 10.77.0.2:80;read");
+    assert_eq!(answer(&world).destination, OriginalDst(SERVER.parse().unwrap()));
+    assert_eq!(client.line(), "connected to 10.77.0.2:80 from 10.77.0.2");
+    assert_eq!(world.install(facts), 2);
+    assert_eq!(client.line(), "answer");
+}
+
+#[test]
+fn a_port_that_the_dead_agent_left_is_never_used() {
+    let mut world = world!();
+    let facts = world.enrol().allowing();
+    world.install(facts);
+    let mut client = world.client("connect 10.77.0.2:80;pause;connect 10.77.0.2:80");
+    let flow = answer(&world);
+    let agent = flow.socket.local_addr().unwrap();
+    client.line();
+    // Nothing of the connection may be left: it would keep the port from the thief.
+    flow.socket.set_zero_linger().unwrap();
+    drop(flow);
+    world.kill_agent();
+    let mut thief = world.stranger(&format!("listen {agent};accept"));
+    assert_eq!(thief.line(), "listening");
+    client.go_on();
+    assert_eq!(client.line(), "ECONNREFUSED");
+}
+
+#[test]
+fn the_guard_drops_what_did_not_come_through_the_connect_hook() {
+    let mut world = world!();
+    let facts = world.enrol().allowing();
+    world.install(facts);
+    let _server = TcpListener::bind(SERVER).unwrap();
+    // This process is outside the covered cgroup.
+    let dialled = std::net::TcpStream::connect_timeout(&SERVER.parse().unwrap(), Duration::from_millis(300));
+    assert_eq!(dialled.unwrap_err().kind(), std::io::ErrorKind::TimedOut);
+    assert!(world.count(counter::GUARD_DROPPED) >= 1);
+    assert_eq!(world.refusal().reason, REASON_GUARD);
+    // The agent's own connection is let through, though it comes from the same process.
+    let door = world.door();
+    world.run(door.dialler().dial(SERVER.parse().unwrap(), None)).unwrap();
+}
+
+#[test]
+fn udp_to_a_mesh_destination_needs_a_rule() {
+    let mut world = world!();
+    let facts = world.enrol().allowing();
+    world.install(facts.clone());
+    let script = "udp-send 10.77.0.2:80;udp-connect 10.77.0.2:80;udp-send [fd77::2]:80;udp-send 10.77.0.2:81";
+    let mut client = world.client(script);
+    assert_eq!([client.line(), client.line(), client.line(), client.line()], ["EPERM", "EPERM", "EPERM", "sent"]);
+    assert_eq!(world.refusal().reason, REASON_UDP);
+    assert_eq!(world.count(counter::UDP_REFUSED), 3);
+    let mut stranger = world.stranger("udp-send 10.77.0.2:80");
+    assert_eq!(stranger.line(), "sent");
+
+    world.install(facts.verdict(1, 17, VERDICT_BYPASS));
+    let mut client = world.client(script);
+    assert_eq!([client.line(), client.line(), client.line(), client.line()], ["sent", "connected", "EPERM", "sent"]);
+    assert_eq!(world.count(counter::UDP_ALLOWED), 2);
+}
+
+#[test]
+fn a_protected_listener_is_reached_through_the_agent_and_sees_the_true_client() {
+    let mut world = world!();
+    let facts = world.enrol();
+    world.install(facts);
+    for (at, to, from) in [
+        ("0.0.0.0:8080", "10.77.0.2:8080", "10.77.0.1"),
+        ("[::]:8081", "[fd77::2]:8081", "fd77::1"),
+        ("[::]:8082", "10.77.0.2:8082", "10.77.0.1"),
+    ] {
+        let mut server = world.client(&format!("listen {at};accept;read;close"));
+        assert_eq!(server.line(), "listening");
+        let listening = world.notice(|notice| match notice {
+            Notice::Listening(listening) => Some(*listening),
+            _ => None,
+        });
+        assert_eq!(listening.address(), at.parse().unwrap());
+        assert_eq!(listening.row.mode, LISTENER_PROTECTED);
+        assert_eq!((listening.row.owner.tgid, listening.row.owner.workload), (server.pid(), WORKLOAD));
+
+        let mut remote = world.stranger(&format!(
+            "connect {to} from {}",
+            if from.contains(':') { format!("[{from}]:7000") } else { format!("{from}:7000") }
+        ));
+        let door = world.door();
+        let flow = world.run(door.accept_inbound()).unwrap();
+        assert_eq!(flow.direction, Direction::Inbound);
+        assert_eq!(flow.destination, OriginalDst(to.parse().unwrap()));
+        assert_eq!((flow.source.ip().to_string(), flow.source.port()), (from.to_string(), 7000));
+        assert_eq!((flow.task.unwrap().tgid, flow.listener_cookie), (server.pid(), listening.row.cookie));
+        assert!(remote.line().starts_with("connected"));
+
+        let mut leg = world.run(door.dialler().leg(flow.destination, flow.source)).unwrap();
+        world.run(leg.write_all(b"hello")).unwrap();
+        let shown = match at.starts_with('[') && !from.contains(':') {
+            true => format!("[::ffff:{from}]:7000"),
+            false => flow.source.to_string(),
+        };
+        let local = if at.starts_with('[') && !from.contains(':') {
+            "[::ffff:10.77.0.2]:8082".to_string()
+        } else {
+            to.to_string()
+        };
+        assert_eq!(server.line(), format!("accepted from {shown}, peer {shown} at {local}"));
+        assert_eq!(server.line(), "hello");
+        assert_eq!(server.line(), "closed");
+        let closed = world.notice(|notice| match notice {
+            Notice::Closed(key) => Some(*key),
+            _ => None,
+        });
+        assert_eq!(closed, listener_key(at.parse().unwrap()));
+    }
+    assert_eq!(world.count(counter::LEGS_ADMITTED), 3);
+    assert_eq!(world.count(counter::STEERED), 3);
+}
+
+#[test]
+fn nobody_imitates_the_agents_last_leg() {
+    let mut world = world!();
+    let facts = world.enrol();
+    world.install(facts);
+    let mut server = world.client("listen 10.77.0.2:8080;accept;read");
+    assert_eq!(server.line(), "listening");
+    let door = world.door();
+    let to = OriginalDst("10.77.0.2:8080".parse().unwrap());
+    let leg = world.run(door.dialler().leg(to, "10.77.0.1:7000".parse().unwrap())).unwrap();
+    let had = leg.local_addr().unwrap();
+    server.line();
+    leg.set_zero_linger().unwrap();
+    drop(leg);
+    assert_eq!(server.line(), "ECONNRESET");
+    // The very address that the leg has just had leads to the agent now.
+    let _imitator = world.stranger(&format!("connect 10.77.0.2:8080 from {had}"));
+    assert_eq!(world.run(door.accept_inbound()).unwrap().source, had);
+    assert_eq!(world.count(counter::LEGS_ADMITTED), 1);
+}
+
+#[test]
+fn a_protected_listener_of_a_dead_agent_refuses() {
+    let mut world = world!();
+    let facts = world.enrol();
+    world.install(facts);
+    let mut server = world.client("listen 10.77.0.2:8080;accept");
+    assert_eq!(server.line(), "listening");
+    world.kill_agent();
+    let mut remote = world.stranger("connect 10.77.0.2:8080");
+    assert_eq!(remote.line(), "ECONNREFUSED");
+}
+
+#[test]
+fn an_address_that_policy_protects_is_protected_before_anybody_listens() {
+    let mut world = world!();
+    let mut facts = world.enrol();
+    facts.policy.protected = vec![("0.0.0.0".parse().unwrap(), 8080)];
+    world.install(facts.clone());
+    let mut server = world.stranger("listen 10.77.0.2:9090;listen 0.0.0.0:8080;accept");
+    assert_eq!(server.line(), "listening");
+    assert_eq!(server.line(), "listening");
+    let _remote = world.stranger("connect 10.77.0.2:8080");
+    let door = world.door();
+    world.run(door.accept_inbound()).unwrap();
+    // The listener without an identity next to it is left alone.
+    assert!(std::net::TcpStream::connect("10.77.0.2:9090").is_err() || world.count(counter::STEERED) == 1);
+
+    // Its owner cannot be said to be harmless, until policy lets go of the address.
+    let listening = world.programs().listeners().unwrap();
+    let row = listening.iter().find(|row| row.address().port() == 8080).unwrap();
+    assert!(world.programs().set_listener_mode(row, LISTENER_LEFT_ALONE, 0).unwrap());
+    let _remote = world.stranger("connect 10.77.0.2:8080");
+    world.run(door.accept_inbound()).unwrap();
+    facts.policy.protected.clear();
+    world.install(facts);
+    assert!(world.programs().set_listener_mode(row, LISTENER_LEFT_ALONE, 0).unwrap());
+    let mut remote = world.stranger("connect 10.77.0.2:8080");
+    assert!(remote.line().starts_with("connected"));
+    assert!(server.line().starts_with("accepted"));
+}
+
+#[test]
+fn an_address_stays_protected_while_another_socket_shares_it() {
+    let mut world = world!();
+    let facts = world.enrol();
+    world.install(facts);
+    let mut server = world.client("share 10.77.0.2:8080;share 10.77.0.2:8080;pause;unshare;pause;unshare");
+    assert_eq!([server.line(), server.line()], ["shared", "shared"]);
+    server.go_on();
+    assert_eq!(server.line(), "unshared");
+    let protected = |world: &mut World| {
+        let _remote = world.stranger("connect 10.77.0.2:8080");
+        let door = world.door();
+        world.run(door.accept_inbound()).unwrap()
+    };
+    protected(&mut world);
+    world.listen_for(Duration::from_millis(100));
+    let flow = protected(&mut world);
+    assert_eq!(flow.task.unwrap().tgid, server.pid());
+    server.go_on();
+    assert_eq!(server.line(), "unshared");
+    world.listen_for(Duration::from_millis(100));
+    let mut remote = world.stranger("connect 10.77.0.2:8080");
+    assert_eq!(remote.line(), "ECONNREFUSED");
+    assert!(world.programs().listeners().unwrap().is_empty());
+}
+
+#[test]
+fn the_owner_of_a_listener_that_was_never_bound_is_found() {
+    let mut world = world!();
+    let facts = world.enrol();
+    world.install(facts);
+    let mut server = world.client("listen-unbound");
+    let at: std::net::SocketAddr = server.line().parse().unwrap();
+    let listening = world.notice(|notice| match notice {
+        Notice::Listening(listening) => Some(*listening),
+        _ => None,
+    });
+    assert_eq!(listening.address(), at);
+    assert_eq!((listening.row.owner.tgid, listening.row.mode), (server.pid(), LISTENER_UNKNOWN));
+}
+
+#[test]
+fn a_listener_from_before_the_agent_is_found_with_its_owner() {
+    let mut world = world!();
+    world.kill_agent();
+    world.release();
+    let mut server = world.client("listen [::]:8080;accept;read");
+    assert_eq!(server.line(), "listening");
+    world.try_start().unwrap();
+    let facts = world.enrol();
+    world.install(facts);
+    let listening = world.programs().listeners().unwrap();
+    let row = listening.iter().find(|row| row.address().port() == 8080).unwrap();
+    assert_eq!((row.row.owner.tgid, row.row.mode, row.row.dual), (server.pid(), LISTENER_UNKNOWN, 1));
+    assert!(world.programs().set_listener_mode(row, LISTENER_PROTECTED, WORKLOAD).unwrap());
+    let _remote = world.stranger("connect 10.77.0.2:8080");
+    let door = world.door();
+    let flow = world.run(door.accept_inbound()).unwrap();
+    assert_eq!(flow.task.unwrap().workload, WORKLOAD);
+}
+
+#[test]
+fn a_connection_from_before_is_listed_and_can_be_killed() {
+    let mut world = world!();
+    world.kill_agent();
+    world.release();
+    let server = TcpListener::bind(SERVER).unwrap();
+    let mut client = world.client("connect 10.77.0.2:80;read");
+    assert!(client.line().starts_with("connected"));
+    let (mut accepted, _) = server.accept().unwrap();
+    accepted.write_all(b"").unwrap();
+    world.try_start().unwrap();
+    let facts = world.enrol();
+    world.install(facts);
+    let old = world.programs().preexisting(|to| to == SERVER.parse().unwrap()).unwrap();
+    assert_eq!(old.len(), 1);
+    assert!(old[0].outbound);
+    assert_eq!(old[0].remote, SERVER.parse().unwrap());
+    assert!(world.programs().kill(&old[0]).unwrap());
+    assert_eq!(client.line(), "ECONNABORTED");
+    assert!(!world.programs().kill(&old[0]).unwrap());
+}
+
+#[test]
+fn a_cgroup_that_appears_later_is_classified() {
+    let mut world = world!();
+    world.install(Facts::enrolling("late").allowing());
+    let late = world.cgroup.join("late");
+    std::fs::create_dir(&late).unwrap();
+    let dials_from_there = |world: &World| {
+        let mut client = world.client_in(&late, "connect 10.77.0.2:80");
+        let flow = answer(world);
+        client.line();
+        flow.task.unwrap().workload
+    };
+    // Before the agent has heard of the cgroup, the kernel leaves the decision to it.
+    assert_eq!(dials_from_there(&world), 0);
+    world.listen_for(Duration::from_millis(100));
+    assert_eq!(dials_from_there(&world), WORKLOAD);
+}
+
+#[test]
+fn a_policy_that_does_not_fit_changes_nothing() {
+    let mut world = world!();
+    world.kill_agent();
+    world.release();
+    world.options.sizes = vec![(map::DESTINATIONS, 8)];
+    world.try_start().unwrap();
+    let facts = world.enrol().allowing();
+    assert_eq!(world.install(facts.clone()), 1);
+    let mut big = facts;
+    big.policy.destinations = (1..=20)
+        .map(|number| wimsey::policy::KernelDestination {
+            number,
+            network: format!("10.77.0.{number}/32").parse().unwrap(),
+            port: Some(80),
+            mode: MODE_MESH,
+        })
+        .collect();
+    let refused = world.programs().install(Arc::new(big) as Arc<dyn KernelFacts>).unwrap_err();
+    assert!(matches!(refused, Error::MapFull { map: map::DESTINATIONS }));
+    assert_eq!(world.programs().generation(), 1);
+    let mut client = world.client("connect 10.77.0.2:80");
+    answer(&world);
+    assert_eq!(client.line(), "connected to 10.77.0.2:80 from 10.77.0.2");
+    let again = world.enrol().allowing();
+    assert_eq!(world.install(again), 2);
+}
+
+#[test]
+fn a_connection_that_cannot_be_remembered_is_refused() {
+    let mut world = world!();
+    world.kill_agent();
+    world.release();
+    world.options.sizes = vec![(map::FLOWS, 1)];
+    world.try_start().unwrap();
+    let facts = world.enrol().allowing();
+    world.install(facts);
+    let mut first = world.client("connect 10.77.0.2:80;pause;close;pause");
+    answer(&world);
+    first.line();
+    let mut second = world.client("connect 10.77.0.2:80");
+    assert_eq!(second.line(), "EPERM");
+    assert_eq!(world.refusal().reason, REASON_MAP_FULL);
+    // A closed socket gives its room back.
+    first.go_on();
+    first.line();
+    let mut third = world.client("connect 10.77.0.2:80");
+    answer(&world);
+    assert_eq!(third.line(), "connected to 10.77.0.2:80 from 10.77.0.2");
+}
+
+#[test]
+fn a_second_agent_on_the_namespace_is_refused() {
+    let mut world = world!();
+    let mut options = world.options.clone();
+    assert!(matches!(wimsey::intercept::Programs::load(&options), Err(Error::SecondAgent { .. })));
+    let elsewhere = tempfile::tempdir().unwrap();
+    options.run_dir = elsewhere.path().into();
+    assert!(matches!(wimsey::intercept::Programs::load(&options), Err(Error::SecondAgent { .. })));
+    assert!(world.count(counter::TURNED) == 0);
+}
+
+#[test]
+fn what_is_released_is_as_if_nothing_had_been_there() {
+    let mut world = world!();
+    let facts = world.enrol().allowing();
+    world.install(facts);
+    world.kill_agent();
+    let _server = TcpListener::bind(SERVER).unwrap();
+    assert!(world.release());
+    let mut stranger = world.stranger("connect 10.77.0.2:80");
+    assert_eq!(stranger.line(), "connected to 10.77.0.2:80 from 10.77.0.2");
+    assert!(!world.release());
+}
+
+#[test]
+fn without_a_policy_everything_is_left_alone() {
+    let world = world!();
+    let _server = TcpListener::bind(SERVER).unwrap();
+    let mut client = world.client("connect 10.77.0.2:80");
+    assert_eq!(client.line(), "connected to 10.77.0.2:80 from 10.77.0.2");
+}
+
+#[test]
+fn two_agents_in_two_namespaces_leave_each_other_alone() {
+    let mut first = world!();
+    let facts = first.enrol().allowing();
+    first.install(facts);
+    // A second namespace on another thread, where the same address is no mesh destination, dialled from outside any
+    // covered cgroup: the first agent's guard sees those packets too.
+    std::thread::Builder::new()
+        .name("second".into())
+        .spawn(|| {
+            let mut second = World::new("second").unwrap();
+            second.install(Facts::enrolling("nobody"));
+            second.install(Facts::default());
+            let _server = TcpListener::bind(SERVER).unwrap();
+            std::net::TcpStream::connect_timeout(&SERVER.parse().unwrap(), Duration::from_secs(2)).unwrap();
+        })
+        .unwrap()
+        .join()
+        .unwrap();
+    assert_eq!(first.count(counter::GUARD_DROPPED), 0);
+}

@@ -1,0 +1,253 @@
+//! What the programs read: the configuration, who is running, where an address leads. Facts only; nothing is decided here.
+//!
+//! *Invariant:* fields of a context are read one by one, each as the 32-bit word that the kernel offers it as. The
+//! verifier refuses what a compiler makes of it otherwise (wider, narrower or shared loads).
+
+use crate::maps::{CANDIDATES, CGROUPS, CONFIG, DESTINATIONS, OUTBOUND};
+use aya_ebpf::{
+    bindings::{bpf_sock, bpf_sock_addr},
+    helpers::{
+        bpf_get_current_cgroup_id, bpf_get_current_comm, bpf_get_current_pid_tgid, bpf_get_current_uid_gid,
+        bpf_ktime_get_boot_ns, bpf_map_lookup_elem, bpf_sk_release,
+    },
+    maps::lpm_trie::Key,
+};
+use core::ptr::{addr_of, from_ref};
+use wimsey_common::*;
+
+pub const AF_INET: u32 = 2;
+pub const AF_INET6: u32 = 10;
+pub const IPPROTO_TCP: u32 = 6;
+pub const IPPROTO_UDP: u32 = 17;
+pub const IPPROTO_UDPLITE: u32 = 136;
+/// A socket that was opened as multipath TCP and, having one path only, is TCP on the wire.
+pub const IPPROTO_MPTCP: u32 = 262;
+pub const TCP_SYN_SENT: u32 = 2;
+pub const TCP_CLOSE: u32 = 7;
+pub const TCP_LISTEN: u32 = 10;
+
+/// The configuration, if there is a valid one.
+#[inline(always)]
+pub fn config() -> Option<&'static Config> {
+    let config = CONFIG.get(0)?;
+    if config.abi != ABI || config.generation == 0 || config.shards == 0 || config.shards > MAX_SHARDS as u32 {
+        return None;
+    }
+    Some(config)
+}
+
+/// Reads one word of a context, exactly as written here.
+///
+/// # Safety
+/// `from` points to a field of the context that this program may read.
+#[inline(always)]
+pub unsafe fn word(from: *const u32) -> u32 {
+    // SAFETY: promised by the caller, checked by the verifier.
+    unsafe { from.read_volatile() }
+}
+
+/// Reads an IPv6 address of a context.
+///
+/// # Safety
+/// As for [`word`].
+#[inline(always)]
+pub unsafe fn words(from: *const [u32; 4]) -> Address {
+    let from = from.cast::<u32>();
+    // SAFETY: promised by the caller, checked by the verifier; and sixteen bytes are sixteen bytes.
+    unsafe { core::mem::transmute([word(from), word(from.add(1)), word(from.add(2)), word(from.add(3))]) }
+}
+
+/// `::ffff:a.b.c.d` for an IPv4 address in network byte order.
+#[inline(always)]
+pub fn mapped(address: u32) -> Address {
+    // SAFETY: sixteen bytes are sixteen bytes.
+    unsafe { core::mem::transmute([0, 0, 0xffff_u32.to_be(), address]) }
+}
+
+/// The four words of an address, each in network byte order.
+#[inline(always)]
+pub fn split(address: &Address) -> [u32; 4] {
+    // SAFETY: sixteen bytes are sixteen bytes.
+    unsafe { core::mem::transmute(*address) }
+}
+
+/// Is it an IPv4 address in IPv6 clothes?
+#[inline(always)]
+pub fn is_mapped(address: &Address) -> bool {
+    let [a, b, c, _] = split(address);
+    a | b == 0 && c == 0xffff_u32.to_be()
+}
+
+/// `127.0.0.1`, mapped, or `::1`: the two addresses that the agent listens on.
+#[inline(always)]
+pub fn is_loopback(address: &Address) -> bool {
+    let [a, b, c, d] = split(address);
+    a | b == 0 && ((c == 0xffff_u32.to_be() && d == 0x7f00_0001_u32.to_be()) || (c == 0 && d == 1_u32.to_be()))
+}
+
+/// What the kernel makes of the "any" address as a destination: loopback. (`tcp_v4_connect`, `tcp_v6_connect`; an IPv6
+/// socket that is bound to an IPv4 address takes the IPv4 one.)
+#[inline(always)]
+pub fn reached(address: Address, bound: &Address) -> Address {
+    let [a, b, c, d] = split(&address);
+    if a | b | d != 0 {
+        return address;
+    }
+    if c == 0xffff_u32.to_be() || (c == 0 && is_mapped(bound)) {
+        return mapped(0x7f00_0001_u32.to_be());
+    }
+    if c == 0 {
+        // SAFETY: sixteen bytes are sixteen bytes.
+        return unsafe { core::mem::transmute::<[u32; 4], Address>([0, 0, 0, 1_u32.to_be()]) };
+    }
+    address
+}
+
+/// Chooses between the two forms in which a context shows one address. Both were read before: a choice between the two
+/// fields to read would become arithmetic on a pointer, which the verifier refuses.
+#[inline(always)]
+pub fn choose(family: u32, four: u32, six: Address) -> Address {
+    if family == AF_INET { mapped(four) } else { six }
+}
+
+/// The socket's own end: address (mapped for IPv4) and port.
+///
+/// # Safety
+/// `ctx` is the context of a cgroup socket-address program.
+#[inline(always)]
+pub unsafe fn near_end(ctx: *mut bpf_sock_addr) -> (Address, u16) {
+    // SAFETY: promised by the caller; `sk` is never null in these programs.
+    unsafe {
+        let sk: *mut bpf_sock = (*ctx).__bindgen_anon_1.sk;
+        let four = word(addr_of!((*sk).src_ip4));
+        let six = words(addr_of!((*sk).src_ip6));
+        (choose(word(addr_of!((*sk).family)), four, six), word(addr_of!((*sk).src_port)) as u16)
+    }
+}
+
+/// The socket's other end.
+///
+/// # Safety
+/// `sk` is a socket that the verifier knows not to be null.
+#[inline(always)]
+pub unsafe fn far_end(sk: *mut bpf_sock) -> (Address, u16) {
+    // SAFETY: promised by the caller. `dst_port` is a 16-bit field.
+    unsafe {
+        let four = word(addr_of!((*sk).dst_ip4));
+        let six = words(addr_of!((*sk).dst_ip6));
+        let port = u16::from_be(addr_of!((*sk).dst_port).read_volatile());
+        (choose(word(addr_of!((*sk).family)), four, six), port)
+    }
+}
+
+/// Who is running.
+#[inline(always)]
+pub fn task() -> Task {
+    let ids = bpf_get_current_uid_gid();
+    Task {
+        tgid: (bpf_get_current_pid_tgid() >> 32) as u32,
+        uid: ids as u32,
+        gid: (ids >> 32) as u32,
+        workload: 0,
+        // SAFETY: helpers without arguments.
+        cgroup: unsafe { bpf_get_current_cgroup_id() },
+        at: unsafe { bpf_ktime_get_boot_ns() },
+        comm: bpf_get_current_comm().unwrap_or([0; 16]),
+    }
+}
+
+/// No registration entry can match.
+pub const NOT_ENROLLED: u32 = 0;
+/// The agent has to attest the process before anybody knows.
+pub const ASK: u32 = u32::MAX;
+/// The agent has not looked at the cgroup yet.
+pub const UNKNOWN: u32 = u32::MAX - 1;
+
+/// Which workload is a task with these facts: its number, or [`NOT_ENROLLED`], [`ASK`] or [`UNKNOWN`]?
+#[inline(always)]
+pub fn workload(config: &Config, uid: u32, gid: u32, cgroup: u64) -> u32 {
+    let generation = config.generation;
+    let mut class = CLASS_NONE;
+    if config.flags & FLAG_CGROUP_CLASSES != 0 {
+        // SAFETY: rows are never changed in place.
+        match unsafe { CGROUPS.get(&CgroupKey { generation, pad: 0, cgroup }) } {
+            Some(known) => class = *known,
+            None => return UNKNOWN,
+        }
+    }
+    let mut found = candidate(NOT_ENROLLED, CandidateKey { generation, class, uid, gid });
+    found = candidate(found, CandidateKey { generation, class, uid, gid: ANY });
+    found = candidate(found, CandidateKey { generation, class, uid: ANY, gid });
+    candidate(found, CandidateKey { generation, class, uid: ANY, gid: ANY })
+}
+
+/// Adds one candidate to what was found before.
+#[inline(always)]
+fn candidate(found: u32, key: CandidateKey) -> u32 {
+    // SAFETY: rows are never changed in place.
+    match unsafe { CANDIDATES.get(&key) } {
+        None => found,
+        Some(row) if row.workload == 0 => ASK,
+        Some(row) if found == NOT_ENROLLED || found == row.workload => row.workload,
+        Some(_) => ASK,
+    }
+}
+
+/// A trie key as the kernel wants it: the length, then the bytes.
+#[repr(C)]
+struct Prefixed {
+    bits: u32,
+    key: DestinationKey,
+}
+
+/// The destination entry that covers an address and port: the port itself first, then "any port".
+#[inline(always)]
+pub fn destination(config: &Config, address: &Address, port: u16) -> Option<&'static Destination> {
+    let mut key = Prefixed {
+        bits: DESTINATION_KEY_BITS,
+        key: DestinationKey { generation: config.generation, port, pad: 0, address: *address },
+    };
+    if let Some(found) = covering(&key) {
+        return Some(found);
+    }
+    key.key.port = 0;
+    covering(&key)
+}
+
+#[inline(always)]
+fn covering(key: &Prefixed) -> Option<&'static Destination> {
+    // SAFETY: `Key` has the layout of `Prefixed`, without its alignment.
+    DESTINATIONS.get(unsafe { &*from_ref(key).cast::<Key<DestinationKey>>() })
+}
+
+/// Which of the agent's outbound listeners takes the connections of this socket? The same one whenever it is asked.
+#[inline(always)]
+pub fn outbound_listener(config: &Config, cookie: u64, ipv6: bool) -> u32 {
+    // Cookies are consecutive numbers, often with a stride: multiplicative hashing spreads them.
+    let hash = (cookie.wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 32) as u32;
+    slot(config, hash, ipv6)
+}
+
+/// Index of a listener of the agent in a socket map.
+#[inline(always)]
+pub fn slot(config: &Config, hash: u32, ipv6: bool) -> u32 {
+    // `config()` has seen that there is a shard, but the compiler would rather panic than believe it.
+    hash.checked_rem(config.shards).unwrap_or(0) * 2 + ipv6 as u32
+}
+
+/// The port of one of the agent's outbound listeners, or 0 where the agent is gone.
+#[inline(always)]
+pub fn agent_port(index: u32) -> u16 {
+    // SAFETY: looking a socket up in a socket map takes a reference, which is given back on every way out.
+    unsafe {
+        let map = (&raw const OUTBOUND).cast_mut();
+        let sk = bpf_map_lookup_elem(map.cast(), from_ref(&index).cast()).cast::<bpf_sock>();
+        if sk.is_null() {
+            return 0;
+        }
+        let port = word(addr_of!((*sk).src_port));
+        let state = word(addr_of!((*sk).state));
+        bpf_sk_release(sk.cast());
+        if state == TCP_LISTEN { port as u16 } else { 0 }
+    }
+}

@@ -1,0 +1,46 @@
+//! The maps, as `wimsey_common::map` names and types them. All but the shared words lives and dies with them.
+//!
+//! All are pinned by name, so that they outlive the agent. Hash maps are allocated as they fill: an idle host pays for
+//! what it uses, and the sizes can be generous.
+
+use aya_ebpf::{
+    bindings::BPF_F_NO_PREALLOC,
+    macros::map,
+    maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, SockMap},
+};
+use wimsey_common::*;
+
+#[map]
+pub static CONFIG: Array<Config> = Array::pinned(1, 0);
+#[map]
+pub static CGROUPS: HashMap<CgroupKey, u32> = HashMap::pinned(65_536, BPF_F_NO_PREALLOC);
+#[map]
+pub static CANDIDATES: HashMap<CandidateKey, Candidate> = HashMap::pinned(65_536, BPF_F_NO_PREALLOC);
+#[map]
+pub static DESTINATIONS: LpmTrie<DestinationKey, Destination> = LpmTrie::pinned(131_072, 0);
+#[map]
+pub static VERDICTS: HashMap<VerdictKey, Verdict> = HashMap::pinned(262_144, BPF_F_NO_PREALLOC);
+#[map]
+pub static FLOWS: HashMap<u64, Origin> = HashMap::pinned(131_072, BPF_F_NO_PREALLOC);
+#[map]
+pub static ORIGINS: LruHashMap<TupleKey, Origin> = LruHashMap::pinned(32_768, 0);
+#[map]
+pub static OWN: HashMap<u64, Own> = HashMap::pinned(262_144, BPF_F_NO_PREALLOC);
+#[map]
+pub static LEGS: HashMap<TupleKey, Leg> = HashMap::pinned(131_072, BPF_F_NO_PREALLOC);
+#[map]
+pub static LISTENERS: HashMap<ListenerKey, Listener> = HashMap::pinned(65_536, BPF_F_NO_PREALLOC);
+#[map]
+pub static BINDS: HashMap<u64, Task> = HashMap::pinned(131_072, BPF_F_NO_PREALLOC);
+#[map]
+pub static LISTENING: HashMap<u64, ListenerKey> = HashMap::pinned(65_536, BPF_F_NO_PREALLOC);
+#[map]
+pub static FOREIGN: LruHashMap<u64, u32> = LruHashMap::pinned(8_192, 0);
+#[map]
+pub static INBOUND: SockMap = SockMap::pinned(2 * MAX_SHARDS as u32, 0);
+#[map]
+pub static OUTBOUND: SockMap = SockMap::pinned(2 * MAX_SHARDS as u32, 0);
+#[map]
+pub static COUNTERS: PerCpuArray<u64> = PerCpuArray::pinned(counter::COUNT, 0);
+#[map]
+pub static EVENTS: RingBuf = RingBuf::pinned(1 << 20, 0);
