@@ -23,14 +23,16 @@ mod host;
 mod install;
 mod owners;
 mod programs;
+mod registry;
 mod tables;
 
-pub use control::{Listening, Notice, OldConnection, Options, Programs};
+pub use control::{Notice, OldConnection, Options, Programs};
 pub use door::{Dialler, Door, Doorway};
 pub use error::Error;
 pub use host::cgroup_mount;
 pub use install::KernelFacts;
 pub use programs::release;
+pub use registry::Listening;
 pub use tables::{address, canonical, ip, listener_key, socket_address};
 
 use std::net::SocketAddr;

@@ -1,32 +1,240 @@
-//! stand-in
-/// Matrix.
-pub struct Matrix;
-/// Verdict.
+//! Does the kernel of this host do TLS, with real bytes? Asked once at start, and by `wimsey doctor`.
+//!
+//! For each cipher a loopback connection gets kernel TLS on one end and this process's own record layer on the other, and
+//! both have to agree on data, control records, what has left the socket, a forgery, fresh keys and the end.
+//! *Invariant:* whatever cannot be tried counts as failed; the kernel is chosen for nothing that was not seen to work.
+
+mod steps;
+
+use crate::handshake::Aead;
+use serde::Serialize;
+use std::fmt;
+
+/// What became of one step.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Outcome {
+    /// It came that far not.
+    #[default]
+    Untried,
+    /// It works.
+    Passed,
+    /// It does not, and why.
+    Failed(String),
+}
+
+/// What the kernel does with one cipher.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Row {
+    /// Its name.
+    pub cipher: &'static str,
+    /// `TLS_TX`: what it sends is sealed, all of it, and opens to what was written.
+    pub transmit: Outcome,
+    /// `TLS_RX`: what it is sent arrives.
+    pub receive: Outcome,
+    /// Alerts and handshake records go through, apart from the data.
+    pub control: Outcome,
+    /// It can be told when the last byte has left, also behind close_notify.
+    pub drain: Outcome,
+    /// A record that was tampered with is refused.
+    pub forgery: Outcome,
+    /// Both directions take fresh keys.
+    pub rekey: Outcome,
+}
+
+/// What the kernel of this host does.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+pub struct Matrix {
+    /// `uname -r`.
+    pub kernel: String,
+    /// The kernel takes up TLS on a socket at all (`TCP_ULP`).
+    pub protocol: Outcome,
+    /// Each cipher.
+    pub ciphers: Vec<Row>,
+}
+
+/// Which engine follows from it.
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Verdict {
-    /// Kernel.
+    /// The kernel.
     Kernel {
-        /// Rekey.
+        /// With fresh keys, so with every cipher.
         rekey: bool,
     },
-    /// User.
+    /// This process.
     User {
-        /// Why.
+        /// The first thing that failed.
         why: String,
     },
 }
-impl Matrix {
-    /// V.
-    pub fn verdict(&self) -> Verdict {
-        Verdict::User { why: String::new() }
+
+/// Tries everything. Takes a fraction of a second where the kernel answers, and a few seconds where it does not.
+pub fn run() -> Matrix {
+    let kernel = rustix::system::uname().release().to_string_lossy().into_owned();
+    let protocol = match steps::protocol() {
+        Ok(()) => Outcome::Passed,
+        Err(error) => Outcome::Failed(error.to_string()),
+    };
+    let ciphers = Aead::ALL.map(|aead| if protocol == Outcome::Passed { steps::cipher(aead) } else { Row::new(aead) });
+    Matrix { kernel, protocol, ciphers: ciphers.into() }
+}
+
+impl Row {
+    fn new(aead: Aead) -> Self {
+        Self {
+            cipher: aead.name(),
+            transmit: Outcome::Untried,
+            receive: Outcome::Untried,
+            control: Outcome::Untried,
+            drain: Outcome::Untried,
+            forgery: Outcome::Untried,
+            rekey: Outcome::Untried,
+        }
+    }
+
+    fn steps(&self) -> [(&'static str, &Outcome); 6] {
+        [
+            ("transmit", &self.transmit),
+            ("receive", &self.receive),
+            ("control", &self.control),
+            ("drain", &self.drain),
+            ("forgery", &self.forgery),
+            ("rekey", &self.rekey),
+        ]
+    }
+
+    /// What keeps this cipher from the kernel.
+    fn fault(&self, with_rekey: bool) -> Option<String> {
+        self.steps().into_iter().filter(|(step, _)| with_rekey || *step != "rekey").find_map(|(step, outcome)| {
+            match outcome {
+                Outcome::Passed => None,
+                Outcome::Untried => Some(format!("{}: {step} was not tried", self.cipher)),
+                Outcome::Failed(why) => Some(format!("{}: {step}: {why}", self.cipher)),
+            }
+        })
     }
 }
 
-/// stand-in
-pub fn run() -> Matrix {
-    Matrix
+impl Matrix {
+    /// The kernel with fresh keys if it carries every cipher; without them if it carries ChaCha20-Poly1305, which needs
+    /// none; otherwise this process.
+    pub fn verdict(&self) -> Verdict {
+        if let Outcome::Failed(why) = &self.protocol {
+            return Verdict::User { why: format!("there is no TLS in this kernel (TCP_ULP: {why})") };
+        }
+        if self.ciphers.iter().all(|row| row.fault(true).is_none()) && !self.ciphers.is_empty() {
+            return Verdict::Kernel { rekey: true };
+        }
+        let chacha = self.ciphers.iter().find(|row| row.cipher == Aead::ChaCha20Poly1305.name());
+        match chacha.map(|row| row.fault(false)) {
+            Some(None) => Verdict::Kernel { rekey: false },
+            Some(Some(why)) => Verdict::User { why },
+            None => Verdict::User { why: "no cipher was tried".into() },
+        }
+    }
 }
-impl std::fmt::Display for Matrix {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.write_str("stand-in")
+
+impl fmt::Display for Outcome {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.pad(match self {
+            Self::Untried => "-",
+            Self::Passed => "yes",
+            Self::Failed(_) => "NO",
+        })
+    }
+}
+
+impl fmt::Display for Matrix {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        writeln!(f, "kernel {}", self.kernel)?;
+        writeln!(f, "{:<20}{}", "TLS on a socket", self.protocol)?;
+        if self.protocol == Outcome::Passed {
+            write!(f, "{:<20}", "")?;
+            for (step, _) in self.ciphers.first().iter().flat_map(|row| row.steps()) {
+                write!(f, "{step:<10}")?;
+            }
+            writeln!(f)?;
+            for row in &self.ciphers {
+                write!(f, "{:<20}", row.cipher)?;
+                for (_, outcome) in row.steps() {
+                    write!(f, "{outcome:<10}")?;
+                }
+                writeln!(f)?;
+            }
+            for row in &self.ciphers {
+                if let Some(fault) = row.fault(true) {
+                    writeln!(f, "  {fault}")?;
+                }
+            }
+        }
+        match self.verdict() {
+            Verdict::Kernel { rekey: true } => write!(f, "engine: kernel, every cipher"),
+            Verdict::Kernel { rekey: false } => {
+                write!(f, "engine: kernel, ChaCha20-Poly1305 alone, because it takes no fresh keys")
+            }
+            Verdict::User { why } => write!(f, "engine: user, because {why}"),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn matrix(rekey: &Outcome, chacha: &Outcome) -> Matrix {
+        let row = |aead: Aead, all: &Outcome| Row {
+            cipher: aead.name(),
+            transmit: all.clone(),
+            receive: all.clone(),
+            control: all.clone(),
+            drain: all.clone(),
+            forgery: all.clone(),
+            rekey: rekey.clone(),
+        };
+        let passed = Outcome::Passed;
+        Matrix {
+            kernel: "6.12.117".into(),
+            protocol: Outcome::Passed,
+            ciphers: vec![
+                row(Aead::Aes128Gcm, &passed),
+                row(Aead::Aes256Gcm, &passed),
+                row(Aead::ChaCha20Poly1305, chacha),
+            ],
+        }
+    }
+
+    #[test]
+    fn the_kernel_is_chosen_for_what_it_was_seen_to_do() {
+        let (yes, no) = (Outcome::Passed, Outcome::Failed("Device or resource busy".into()));
+        assert_eq!(matrix(&yes, &yes).verdict(), Verdict::Kernel { rekey: true });
+        assert_eq!(matrix(&no, &yes).verdict(), Verdict::Kernel { rekey: false });
+        for (rekey, chacha) in [(&yes, &no), (&no, &no), (&yes, &Outcome::Untried)] {
+            assert!(matches!(matrix(rekey, chacha).verdict(), Verdict::User { .. }));
+        }
+        let mut nothing = matrix(&yes, &yes);
+        nothing.protocol = Outcome::Failed("No such file or directory".into());
+        assert!(matches!(nothing.verdict(), Verdict::User { why } if why.contains("no TLS in this kernel")));
+    }
+
+    #[test]
+    fn it_is_printed_as_a_table_with_the_reason() {
+        let (yes, no) = (Outcome::Passed, Outcome::Failed("Device or resource busy".into()));
+        let printed = matrix(&no, &yes).to_string();
+        assert!(
+            printed.contains("AES-128-GCM         yes       yes       yes       yes       yes       NO"),
+            "{printed}"
+        );
+        assert!(printed.ends_with("engine: kernel, ChaCha20-Poly1305 alone, because it takes no fresh keys"));
+        assert!(printed.contains("AES-128-GCM: rekey: Device or resource busy"));
+    }
+
+    #[test]
+    fn this_very_kernel_gives_a_verdict_with_a_reason() {
+        let matrix = run();
+        eprintln!("{matrix}");
+        if let Verdict::User { why } = matrix.verdict() {
+            assert!(!why.is_empty());
+        }
+        assert!(serde_json::to_string(&matrix).unwrap().contains("AES-256-GCM"));
     }
 }

@@ -19,6 +19,10 @@ async fn answer(prepare: impl FnOnce(&mut Peer) -> Vec<u8>) -> (Option<(u8, Vec<
 
 async fn expect(violation: Violation, alert: u8, prepare: impl FnOnce(&mut Peer) -> Vec<u8>) {
     let (answer, closed) = answer(prepare).await;
+    if in_kernel() && matches!(violation, Violation::UnexpectedRecord | Violation::RecordTooLong | Violation::BadMac) {
+        // The kernel does not tell these apart as finely, and may have less to say to the peer.
+        return assert!(matches!(closed, CloseReason::PeerViolation(_)), "{violation:?}: {closed}");
+    }
     assert_eq!(closed, CloseReason::PeerViolation(violation));
     assert_eq!(answer, Some((21, vec![2, alert])), "{violation:?}");
 }
@@ -70,13 +74,19 @@ async fn messages_that_have_no_place_after_the_handshake_are_refused() {
 
 #[tokio::test]
 async fn floods_of_nothing_come_to_an_end() {
-    expect(Violation::Flood, 10, |peer| (0..100).flat_map(|_| peer.seal(23, b"")).collect()).await;
+    if !in_kernel() {
+        // The kernel swallows these by itself.
+        expect(Violation::Flood, 10, |peer| (0..100).flat_map(|_| peer.seal(23, b"")).collect()).await;
+    }
     expect(Violation::Flood, 10, |peer| (0..10).flat_map(|_| peer.seal(21, &[1, 90])).collect()).await;
     expect(Violation::Flood, 10, |peer| {
         let ticket = [&[4, 0, 0x20, 0][..], &[0; 0x2000]].concat();
         (0..40).flat_map(|_| peer.seal(22, &ticket)).collect()
     })
     .await;
+    if !takes_fresh_keys() {
+        return;
+    }
     let (mut relay, mut peer) = against_records().await;
     for _ in 0..100 {
         peer.send(22, &[24, 0, 0, 1, 1]).await;
@@ -174,6 +184,10 @@ async fn what_comes_behind_close_notify_is_ignored_and_does_not_spoil_our_own_en
 
 #[tokio::test]
 async fn a_key_update_is_followed_and_answered_before_the_next_data() {
+    if !takes_fresh_keys() {
+        let (_, closed) = answer(|peer| peer.seal(22, &[24, 0, 0, 1, 1])).await;
+        return assert_eq!(closed, CloseReason::RekeyImpossible);
+    }
     let (mut relay, mut peer) = against_records().await;
     for round in 0..5_u8 {
         peer.send(22, &[24, 0, 0, 1, 1]).await;

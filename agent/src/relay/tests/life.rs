@@ -13,7 +13,7 @@ use crate::{
 #[tokio::test]
 async fn either_side_may_end_first_and_still_hear_the_other() {
     for client_first in [true, false] {
-        let (mut client, mut server) = chain(Ciphers::All).await;
+        let (mut client, mut server) = chain(engine().ciphers()).await;
         let (first, second) = if client_first {
             (&mut client.application, &mut server.application)
         } else {
@@ -36,7 +36,7 @@ async fn either_side_may_end_first_and_still_hear_the_other() {
 #[tokio::test]
 async fn a_reset_goes_through_to_the_other_program() {
     for client_first in [true, false] {
-        let (mut client, mut server) = chain(Ciphers::All).await;
+        let (mut client, mut server) = chain(engine().ciphers()).await;
         // Something has been said, so that the connection is known to be through.
         client.application.write_all(b"hello").await.unwrap();
         server.application.read_exact(&mut [0; 5]).await.unwrap();
@@ -57,7 +57,7 @@ async fn a_reset_goes_through_to_the_other_program() {
 #[tokio::test]
 async fn a_reset_is_noticed_by_a_side_that_only_waits_for_its_own_program() {
     // The client ended its stream; the server's program thinks about the answer; the client dies.
-    let (mut client, mut server) = chain(Ciphers::All).await;
+    let (mut client, mut server) = chain(engine().ciphers()).await;
     client.application.write_all(b"question").await.unwrap();
     client.application.shutdown().await.unwrap();
     assert_eq!(read_to_end(&mut server.application).await, b"question");
@@ -72,7 +72,7 @@ async fn a_reset_is_noticed_by_a_side_that_only_waits_for_its_own_program() {
 
 #[tokio::test]
 async fn a_program_that_goes_away_with_bytes_unread_resets_its_peer() {
-    let (client, mut server) = chain(Ciphers::All).await;
+    let (client, mut server) = chain(engine().ciphers()).await;
     server.application.write_all(&noise(1 << 20, 1)).await.unwrap();
     sleep(Duration::from_millis(100)).await;
     assert_eq!(client.closed().await.closed, CloseReason::ApplicationReset);
@@ -82,7 +82,7 @@ async fn a_program_that_goes_away_with_bytes_unread_resets_its_peer() {
 
 #[tokio::test]
 async fn waiting_costs_nothing_in_any_state() {
-    let (mut client, mut server) = chain(Ciphers::All).await;
+    let (mut client, mut server) = chain(engine().ciphers()).await;
     let quiet = async |relay: &Relay, state: &str| {
         sleep(Duration::from_millis(100)).await;
         let before = relay.polls.load(Relaxed);
@@ -102,8 +102,8 @@ async fn waiting_costs_nothing_in_any_state() {
 
 #[tokio::test]
 async fn a_flow_is_small() {
-    let sessions = World::new().sessions(Ciphers::All).await;
-    let pipe = arm(sessions.client, None, Choice::User).unwrap();
+    let sessions = World::new().sessions(engine().ciphers()).await;
+    let pipe = arm(sessions.client, None, engine()).unwrap();
     let (limits, progress) = (Limits::default(), Progress::default());
     let flow = carry(pipe, &limits, pending(), &progress);
     let size = size_of_val(&flow);
@@ -112,9 +112,9 @@ async fn a_flow_is_small() {
 
 #[tokio::test]
 async fn a_connection_that_says_nothing_for_the_idle_timeout_is_closed() {
-    let sessions = World::new().sessions(Ciphers::All).await;
+    let sessions = World::new().sessions(engine().ciphers()).await;
     let limits = Limits { idle: Some(Duration::from_millis(400)), ..Limits::default() };
-    let pipe = arm(sessions.client, None, Choice::User).unwrap();
+    let pipe = arm(sessions.client, None, engine()).unwrap();
     let mut client = Relay::over(sessions.client_application, pipe, limits);
     let mut server = Relay::server(sessions.server).await;
     for _ in 0..4 {
@@ -135,7 +135,7 @@ async fn an_order_to_stop_reaches_both_programs_and_the_peer_at_once_also_in_ful
     for (stop, code, seen) in
         [(Stop::Revoked, "revoked", CloseReason::PeerAlert(49)), (Stop::Drained, "drained", CloseReason::PeerTruncated)]
     {
-        let (mut client, mut server) = chain(Ciphers::All).await;
+        let (mut client, mut server) = chain(engine().ciphers()).await;
         client.application.write_all(b"before").await.unwrap();
         server.application.read_exact(&mut [0; 6]).await.unwrap();
         server.application.write_all(b"before").await.unwrap();
@@ -147,7 +147,7 @@ async fn an_order_to_stop_reaches_both_programs_and_the_peer_at_once_also_in_ful
         assert_eq!((tally.closed.code(), tally.sent, tally.received), (code, 6, 6));
         assert_eq!(server.closed().await.closed, seen);
     }
-    let (client, server) = chain(Ciphers::All).await;
+    let (client, server) = chain(engine().ciphers()).await;
     let (mut read, mut write) = (client.application, server.application);
     let flood = tokio::spawn(async move { while write.write_all(&[7; 100_000]).await.is_ok() {} });
     read.read_exact(&mut vec![0; 10_000_000]).await.unwrap();
@@ -164,8 +164,10 @@ async fn a_server_that_refuses_the_client_afterwards_is_reported_as_a_refusal() 
     let (mut application, own) = pair().await;
     let client = world.permit(Direction::Outbound, own, CURL, WEB);
     let server = world.permit(Direction::Inbound, network_server, WEB, "spiffe://example.org/somebody-else");
-    let (client, server) =
-        tokio::join!(connect(client, network_client, terms(Ciphers::All)), accept(server, terms(Ciphers::All)));
+    let (client, server) = tokio::join!(
+        connect(client, network_client, terms(engine().ciphers())),
+        accept(server, terms(engine().ciphers()))
+    );
     assert!(server.is_err());
     // The application has asked already; it must see a reset, and the record must say why.
     application.write_all(b"GET /").await.unwrap();

@@ -6,13 +6,13 @@ use crate::{
         Ciphers, Secrets, Session,
         testing::{World, pair},
     },
-    offload::{Choice, Opener, Sealer, arm, record},
+    offload::{Choice, Opener, Preference, Sealer, arm, record, selftest},
 };
 use std::{
     future::pending,
     pin::{Pin, pin},
     sync::{
-        Arc,
+        Arc, OnceLock,
         atomic::{AtomicUsize, Ordering::Relaxed},
     },
     task::{Context, Poll},
@@ -24,6 +24,28 @@ use tokio::{
     task::JoinHandle,
     time::{sleep, timeout},
 };
+
+/// The engine that these tests run with: `user`, or, in a guest whose kernel has TLS, what WIMSEY_TEST_ENGINE=kernel asks
+/// for. Then it has to be there: a test of the kernel that quietly runs in user space proves nothing.
+fn engine() -> Choice {
+    static ENGINE: OnceLock<Choice> = OnceLock::new();
+    *ENGINE.get_or_init(|| match std::env::var("WIMSEY_TEST_ENGINE").as_deref() {
+        Ok("kernel") => {
+            let matrix = selftest::run();
+            eprintln!("{matrix}");
+            Choice::from(Preference::Kernel, &matrix).unwrap()
+        }
+        _ => Choice::User,
+    })
+}
+
+fn in_kernel() -> bool {
+    engine() != Choice::User
+}
+
+fn takes_fresh_keys() -> bool {
+    engine().ciphers() == Ciphers::All
+}
 
 mod foreign;
 mod hostile;
@@ -59,12 +81,12 @@ impl Relay {
     }
 
     async fn client(session: Session, application: TcpStream) -> Self {
-        Self::over(application, arm(session, None, Choice::User).unwrap(), Limits::default())
+        Self::over(application, arm(session, None, engine()).unwrap(), Limits::default())
     }
 
     async fn server(session: Session) -> Self {
         let (application, leg) = pair().await;
-        Self::over(application, arm(session, Some(leg), Choice::User).unwrap(), Limits::default())
+        Self::over(application, arm(session, Some(leg), engine()).unwrap(), Limits::default())
     }
 
     async fn closed(self) -> Tally {
@@ -95,7 +117,7 @@ async fn chain(ciphers: Ciphers) -> (Relay, Relay) {
 
 /// A relay as the client, and the naked records of its server.
 async fn against_records() -> (Relay, Peer) {
-    let sessions = World::new().sessions(Ciphers::All).await;
+    let sessions = World::new().sessions(engine().ciphers()).await;
     (Relay::client(sessions.client, sessions.client_application).await, Peer::new(sessions.server))
 }
 
