@@ -51,6 +51,7 @@ const MODULES: &[&str] = &[
     "udp_diag",
     "unix_diag",
     "sch_netem",
+    "bridge",
     "sch_ingress",
     "cls_bpf",
     "mptcp_diag",
