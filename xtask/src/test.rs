@@ -33,25 +33,47 @@ pub fn verb(tiers: &[String], filter: &[String]) -> Fallible {
     let mut report = Report::default();
     setup::ensure(&[Need::Toolchain])?;
     if wanted("pure") {
-        report.tier("pure", || pure(filter))?;
+        report.tier("pure", || pure(filter));
     }
     if wanted("namespaces") || wanted("vm") {
-        // Without the programs some tests of the lab say so; without the linker there is no agent to test.
-        let missing = setup::ensure(&[Need::Lab]).err();
-        if let Some(failure) = missing {
+        // Without its programs the lab says which test needs which; without the linker there is no agent to test.
+        if let Err(failure) = setup::ensure(&[Need::Lab]) {
             println!("  {failure}");
         }
-        let built = build::agent()?;
-        let lab = build::lab()?;
-        if wanted("namespaces") {
-            report.tier("namespaces", || namespaces(&lab, filter))?;
-        }
-        if wanted("vm") {
-            let programs = Programs { wimsey: built.wimsey, lab, own: build::agent_tests()?, filter: filter.to_vec() };
-            guests(&mut report, &programs)?;
+        match setup::ensure(&[Need::Build]) {
+            Ok(()) => privileged(&mut report, wanted("namespaces"), wanted("vm"), filter),
+            Err(failure) => {
+                println!("  {failure}");
+                for tier in ["namespaces", "vm"].into_iter().filter(|tier| wanted(tier)) {
+                    let reason = "the set-up is not complete, see above".to_owned();
+                    report.add(
+                        tier,
+                        Count { skipped: vec![(tier.into(), reason)], ..Count::default() },
+                        Duration::ZERO,
+                    );
+                }
+            }
         }
     }
     report.end(started.elapsed())
+}
+
+/// The tiers that need an agent with its kernel programs.
+fn privileged(report: &mut Report, here: bool, guests: bool, filter: &[String]) {
+    let built = build::agent().and_then(|built| {
+        let (lab, own) = (build::lab()?, build::agent_tests()?);
+        Ok(Programs { wimsey: built.wimsey, lab, own, filter: filter.to_vec() })
+    });
+    let programs = match built {
+        Ok(programs) => programs,
+        Err(failure) => return report.tier("build", || Err(failure)),
+    };
+    if here {
+        report.tier("namespaces", || namespaces(&programs.lab, filter));
+    }
+    if guests {
+        in_guests(report, &programs);
+    }
 }
 
 #[derive(Default)]
@@ -61,11 +83,14 @@ struct Report {
 }
 
 impl Report {
-    fn tier(&mut self, name: &str, run: impl FnOnce() -> Fallible<Count>) -> Fallible {
+    fn tier(&mut self, name: &str, run: impl FnOnce() -> Fallible<Count>) {
         let started = Instant::now();
-        let count = run()?;
+        let count = run().unwrap_or_else(|failure| {
+            println!("  {failure}");
+            let first = failure.to_string().lines().next().unwrap_or_default().to_owned();
+            Count { failed: vec![format!("{name}: {first}")], ..Count::default() }
+        });
         self.add(name, count, started.elapsed());
-        Ok(())
     }
 
     fn add(&mut self, name: &str, count: Count, took: Duration) {
@@ -162,7 +187,7 @@ struct Programs {
 /// The agent's unit tests that a guest runs: those whose outcome depends on the kernel.
 const KERNEL_MATTERS: &[&str] = &["offload::", "relay::", "handshake::"];
 
-fn guests(report: &mut Report, programs: &Programs) -> Fallible {
+fn in_guests(report: &mut Report, programs: &Programs) {
     let kernels = match vm::kernels(&[]) {
         Ok(kernels) => kernels,
         Err(failure) => {
@@ -171,13 +196,12 @@ fn guests(report: &mut Report, programs: &Programs) -> Fallible {
             for suite in vm::DEFAULT {
                 report.add(&format!("vm {suite}"), all_skipped(programs, suite, &reason), Duration::ZERO);
             }
-            return Ok(());
+            return;
         }
     };
     for kernel in kernels {
-        report.tier(&format!("vm {}", kernel.release), || guest(&kernel, programs))?;
+        report.tier(&format!("vm {}", kernel.release), || guest(&kernel, programs));
     }
-    Ok(())
 }
 
 fn guest(kernel: &Kernel, programs: &Programs) -> Fallible<Count> {
