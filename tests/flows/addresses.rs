@@ -181,6 +181,25 @@ fn a_server_that_restarts_is_protected_again() {
 }
 
 #[test]
+fn a_server_that_dies_with_connections_open_can_listen_again_at_once() {
+    let lab = lab!();
+    let mesh = or_skip!(lab.mesh(&Policy::standard(&lab)));
+    let mut server = lab.serve_echo(&lab.beta, "server", &[lab.beta.at(PORT)]);
+    let say = format!("send:{}\\n", lab.marker());
+    let mut open = lab.talk(&lab.alpha, "client", lab.beta.at(PORT), &[], &[&say, "line", "to-end"]);
+    open.step("line");
+    server.signal(rustix::process::Signal::KILL);
+    server.end(clock::seconds(10)).unwrap();
+    // What carries the dead server's connections must not hold its port.
+    let _again = lab.serve_echo(&lab.beta, "server", &[lab.beta.at(PORT)]);
+    lab.expect_echo(&lab.alpha, "client", lab.beta.at(PORT), &[]);
+    let end = open.event(|event| event["step"] == "to-end");
+    assert!(end["ok"] == true || end["error"] == "ECONNRESET", "{end}");
+    mesh.expect_allowed(PORT, 2);
+    lab.expect_tls(PORT);
+}
+
+#[test]
 fn a_server_that_listened_before_the_agent_is_protected() {
     let lab = lab!();
     let _server = lab.serve_echo(&lab.beta, "server", &[lab.beta.at(PORT), lab.beta.at6(PORT)]);
