@@ -152,43 +152,56 @@ struct Walk<'a> {
 }
 
 impl<'a> Walk<'a> {
-    async fn outbound(&self, mut attempt: Attempt<'a>, flow: Flow) {
+    /// Who is it, and what may it do? `None` where that was answered for good: refused, or carried in plaintext.
+    async fn admit(&self, mut attempt: Attempt<'a>, flow: Flow) -> Option<(Attempt<'a>, Permit)> {
         let parties = match identify::identify(flow, &self.policy, &self.shared.identities).await {
             Ok(parties) => parties,
-            // A process without an identity has no business at a mesh destination; elsewhere it is none of ours.
-            Err(refused) if refused.error.is_unknown() && !self.policy.is_mesh(refused.flow.destination.0) => {
-                return self.plaintext(attempt, refused.flow, Basis::LeftAlone, None).await;
+            Err(refused) => {
+                if refused.error.is_unknown() && self.is_nobodys_business(&refused.flow) {
+                    self.plaintext(attempt, refused.flow, Basis::LeftAlone, None).await;
+                } else {
+                    attempt.refuse(refused.flow.socket, &Error::Identify(refused.error));
+                }
+                return None;
             }
-            Err(refused) => return attempt.refuse(refused.flow.socket, &Error::Identify(refused.error)),
         };
         attempt.local().id = Some(parties.workload.id.to_string());
-        let permit = match authorize::authorize(&self.policy, parties) {
-            Ok(Authorized::Mesh(permit)) => permit,
+        match authorize::authorize(&self.policy, parties) {
+            Ok(Authorized::Mesh(permit)) => return Some((attempt, permit)),
             Ok(Authorized::Bypass(bypass)) => {
                 let (parties, rule) = bypass.into_parts();
                 let basis = Basis::Plaintext { local: parties.workload.id.clone() };
-                return self.plaintext(attempt, parties.flow, basis, Some(rule)).await;
+                self.plaintext(attempt, parties.flow, basis, Some(rule)).await;
             }
-            Err(denied) => return attempt.refuse(denied.parties.flow.socket, &Error::Authorize(denied.reason)),
-        };
+            Err(denied) => attempt.refuse(denied.parties.flow.socket, &Error::Authorize(denied.reason)),
+        }
+        None
+    }
+
+    /// The kernel turned it here because it could not know that nobody concerned is enrolled: a process without an
+    /// identity that dials no mesh destination, or a listener without an identity that nothing protects.
+    fn is_nobodys_business(&self, flow: &Flow) -> bool {
+        match flow.direction {
+            Direction::Outbound => !self.policy.is_mesh(flow.destination.0),
+            Direction::Inbound => !flow.protected,
+        }
+    }
+
+    async fn outbound(&self, attempt: Attempt<'a>, flow: Flow) {
+        let Some((mut attempt, permit)) = self.admit(attempt, flow).await else { return };
         match self.meet(&mut attempt, permit).await {
-            Ok((pipe, basis, rule)) => self.carry(attempt, pipe, basis, Some(rule)).await,
-            Err((error, socket)) => attempt.refuse(socket, &error),
+            Ok(Met { pipe, basis, rule }) => self.carry(attempt, pipe, basis, Some(rule)).await,
+            Err(unmet) => attempt.refuse(unmet.socket, &unmet.error),
         }
     }
 
     /// Dials and shakes hands; once more with engine `user` where the kernel failed after it had taken up TLS.
-    async fn meet(
-        &self,
-        attempt: &mut Attempt<'a>,
-        mut permit: Permit,
-    ) -> Result<(Pipe, Basis, Arc<Rule>), (Error, Option<TcpStream>)> {
+    async fn meet(&self, attempt: &mut Attempt<'a>, mut permit: Permit) -> Result<Met, Box<Unmet>> {
         let mut engine = self.shared.engine;
         loop {
-            let flow = &permit.parties().flow;
-            let network = match self.dial(flow).await {
+            let network = match self.dial(&permit.parties().flow).await {
                 Ok(network) => network,
-                Err(error) => return Err((error, Some(permit.into_parties().flow.socket))),
+                Err(error) => return Err(Unmet::with(error, permit)),
             };
             let session = {
                 let _turn = self.shared.handshakes.acquire().await;
@@ -196,45 +209,28 @@ impl<'a> Walk<'a> {
                     Ok(session) => session,
                     Err(error) => {
                         let (error, permit) = attempt.unmet(error);
-                        return Err((error, Some(permit.into_parties().flow.socket)));
+                        return Err(Unmet::with(error, permit));
                     }
                 }
             };
             let (basis, rule) = attempt.agreed(&session);
             match offload::arm(session, None, engine) {
-                Ok(pipe) => return Ok((pipe, basis, rule)),
+                Ok(pipe) => return Ok(Met { pipe, basis, rule }),
                 Err(error) if error.may_redial() && engine != Choice::User => {
                     tracing::warn!(%error, "dialling again with engine user");
                     engine = Choice::User;
                     match error.into_permit() {
                         Some(again) => permit = again,
-                        None => return Err((Error::Closing, None)),
+                        None => return Err(Box::new(Unmet { error: Error::Closing, socket: None })),
                     }
                 }
-                Err(error) => return Err((Error::Offload(error), None)),
+                Err(error) => return Err(Box::new(Unmet { error: Error::Offload(error), socket: None })),
             }
         }
     }
 
-    async fn inbound(&self, mut attempt: Attempt<'a>, flow: Flow) {
-        let parties = match identify::identify(flow, &self.policy, &self.shared.identities).await {
-            Ok(parties) => parties,
-            // The kernel steered it here because it did not know the listener's owner yet.
-            Err(refused) if refused.error.is_unknown() && !refused.flow.protected => {
-                return self.plaintext(attempt, refused.flow, Basis::LeftAlone, None).await;
-            }
-            Err(refused) => return attempt.refuse(refused.flow.socket, &Error::Identify(refused.error)),
-        };
-        attempt.local().id = Some(parties.workload.id.to_string());
-        let permit = match authorize::authorize(&self.policy, parties) {
-            Ok(Authorized::Mesh(permit)) => permit,
-            Ok(Authorized::Bypass(bypass)) => {
-                let (parties, rule) = bypass.into_parts();
-                let basis = Basis::Plaintext { local: parties.workload.id.clone() };
-                return self.plaintext(attempt, parties.flow, basis, Some(rule)).await;
-            }
-            Err(denied) => return attempt.refuse(denied.parties.flow.socket, &Error::Authorize(denied.reason)),
-        };
+    async fn inbound(&self, attempt: Attempt<'a>, flow: Flow) {
+        let Some((mut attempt, permit)) = self.admit(attempt, flow).await else { return };
         if let Some(rule) = permit.permissive().cloned() {
             // A socket that cannot be looked at is one that the handshake will fail on, and say why.
             if !handshake::looks_like_tls(&permit.parties().flow.socket, SILENCE).await.unwrap_or(true) {
@@ -328,6 +324,25 @@ impl<'a> Walk<'a> {
             deadline: tokio::time::Instant::now() + self.shared.config.timeouts.handshake,
             ciphers: engine.ciphers(),
         }
+    }
+}
+
+/// A peer that was reached, and shaken hands with.
+struct Met {
+    pipe: Pipe,
+    basis: Basis,
+    rule: Arc<Rule>,
+}
+
+/// A peer that was not, and the application's socket where it is still open.
+struct Unmet {
+    error: Error,
+    socket: Option<TcpStream>,
+}
+
+impl Unmet {
+    fn with(error: Error, permit: Permit) -> Box<Self> {
+        Box::new(Self { error, socket: Some(permit.into_parties().flow.socket) })
     }
 }
 

@@ -15,7 +15,9 @@ use crate::{
 use aya_ebpf::{
     bindings::{__sk_buff, bpf_sock, bpf_sock_addr},
     helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_set_retval},
+    programs::SockAddrContext,
 };
+use aya_log_ebpf::warn;
 use core::ptr::{addr_of, addr_of_mut};
 use wimsey_common::*;
 
@@ -215,8 +217,9 @@ fn connect(ctx: *mut bpf_sock_addr, dialled: Address, port: u16, family: u16) ->
             } else {
                 refused(REASON_NO_AGENT, counter::REFUSED_NO_AGENT)
             };
-        } else if remember(config, &event, family, agent).is_err() {
+        } else if let Err(error) = remember(config, &event, family, agent) {
             verdict = refused(REASON_MAP_FULL, counter::REFUSED_MAP_FULL);
+            warn!(&SockAddrContext::new(ctx), "no room for another connection in FLOWS: error {}", error);
         }
     }
     count(verdict.counter);
@@ -273,12 +276,12 @@ fn datagram(config: &Config, mode: u32, destination: u32, who: u32) -> Verdicted
     if mode != MODE_MESH || who == NOT_ENROLLED {
         return left_alone();
     }
-    if who != ASK && who != UNKNOWN {
-        if let Some(row) = verdict(config, who, destination, IPPROTO_UDP) {
-            if row.action == VERDICT_BYPASS {
-                return bypassed(row.rule, counter::UDP_ALLOWED);
-            }
-        }
+    if who != ASK
+        && who != UNKNOWN
+        && let Some(row) = verdict(config, who, destination, IPPROTO_UDP)
+        && row.action == VERDICT_BYPASS
+    {
+        return bypassed(row.rule, counter::UDP_ALLOWED);
     }
     refused(REASON_UDP, counter::UDP_REFUSED)
 }

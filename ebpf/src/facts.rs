@@ -98,7 +98,7 @@ pub fn reached(address: Address, bound: &Address) -> Address {
     }
     if c == 0 {
         // SAFETY: sixteen bytes are sixteen bytes.
-        return unsafe { core::mem::transmute([0, 0, 0, 1_u32.to_be()]) };
+        return unsafe { core::mem::transmute::<[u32; 4], Address>([0, 0, 0, 1_u32.to_be()]) };
     }
     address
 }

@@ -122,10 +122,10 @@ fn connecting(ops: *mut bpf_sock_ops) {
     let (netns, cookie) = unsafe { (bpf_get_netns_cookie(ops.cast()), bpf_get_socket_cookie(ops.cast())) };
     let tuple = tuple(ops);
     if netns != config.netns_cookie {
-        if let Some(found) = destination(config, &tuple.destination, tuple.destination_port) {
-            if found.mode == MODE_MESH {
-                let _ = FOREIGN.insert(&cookie, &1, 0);
-            }
+        if let Some(found) = destination(config, &tuple.destination, tuple.destination_port)
+            && found.mode == MODE_MESH
+        {
+            let _ = FOREIGN.insert(&cookie, &1, 0);
         }
         return;
     }

@@ -29,80 +29,80 @@ const ALLOW: i32 = 1;
 const REFUSE: i32 = 0;
 
 #[cgroup_sock_addr(connect4)]
-pub fn connect4(ctx: SockAddrContext) -> i32 {
+fn connect4(ctx: SockAddrContext) -> i32 {
     egress::connect4(ctx.sock_addr)
 }
 
 #[cgroup_sock_addr(connect6)]
-pub fn connect6(ctx: SockAddrContext) -> i32 {
+fn connect6(ctx: SockAddrContext) -> i32 {
     egress::connect6(ctx.sock_addr)
 }
 
 #[cgroup_sock_addr(sendmsg4)]
-pub fn sendmsg4(ctx: SockAddrContext) -> i32 {
+fn sendmsg4(ctx: SockAddrContext) -> i32 {
     egress::sendmsg4(ctx.sock_addr)
 }
 
 #[cgroup_sock_addr(sendmsg6)]
-pub fn sendmsg6(ctx: SockAddrContext) -> i32 {
+fn sendmsg6(ctx: SockAddrContext) -> i32 {
     egress::sendmsg6(ctx.sock_addr)
 }
 
 #[cgroup_sock_addr(getpeername4)]
-pub fn getpeername4(ctx: SockAddrContext) -> i32 {
+fn getpeername4(ctx: SockAddrContext) -> i32 {
     names::getpeername4(ctx.sock_addr);
     ALLOW
 }
 
 #[cgroup_sock_addr(getpeername6)]
-pub fn getpeername6(ctx: SockAddrContext) -> i32 {
+fn getpeername6(ctx: SockAddrContext) -> i32 {
     names::getpeername6(ctx.sock_addr);
     ALLOW
 }
 
 #[cgroup_sock_addr(getsockname4)]
-pub fn getsockname4(ctx: SockAddrContext) -> i32 {
+fn getsockname4(ctx: SockAddrContext) -> i32 {
     names::getsockname4(ctx.sock_addr);
     ALLOW
 }
 
 #[cgroup_sock_addr(getsockname6)]
-pub fn getsockname6(ctx: SockAddrContext) -> i32 {
+fn getsockname6(ctx: SockAddrContext) -> i32 {
     names::getsockname6(ctx.sock_addr);
     ALLOW
 }
 
 #[cgroup_sock(post_bind4)]
-pub fn post_bind4(ctx: SockContext) -> i32 {
+fn post_bind4(ctx: SockContext) -> i32 {
     ingress::bound(ctx.sock);
     ALLOW
 }
 
 #[cgroup_sock(post_bind6)]
-pub fn post_bind6(ctx: SockContext) -> i32 {
+fn post_bind6(ctx: SockContext) -> i32 {
     ingress::bound(ctx.sock);
     ALLOW
 }
 
 #[cgroup_sock(sock_release)]
-pub fn sock_release(ctx: SockContext) -> i32 {
+fn sock_release(ctx: SockContext) -> i32 {
     ingress::released(ctx.sock);
     ALLOW
 }
 
 #[sock_ops]
-pub fn tcp_events(ctx: SockOpsContext) -> u32 {
+fn tcp_events(ctx: SockOpsContext) -> u32 {
     ingress::event(ctx.ops);
     ALLOW as u32
 }
 
 #[cgroup_skb(egress)]
-pub fn guard(ctx: SkBuffContext) -> i32 {
+fn guard(ctx: SkBuffContext) -> i32 {
     egress::guard(ctx.as_ptr().cast())
 }
 
 #[sk_lookup]
-pub fn steer(ctx: SkLookupContext) -> u32 {
+fn steer(ctx: SkLookupContext) -> u32 {
     ingress::steer(&ctx)
 }
 

@@ -38,9 +38,9 @@ pub fn connections(config: Option<&Path>, json: bool) -> anyhow::Result<ExitCode
 pub fn doctor(json: bool) -> anyhow::Result<ExitCode> {
     let report = wimsey::offload::selftest::run();
     if json {
-        todo!()
+        println!("{:#}", serde_json::to_value(&report)?);
     } else {
-        print!("{report}");
+        println!("{report}");
     }
     Ok(ExitCode::SUCCESS)
 }

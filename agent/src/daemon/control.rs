@@ -13,7 +13,6 @@ use crate::pipeline::Shared;
 use crate::policy::{Policy, Preexisting};
 use crate::relay::Stop;
 use std::collections::HashMap;
-use std::future::Future;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -297,12 +296,10 @@ impl Control {
     }
 }
 
-fn stop<'a>(terminate: &'a mut Signal, interrupt: &'a mut Signal) -> impl Future<Output = ()> + 'a {
-    async move {
-        tokio::select! {
-            _ = terminate.recv() => {}
-            _ = interrupt.recv() => {}
-        }
+async fn stop(terminate: &mut Signal, interrupt: &mut Signal) {
+    tokio::select! {
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
     }
 }
 

@@ -17,6 +17,7 @@ use crate::identify::attest::{AttestError, Attestor};
 use crate::identify::embedded::{Embedded, EmbeddedError, Settings};
 use crate::intercept::{self, Options, Programs};
 use crate::live::Registry;
+use crate::offload::selftest::{self, Matrix, Verdict};
 use crate::offload::{self, Choice, Preference};
 use crate::pipeline::Shared;
 use crate::policy::{Policy, Rejected};
@@ -73,8 +74,9 @@ pub fn run(config: Config) -> Result<(), Error> {
     let policy = Arc::new(Policy::load(&config.policy_dir)?);
     let provider = Arc::new(Embedded::open(settings(&config, &policy))?);
     let attestor = Arc::new(Attestor::discover()?);
-    let matrix = offload::selftest::run();
+    let matrix = selftest::run();
     let engine = Choice::from(preference(config.engine), &matrix)?;
+    let reason = reason(preference(config.engine), &matrix);
     let shards = shard_count(config.shards);
     let options =
         Options { run_dir: config.run_dir.clone(), cgroup: config.cgroup.clone().into(), shards, sizes: Vec::new() };
@@ -98,12 +100,12 @@ pub fn run(config: Config) -> Result<(), Error> {
         threads.push(thread.map_err(|source| Error::Host { what: "a shard's thread cannot be started", source })?);
     }
     programs.install(policy)?;
-    tracing::info!(shards, files, engine = engine.engine().name(), reason = %matrix, "agent is up");
+    tracing::info!(shards, files, engine = engine.engine().name(), reason, "agent is up");
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|source| Error::Host { what: "the control runtime cannot be made", source })?;
     let local = LocalSet::new();
     let outcome = runtime.block_on(local.run_until(async {
-        let control = Control::new(shared.clone(), provider, programs, matrix.to_string(), shards)?;
+        let control = Control::new(shared.clone(), provider, programs, reason, shards)?;
         control.run(closing, &threads).await
     }));
     join(threads);
@@ -132,6 +134,18 @@ fn preference(engine: EngineChoice) -> Preference {
         EngineChoice::Auto => Preference::Auto,
         EngineChoice::Kernel => Preference::Kernel,
         EngineChoice::User => Preference::User,
+    }
+}
+
+/// Why this engine, for `wimsey status`.
+fn reason(preference: Preference, matrix: &Matrix) -> String {
+    match (preference, matrix.verdict()) {
+        (Preference::User, _) => "configured".into(),
+        (_, Verdict::User { why }) => why,
+        (_, Verdict::Kernel { rekey: true }) => "this kernel passes the self-test".into(),
+        (_, Verdict::Kernel { rekey: false }) => {
+            "this kernel passes the self-test, but takes no fresh keys: ChaCha20-Poly1305 only".into()
+        }
     }
 }
 

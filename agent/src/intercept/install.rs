@@ -124,10 +124,9 @@ impl Rows {
             let network = destination.network;
             let (bits, of_family) = (u32::from(network.prefix_len()), u32::from(network.max_prefix_len()));
             // The host's address is shown only where it is the same for the whole network.
-            let hint = match (source(network.network()), source(network.broadcast())) {
-                (Some(first), Some(last)) if first == last => address(first),
-                _ => [0; 16],
-            };
+            let hint = source(network.network())
+                .filter(|first| bits == of_family || source(network.broadcast()) == Some(*first))
+                .map_or([0; 16], address);
             let key = DestinationKey {
                 generation,
                 port: destination.port.unwrap_or(0),

@@ -9,6 +9,9 @@
 //! shard:    Doorway::open ▶ Door ▶ accept_outbound / accept_inbound ▶ Flow ... Dialler: dial / leg
 //! ```
 //!
+//! In this order at start: `load`, `install`, then `listeners` and `set_listener_mode` for each, then `preexisting`. After a
+//! reload: `install`, and the listeners again, since the new policy may see their owners with other eyes.
+//!
 //! *Invariant:* a flow's destination is what the kernel recorded under the connection's own addresses, never a guess.
 
 mod cgroups;
@@ -20,14 +23,16 @@ mod host;
 mod install;
 mod owners;
 mod programs;
+mod registry;
 mod tables;
 
-pub use control::{Listening, Notice, OldConnection, Options, Programs};
+pub use control::{Notice, OldConnection, Options, Programs};
 pub use door::{Dialler, Door, Doorway};
 pub use error::Error;
 pub use host::cgroup_mount;
 pub use install::KernelFacts;
 pub use programs::release;
+pub use registry::Listening;
 pub use tables::{address, canonical, ip, listener_key, socket_address};
 
 use std::net::SocketAddr;

@@ -255,12 +255,22 @@ impl Map {
 
     /// Gives a part of a mesh destination a row of its own, which means what the whole means. It is not needed where a
     /// row is there already, and changes nothing where something else decides.
+    ///
+    /// A row for one port would win over the rows for any port that lie inside it, so each of these that decides for that
+    /// port gets a row for it too, and goes on meaning what it meant.
     fn split(&mut self, part: Region) {
-        let parent = self.table.ancestors(&part).next();
-        if let Some((index, id)) = parent.and_then(|index| Some((index, self.mesh(index)?.clone())))
-            && let Some(place) = self.places.get(index).cloned()
-        {
-            self.add(part, Kind::Mesh(id), &place);
+        let parent = self.table.ancestors(&part).next().filter(|index| self.mesh(*index).is_some());
+        let Some(parent) = parent.filter(|_| self.table.position(&part).is_none()) else { return };
+        let mut rows = vec![(part, parent)];
+        if part.port.is_some() {
+            let inside = self.table.any_port_within(&part).filter_map(|index| Some((self.region(index)?, index)));
+            let with_port = inside.map(|(inner, index)| (Region { network: inner.network, port: part.port }, index));
+            rows.extend(with_port.filter(|(region, index)| self.table.ancestors(region).next() == Some(*index)));
+        }
+        for (region, like) in rows {
+            if let (Some(kind), Some(place)) = (self.kinds.get(like).cloned(), self.places.get(like).cloned()) {
+                self.add(region, kind, &place);
+            }
         }
     }
 }

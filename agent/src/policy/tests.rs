@@ -498,6 +498,20 @@ fn the_surprising_overlap_is_settled_by_an_entry_for_it() {
 }
 
 #[test]
+fn a_rule_for_a_port_does_not_change_who_must_answer_inside_its_network() {
+    let policy = policy(
+        "[[destination]]\naddress = \"10.0.0.0/24:*\"\nid = \"spiffe://td/net\"\n\
+         [[destination]]\naddress = \"10.0.0.2:*\"\nid = \"spiffe://td/web\"\n\
+         [[bypass]]\nname = \"hole\"\nfrom = \"spiffe://td/a\"\naddress = \"10.0.0.3:*\"\n\
+         [[allow]]\nname = \"to-net\"\nfrom = \"spiffe://td/a\"\nto = \"spiffe://td/net\"\nports = [80]\n",
+    );
+    assert_eq!(outbound(&policy, "a", "10.0.0.1:80"), "mesh spiffe://td/net by to-net");
+    assert_eq!(policy.expected("10.0.0.2:80".parse().unwrap()), Some(&id("web")));
+    assert_eq!(outbound(&policy, "a", "10.0.0.2:80"), "deny");
+    assert_eq!(outbound(&policy, "a", "10.0.0.3:80"), "bypass by hole");
+}
+
+#[test]
 fn a_policy_must_say_its_trust_domain() {
     assert_eq!(
         load("preexisting = \"kill\"\n").unwrap_err().to_string(),

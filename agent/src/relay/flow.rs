@@ -16,6 +16,7 @@ use rustix::{
     io::writev,
     net::{Shutdown, shutdown},
 };
+use socket2::SockRef;
 use std::{
     future::{Future, pending, poll_fn},
     io::{self, IoSlice},
@@ -101,6 +102,12 @@ enum Woken {
 
 impl<L: Lane> Flow<L> {
     pub(super) fn new(application: TcpStream, network: TcpStream, lane: L) -> Self {
+        // Until its stream has ended properly, whatever closes the socket is a reset: also the kernel, when the agent was
+        // killed. On the network a FIN without close_notify says the same.
+        reset(&application);
+        if !L::TLS {
+            reset(&network);
+        }
         Self {
             application,
             network,
@@ -477,8 +484,10 @@ fn application_fault(fault: Fault) -> CloseReason {
     }
 }
 
-/// The receiver reads the end of the stream.
+/// The receiver reads the end of the stream, after everything that is still on its way.
 fn end(socket: &TcpStream) {
+    // Closing is orderly again. If that fails the socket is gone, and its next read or write says so.
+    _ = SockRef::from(socket).set_linger(None);
     // A socket that is not connected any more has nobody to tell; its next read or write says so.
     _ = shutdown(socket, Shutdown::Write);
 }

@@ -1,4 +1,9 @@
 //! The kernel programs and the agent's doors, on the running kernel: each test in a network namespace and a cgroup of its own.
+#![expect(
+    clippy::unwrap_used,
+    clippy::indexing_slicing,
+    reason = "a test that meets what it did not expect has failed"
+)]
 
 mod world;
 
@@ -96,6 +101,23 @@ fn non_blocking_and_fast_open_connections_take_the_same_way() {
     assert_eq!(&early, b"early");
     assert_eq!(client.line(), "connected to 10.77.0.2:80 from 10.77.0.2");
     assert_eq!(client.line(), "answer");
+}
+
+#[test]
+fn a_multipath_client_takes_the_same_way() {
+    let mut world = world!();
+    let facts = world.enrol().allowing();
+    world.install(facts);
+    let probe = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, Some(socket2::Protocol::MPTCP));
+    if probe.is_err() {
+        eprintln!("SKIPPED (this kernel has no MPTCP): a_multipath_client_takes_the_same_way");
+        return;
+    }
+    let mut client = world.client("connect 10.77.0.2:80 multipath;read");
+    assert_eq!(answer(&world).destination, OriginalDst(SERVER.parse().unwrap()));
+    assert!(client.line().starts_with("connected"));
+    assert_eq!(client.line(), "answer");
+    assert_eq!(world.programs().tidy().unwrap(), 0);
 }
 
 #[test]
@@ -374,6 +396,47 @@ fn an_address_that_policy_protects_is_protected_before_anybody_listens() {
 }
 
 #[test]
+fn an_address_stays_protected_while_another_socket_shares_it() {
+    let mut world = world!();
+    let facts = world.enrol();
+    world.install(facts);
+    let mut server = world.client("share 10.77.0.2:8080;share 10.77.0.2:8080;pause;unshare;pause;unshare");
+    assert_eq!([server.line(), server.line()], ["shared", "shared"]);
+    server.go_on();
+    assert_eq!(server.line(), "unshared");
+    let protected = |world: &mut World| {
+        let _remote = world.stranger("connect 10.77.0.2:8080");
+        let door = world.door();
+        world.run(door.accept_inbound()).unwrap()
+    };
+    protected(&mut world);
+    world.listen_for(Duration::from_millis(100));
+    let flow = protected(&mut world);
+    assert_eq!(flow.task.unwrap().tgid, server.pid());
+    server.go_on();
+    assert_eq!(server.line(), "unshared");
+    world.listen_for(Duration::from_millis(100));
+    let mut remote = world.stranger("connect 10.77.0.2:8080");
+    assert_eq!(remote.line(), "ECONNREFUSED");
+    assert!(world.programs().listeners().unwrap().is_empty());
+}
+
+#[test]
+fn the_owner_of_a_listener_that_was_never_bound_is_found() {
+    let mut world = world!();
+    let facts = world.enrol();
+    world.install(facts);
+    let mut server = world.client("listen-unbound");
+    let at: std::net::SocketAddr = server.line().parse().unwrap();
+    let listening = world.notice(|notice| match notice {
+        Notice::Listening(listening) => Some(*listening),
+        _ => None,
+    });
+    assert_eq!(listening.address(), at);
+    assert_eq!((listening.row.owner.tgid, listening.row.mode), (server.pid(), LISTENER_UNKNOWN));
+}
+
+#[test]
 fn a_listener_from_before_the_agent_is_found_with_its_owner() {
     let mut world = world!();
     world.kill_agent();
@@ -459,6 +522,29 @@ fn a_policy_that_does_not_fit_changes_nothing() {
     assert_eq!(client.line(), "connected to 10.77.0.2:80 from 10.77.0.2");
     let again = world.enrol().allowing();
     assert_eq!(world.install(again), 2);
+}
+
+#[test]
+fn a_connection_that_cannot_be_remembered_is_refused() {
+    let mut world = world!();
+    world.kill_agent();
+    world.release();
+    world.options.sizes = vec![(map::FLOWS, 1)];
+    world.try_start().unwrap();
+    let facts = world.enrol().allowing();
+    world.install(facts);
+    let mut first = world.client("connect 10.77.0.2:80;pause;close;pause");
+    answer(&world);
+    first.line();
+    let mut second = world.client("connect 10.77.0.2:80");
+    assert_eq!(second.line(), "EPERM");
+    assert_eq!(world.refusal().reason, REASON_MAP_FULL);
+    // A closed socket gives its room back.
+    first.go_on();
+    first.line();
+    let mut third = world.client("connect 10.77.0.2:80");
+    answer(&world);
+    assert_eq!(third.line(), "connected to 10.77.0.2:80 from 10.77.0.2");
 }
 
 #[test]

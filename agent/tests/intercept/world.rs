@@ -3,7 +3,7 @@
 //!
 //! *Invariant:* whatever a world has made is gone when it is dropped: processes, pins, namespace, cgroup.
 
-use socket2::{Domain, SockAddr, Socket, Type};
+use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use std::{
     fs,
     io::{BufRead, BufReader, Read, Write},
@@ -335,6 +335,7 @@ impl Drop for Client {
 pub fn play(script: &str) {
     let mut stream = None;
     let mut listener = None;
+    let mut shared = Vec::new();
     for step in script.split(';') {
         let words: Vec<&str> = step.split_whitespace().collect();
         let said = match words.as_slice() {
@@ -360,6 +361,27 @@ pub fn play(script: &str) {
                 }
                 Err(error) => told(Err(error)),
             },
+            ["share", at] => {
+                let at: SocketAddr = at.parse().unwrap();
+                let socket = Socket::new(Domain::for_address(at), Type::STREAM, None).unwrap();
+                socket.set_reuse_port(true).unwrap();
+                socket.bind(&at.into()).unwrap();
+                socket.listen(16).unwrap();
+                shared.push(socket);
+                "shared".into()
+            }
+            ["unshare"] => {
+                shared.pop();
+                "unshared".into()
+            }
+            ["listen-unbound"] => {
+                let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+                socket.listen(16).unwrap();
+                let at = TcpListener::from(socket);
+                let said = at.local_addr().unwrap().to_string();
+                listener = Some(at);
+                said
+            }
             ["accept"] => {
                 let (accepted, peer) = listener.as_ref().unwrap().accept().unwrap();
                 let said = format!(
@@ -388,7 +410,11 @@ pub fn play(script: &str) {
 }
 
 fn connect(to: SocketAddr, how: &[&str], stream: &mut Option<TcpStream>) -> String {
-    let socket = Socket::new(Domain::for_address(to), Type::STREAM, None).unwrap();
+    let protocol = matches!(how, ["multipath"]).then_some(Protocol::MPTCP);
+    let socket = match Socket::new(Domain::for_address(to), Type::STREAM, protocol) {
+        Ok(socket) => socket,
+        Err(error) => return told(Err(error)),
+    };
     if let ["from", from] = how {
         socket.bind(&SockAddr::from(from.parse::<SocketAddr>().unwrap())).unwrap();
     }
@@ -431,6 +457,7 @@ fn told(result: std::io::Result<String>) -> String {
         Some(libc::ECONNREFUSED) => "ECONNREFUSED".into(),
         Some(libc::ECONNRESET) => "ECONNRESET".into(),
         Some(libc::ECONNABORTED) => "ECONNABORTED".into(),
+        Some(libc::EPROTONOSUPPORT | libc::ENOPROTOOPT) => "no such protocol".into(),
         Some(libc::EADDRINUSE) => "EADDRINUSE".into(),
         _ => error.to_string(),
     })

@@ -129,6 +129,42 @@ proptest! {
         }
     }
 
+    /// By what is written alone: rows that the rules add for their ports must never change who has to answer.
+    #[test]
+    fn what_is_written_decides_whatever_rows_the_ports_of_rules_add(rules in rules()) {
+        let Ok(policy) = load(&rules.text()) else { return Ok(()) };
+        let region = |network: usize, port: usize| Region::parse(&format!("{}:{}", NETWORKS[network], PORTS[port])).unwrap();
+        let meshes = rules.destinations.iter().map(|(network, port, id)| (region(*network, *port), Some(IDS[*id])));
+        let plain = rules.bypasses.iter().map(|(network, port, _)| (region(*network, *port), None));
+        let written: Vec<_> = meshes.chain(plain).collect();
+        for (_, to) in questions() {
+            let deciding = written
+                .iter()
+                .filter(|(region, _)| region.contains(to))
+                .max_by_key(|(region, _)| (region.port.is_some(), region.network.prefix_len()));
+            let expected = deciding.and_then(|(_, expected)| *expected).map(id);
+            prop_assert_eq!(policy.expected(to), expected.as_ref(), "{}", to);
+            for from in IDS.map(id) {
+                let udp = policy.udps.iter().any(|udp| udp.region.contains(to) && udp.from.matches(&from));
+                prop_assert_eq!(policy.udp(&from, to).is_some(), expected.is_some() && udp, "UDP {} {}", from, to);
+                let allowed = |expected: &SpiffeId| policy.allows.iter().any(|allow| {
+                    allow.from.matches(&from) && allow.to.matches(expected) && allow.ports.contain(to.port())
+                });
+                let bypassed = |bypass: &Plain| bypass.region.contains(to) && bypass.from.matches(&from);
+                match (policy.outbound(&from, to), &expected) {
+                    (Outbound::Mesh { .. }, Some(expected)) => prop_assert!(allowed(expected), "{} {}", from, to),
+                    (Outbound::Deny, Some(expected)) => prop_assert!(!allowed(expected), "{} {}", from, to),
+                    (Outbound::Bypass(_), None) => prop_assert!(policy.bypasses.iter().any(bypassed), "{} {}", from, to),
+                    (Outbound::Deny, None) => {
+                        let exact = |bypass: &&Plain| deciding.is_some_and(|(region, _)| *region == bypass.region);
+                        prop_assert!(!policy.bypasses.iter().filter(exact).any(bypassed), "{} {}", from, to);
+                    }
+                    (found, expected) => prop_assert!(false, "{} {}: {:?}, not {:?}", from, to, found, expected),
+                }
+            }
+        }
+    }
+
     #[test]
     fn removing_an_allow_rule_never_allows_more_and_never_changes_a_bypass(rules in rules(), which in 0usize..6) {
         let Ok(more) = load(&rules.text()) else { return Ok(()) };
