@@ -5,8 +5,7 @@
 use crate::offload::record::{FULL_RECORD, MAX_PLAINTEXT};
 use std::{cell::RefCell, io, ops::Range};
 
-/// The most records that are read, sealed and written at once: a system call costs more than its share of a record, and
-/// beyond a mebibyte nothing is gained (docs/adr/0003-records-in-user-space.md).
+/// The most records that are read, sealed and written at once: a mebibyte, so that a system call is shared by many.
 pub(super) const MAX_BATCH: usize = 64;
 
 /// One for each thread, so for each shard.
