@@ -42,31 +42,39 @@ if [ -d /etc/sysctl.d ]; then
 fi
 
 # The agent, on the machines that are to have one. Build it on the host first: cargo xtask build
-agent=$here/../target/release/wimsey
-if [ "$role" = guest ] || [ "$role" = stranger ]; then
+if [ "$role" = guest ]; then
 	exit 0
 fi
-if [ ! -x "$agent" ]; then
-	echo "no $agent: run \`cargo xtask build\` on the host, then \`vagrant provision\`" >&2
+if ! grep -q ' beta$' /etc/hosts; then
+	printf '192.168.57.11 alpha\n192.168.57.12 beta\n192.168.57.13 stranger\n' >>/etc/hosts
+fi
+if [ "$role" = stranger ]; then
+	exit 0
+fi
+target=$here/../target
+if [ ! -x "$target/release/wimsey" ] || [ ! -d "$target/vagrant-ca" ]; then
+	echo "no agent or no authority below target/: run 'cargo xtask build' and 'vagrant up' on the host" >&2
 	exit 1
 fi
-install -m 755 "$agent" /usr/local/bin/wimsey
+install -m 755 "$target/release/wimsey" /usr/local/bin/wimsey
 mkdir -p /etc/wimsey/policies /var/lib/wimsey /var/log/wimsey
-grep -q ' beta$' /etc/hosts || printf '192.168.57.11 alpha\n192.168.57.12 beta\n192.168.57.13 stranger\n' >>/etc/hosts
-
-# One authority for both nodes. Alpha makes it and leaves it in the shared folder; a real fleet uses SPIRE.
-shared=$here/../target/vagrant-ca
-if [ ! -d "$shared" ]; then
-	wimsey ca init --trust-domain example.org --dir "$shared"
-fi
 if [ ! -d /etc/wimsey/ca ]; then
-	cp -r "$shared" /etc/wimsey/ca
+	cp -r "$target/vagrant-ca" /etc/wimsey/ca
+	chown -R root:root /etc/wimsey/ca
 	chmod -R go= /etc/wimsey/ca
 fi
-cp "$here/policy.toml" /etc/wimsey/policies/lab.toml
+cp "$here/policies/lab.toml" /etc/wimsey/policies/lab.toml
 cp "$here/agent.toml" /etc/wimsey/agent.toml
 cp "$here/wimsey.service" /etc/systemd/system/wimsey.service
+
+# Debian's Redis listens on loopback alone; here it is the agents that keep strangers out.
+if [ "$role" = beta ]; then
+	mkdir -p /etc/systemd/system/redis-server.service.d
+	printf '[Service]\nExecStart=\nExecStart=/usr/bin/redis-server /etc/redis/redis.conf --bind 0.0.0.0 --protected-mode no\n' \
+		>/etc/systemd/system/redis-server.service.d/lab.conf
+fi
 systemctl daemon-reload
+wimsey check --config /etc/wimsey/agent.toml
 systemctl enable --now wimsey.service
 systemctl restart nginx.service redis-server.service
 wimsey status

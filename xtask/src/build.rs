@@ -35,22 +35,46 @@ pub fn agent() -> Fallible<Built> {
 
 /// Builds the lab's tests and programs without running them.
 pub fn lab() -> Fallible<Lab> {
+    let mut built = artifacts("lab", &["-p", "lab", "--bins", "--tests"])?;
+    // A program's own unit tests bear its name; there are none worth a guest's time.
+    let named = |list: &[Artifact], name: &str| list.iter().any(|artifact| !artifact.test && artifact.name == name);
     let mut lab = Lab { tests: Vec::new(), programs: Vec::new() };
-    let command = setup::cargo(&["test", "-p", "lab", "--bins", "--tests", "--no-run", "--message-format=json"]);
-    let each = |line: &str| {
-        if let Some(artifact) = artifact(line) {
-            let list = if artifact.test { &mut lab.tests } else { &mut lab.programs };
-            list.retain(|(name, _)| *name != artifact.name);
-            list.push((artifact.name, artifact.executable));
+    built.sort_by(|one, other| one.name.cmp(&other.name));
+    for artifact in &built {
+        if !artifact.test {
+            lab.programs.push((artifact.name.clone(), artifact.executable.clone()));
+        } else if !named(&built, &artifact.name) && artifact.name != "lab" {
+            lab.tests.push((artifact.name.clone(), artifact.executable.clone()));
         }
+    }
+    Ok(lab)
+}
+
+/// Builds the agent's own tests that a kernel matters to: its unit tests, and those of the kernel programs.
+pub fn agent_tests() -> Fallible<Vec<(String, PathBuf)>> {
+    let mut args = vec!["-p", "wimsey", "--lib"];
+    args.extend(PRIVILEGED.iter().flat_map(|name| ["--test", name]));
+    let built = artifacts("tests of wimsey", &args)?;
+    Ok(built
+        .into_iter()
+        .filter(|artifact| artifact.test)
+        .map(|artifact| (artifact.name, artifact.executable))
+        .collect())
+}
+
+/// The agent's integration tests that load kernel programs.
+pub const PRIVILEGED: &[&str] = &["intercept"];
+
+fn artifacts(label: &str, what: &[&str]) -> Fallible<Vec<Artifact>> {
+    let mut args = vec!["test", "--no-run", "--message-format=json"];
+    args.extend(what);
+    let mut found: Vec<Artifact> = Vec::new();
+    let each = |line: &str| {
+        found.extend(artifact(line));
         true
     };
-    let step = step("lab").each_line(each);
-    step.run(command)?;
-    // A program's own unit tests come as a test of the same name as the program; they are part of the list.
-    lab.tests.sort();
-    lab.programs.sort();
-    Ok(lab)
+    step(format!("build {label}")).each_line(each).run(setup::cargo(&args))?;
+    Ok(found)
 }
 
 /// Where the kernel programs' object is.

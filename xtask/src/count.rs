@@ -46,12 +46,16 @@ impl Count {
     }
 }
 
-/// Reads what test programs print, line by line (libtest's format, plus `SKIPPED (reason): name`).
+/// Reads what test programs print with `--show-output`, line by line. A test skips by printing `SKIPPED (reason): name`,
+/// or `skipped: reason` where its own name is known from the heading of its output.
 #[derive(Default)]
 pub struct Reader {
     count: Count,
     announced: Option<usize>,
     running: String,
+    /// Whether what is read now is the output of tests that failed, and whose.
+    failures: bool,
+    speaker: Option<String>,
     failed_here: Vec<String>,
     skipped_here: Vec<(String, String)>,
 }
@@ -60,29 +64,28 @@ impl Reader {
     /// One line.
     pub fn line(&mut self, line: &str) {
         let line = line.trim_end();
-        if let Some(rest) =
-            line.trim_start().strip_prefix("Running ").or_else(|| line.trim_start().strip_prefix("Doc-tests "))
-        {
+        let start = line.trim_start();
+        if let Some(rest) = start.strip_prefix("Running ").or_else(|| start.strip_prefix("Doc-tests ")) {
             self.running = rest.split(" (").next().unwrap_or(rest).to_owned();
         } else if let Some(rest) = line.strip_prefix("running ") {
             self.lost();
             self.announced = rest.split(' ').next().and_then(|number| number.parse().ok());
         } else if let Some(rest) = line.strip_prefix("test result: ") {
             self.result(rest);
-        } else if let Some((reason, name)) = skipped(line) {
-            if !self.skipped_here.iter().any(|(known, _)| *known == name) {
-                self.skipped_here.push((name, reason));
-            }
+        } else if line == "failures:" || line == "successes:" {
+            self.failures = line == "failures:";
+            self.speaker = None;
         } else if let Some(name) = line.strip_prefix("---- ").and_then(|rest| rest.strip_suffix(" stdout ----")) {
-            self.fail(name);
-        } else if let Some((name, outcome)) = line.strip_prefix("test ").and_then(|rest| rest.split_once(" ... ")) {
-            if outcome == "FAILED" {
+            self.speaker = Some(name.to_owned());
+            if self.failures {
                 self.fail(name);
-            } else if let Some(rest) = outcome.strip_prefix("ignored") {
-                let reason = rest.trim_start_matches([',', ' ']);
-                let reason = if reason.is_empty() { "ignored" } else { reason };
-                self.count.skipped.push((name.to_owned(), reason.to_owned()));
             }
+        } else if let Some((reason, name)) = skipped(line) {
+            self.skip(&name, &reason);
+        } else if let (Some(reason), Some(name)) = (line.strip_prefix("skipped: "), self.speaker.clone()) {
+            self.skip(&name, reason);
+        } else if let Some((name, outcome)) = line.strip_prefix("test ").and_then(|rest| rest.split_once(" ... ")) {
+            self.outcome(name, outcome);
         }
     }
 
@@ -92,9 +95,27 @@ impl Reader {
         self.count
     }
 
+    fn outcome(&mut self, name: &str, outcome: &str) {
+        if outcome == "FAILED" {
+            self.fail(name);
+        } else if let Some(rest) = outcome.strip_prefix("ignored") {
+            let reason = rest.trim_start_matches([',', ' ']);
+            let reason = if reason.is_empty() { "ignored" } else { reason };
+            self.count.skipped.push((name.to_owned(), reason.to_owned()));
+        }
+    }
+
     fn fail(&mut self, name: &str) {
         if !self.failed_here.iter().any(|known| known == name) {
             self.failed_here.push(name.to_owned());
+        }
+    }
+
+    fn skip(&mut self, name: &str, reason: &str) {
+        // The same test may be named with and without its module.
+        let last = |name: &str| name.rsplit("::").next().unwrap_or_default().to_owned();
+        if !self.skipped_here.iter().any(|(known, _)| last(known) == last(name)) {
+            self.skipped_here.push((name.to_owned(), reason.to_owned()));
         }
     }
 
@@ -108,19 +129,26 @@ impl Reader {
         while self.failed_here.len() < failed {
             self.failed_here.push(format!("one of {}", self.running));
         }
+        // A test that says that it skips and fails all the same has failed.
+        let failed_here = &self.failed_here;
+        self.skipped_here.retain(|(name, _)| !failed_here.contains(name));
         self.count.passed += passed.saturating_sub(self.skipped_here.len());
-        self.count.failed.append(&mut self.failed_here);
-        self.count.skipped.append(&mut self.skipped_here);
+        self.settle();
         self.announced = None;
     }
 
     /// A test program that began and never said its result.
     fn lost(&mut self) {
         if let Some(number) = self.announced.take() {
-            self.count.failed.append(&mut self.failed_here);
-            self.count.skipped.append(&mut self.skipped_here);
+            self.settle();
             self.count.failed.push(format!("{}: ended without a result ({number} tests)", self.running));
         }
+    }
+
+    fn settle(&mut self) {
+        self.count.failed.append(&mut self.failed_here);
+        self.count.skipped.append(&mut self.skipped_here);
+        (self.failures, self.speaker) = (false, None);
     }
 }
 
@@ -171,6 +199,17 @@ mod tests {
         assert_eq!(count.line(), "1 passed, 0 failed, 2 skipped");
         assert!(count.details().contains("(no kernel TLS (CONFIG_TLS=n)): kernel_engine_carries_http"));
         assert!(count.details().contains("(needs a day): slow"));
+    }
+
+    #[test]
+    fn the_output_of_a_test_that_passed_is_no_failure_and_may_say_skipped() {
+        let count = read(
+            "running 3 tests\ntest x::one ... ok\ntest x::two ... ok\ntest x::three ... ok\n\nsuccesses:\n\n\
+             ---- x::one stdout ----\nskipped: no openssl on PATH\n\n---- x::three stdout ----\nSKIPPED (needs root): three\n\
+             skipped: needs root\n\nsuccesses:\n    x::one\n    x::two\n    x::three\n\n\
+             test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1s\n",
+        );
+        assert_eq!(count.line(), "1 passed, 0 failed, 2 skipped");
     }
 
     #[test]

@@ -18,7 +18,7 @@ hostname guest
 ulimit -n 524288
 mark=$(sed 's/.*wimsey.mark=\([^ ]*\).*/\1/' /proc/cmdline)
 code=125
-if sh /vagrant/provision.sh; then
+if sh /wimsey/vagrant/provision.sh guest; then
 	echo "$mark:begin"
 	sh /job
 	code=$?

@@ -29,7 +29,7 @@ cargo xtask <verb>
   test [tier...] [-- word]  tiers: pure, namespaces, vm; all of them without a name; only tests whose name has the word
   vm [kernel...] [-- cmd]   boot Debian kernels in QEMU (a suite, a version such as 6.12, or newest) and run a command
   policy <dir...>           check policies and run their [[expect]] cases
-  bench [-- word]           the benchmarks
+  bench [figures] [-- ...]  the benchmarks of benches/, or the lab's figures against plain TCP and nginx
   help                      this
 
 Each verb brings what it needs first; what is there already is left alone. Logs: target/xtask/logs";
@@ -63,7 +63,7 @@ fn verb(words: &[String]) -> Fallible {
         "test" => test::verb(rest, after),
         "vm" => vm::verb(rest, after),
         "policy" => check::policy(rest),
-        "bench" => bench(after),
+        "bench" => bench(rest, after),
         "help" | "--help" | "-h" => {
             println!("{HELP}");
             Ok(())
@@ -72,15 +72,30 @@ fn verb(words: &[String]) -> Fallible {
     }
 }
 
-/// The benchmarks of `benches/`.
-fn bench(filter: &[String]) -> Fallible {
+/// The benchmarks of `benches/`, and the lab's figures: the same traffic plain, through Wimsey and through nginx.
+fn bench(words: &[String], filter: &[String]) -> Fallible {
     setup::ensure(&[Need::Toolchain])?;
-    let mut command = setup::cargo(&["bench", "-p", "wimsey-benches", "--"]);
-    command.args(filter);
     let show = |line: &str| {
         println!("{line}");
         true
     };
-    let ended = run::step("benchmarks").unshown().each_line(show).watch(command)?;
-    if ended.success() { Ok(()) } else { Err(format!("benchmarks: {}", ended.how()).into()) }
+    let (label, command) = match words {
+        [] => {
+            let mut command = setup::cargo(&["bench", "-p", "wimsey-benches", "--"]);
+            command.args(filter);
+            ("benchmarks", command)
+        }
+        [word] if word == "figures" => {
+            setup::ensure(&[Need::Lab])?;
+            build::agent()?;
+            let build = setup::cargo(&["build", "--release", "-p", "lab", "--bins"]);
+            run::step("lab, release").run(build)?;
+            let mut command = run::merged(run::root().join("target/release/lab-figures"));
+            command.args(filter).current_dir(run::root());
+            ("figures", command)
+        }
+        _ => return Err("usage: cargo xtask bench [figures] [-- word]".into()),
+    };
+    let ended = run::step(label).unshown().each_line(show).watch(command)?;
+    if ended.success() { Ok(()) } else { Err(format!("{label}: {}", ended.how()).into()) }
 }

@@ -261,7 +261,10 @@ fn bpf_linker() -> Fallible {
         "--features",
         &format!("llvm-{LLVM}"),
     ]);
-    command.env(format!("LLVM_SYS_{LLVM}1_PREFIX"), format!("/usr/lib/llvm-{LLVM}"));
+    // The linker's build script and the bindings that it uses look for LLVM under different names.
+    for name in ["LLVM_PREFIX".to_owned(), format!("LLVM_SYS_{LLVM}1_PREFIX")] {
+        command.env(name, format!("/usr/lib/llvm-{LLVM}"));
+    }
     install_tool(&format!("bpf-linker {BPF_LINKER} with LLVM {LLVM}"), command, &bpf_linker_dir())
 }
 
@@ -282,13 +285,7 @@ fn cargo_deny() -> Fallible {
     if cargo_deny_dir().join("bin/cargo-deny").is_file() {
         return Ok(());
     }
-    let mut command = cargo(&["install", "cargo-deny", "--version", CARGO_DENY, "--locked"]);
-    // It runs for a second or two, so a fast program is not worth minutes of optimising.
-    command.envs([
-        ("CARGO_PROFILE_RELEASE_OPT_LEVEL", "0"),
-        ("CARGO_PROFILE_RELEASE_LTO", "off"),
-        ("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "16"),
-    ]);
+    let command = cargo(&["install", "cargo-deny", "--version", CARGO_DENY, "--locked"]);
     install_tool(&format!("cargo-deny {CARGO_DENY}"), command, &cargo_deny_dir())
 }
 
@@ -301,6 +298,13 @@ fn install_tool(label: &str, mut command: Command, place: &Path) -> Fallible {
         let _ = fs::remove_dir_all(&remove);
     });
     command.arg("--root").arg(&partial).env("CARGO_TARGET_DIR", &scratch);
+    // The tools run for a second or two (LLVM, which does the linker's work, is compiled already): a fast program is not
+    // worth minutes of optimising.
+    command.envs([
+        ("CARGO_PROFILE_RELEASE_OPT_LEVEL", "0"),
+        ("CARGO_PROFILE_RELEASE_LTO", "off"),
+        ("CARGO_PROFILE_RELEASE_CODEGEN_UNITS", "16"),
+    ]);
     // Away from the checkout, so that its configuration does not reach the tool's build.
     command.current_dir("/");
     step(label).run(command)?;

@@ -120,7 +120,7 @@ pub fn named_tests(page: &str) -> Vec<String> {
         let line = line.trim();
         if line.starts_with('|') {
             let cells: Vec<&str> = line.trim_matches('|').split('|').map(str::trim).collect();
-            if let Some(at) = cells.iter().position(|cell| matches!(*cell, "Test" | "Tests")) {
+            if let Some(at) = cells.iter().position(|cell| is_heading(cell)) {
                 column = Some(at);
             } else if let Some(cell) = column.and_then(|at| cells.get(at)) {
                 found.extend(quoted(cell));
@@ -137,6 +137,10 @@ pub fn named_tests(page: &str) -> Vec<String> {
     found.sort();
     found.dedup();
     found
+}
+
+fn is_heading(cell: &str) -> bool {
+    cell.eq_ignore_ascii_case("test") || cell.eq_ignore_ascii_case("tests")
 }
 
 fn quoted(text: &str) -> Vec<String> {
@@ -272,7 +276,7 @@ mod tests {
     #[test]
     fn tests_are_read_from_a_page_of_promises() {
         let page = "- No plaintext. Test: `flows::no_plaintext_is_seen`, `half_close_works`\n\
-                    | Promise | Test |\n|---|---|\n| `x` is small | `x_is_small` |\n\nThe map `net_prio` is no test.\n";
+                    | promise | test |\n|---|---|\n| `x` is small | `x_is_small` |\n\nThe map `net_prio` is no test.\n";
         assert_eq!(named_tests(page), ["half_close_works", "no_plaintext_is_seen", "x_is_small"]);
     }
 

@@ -5,7 +5,7 @@
 //!
 //! *Invariant:* the last line is the sum of all tiers, and a tier that could not run at all is in it as skipped.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::Command;
 use std::time::{Duration, Instant};
 
@@ -33,24 +33,47 @@ pub fn verb(tiers: &[String], filter: &[String]) -> Fallible {
     let mut report = Report::default();
     setup::ensure(&[Need::Toolchain])?;
     if wanted("pure") {
-        report.tier("pure", || pure(filter))?;
+        report.tier("pure", || pure(filter));
     }
     if wanted("namespaces") || wanted("vm") {
-        // Without the programs some tests of the lab say so; without the linker there is no agent to test.
-        let missing = setup::ensure(&[Need::Lab]).err();
-        if let Some(failure) = missing {
+        // Without its programs the lab says which test needs which; without the linker there is no agent to test.
+        if let Err(failure) = setup::ensure(&[Need::Lab]) {
             println!("  {failure}");
         }
-        let built = build::agent()?;
-        let lab = build::lab()?;
-        if wanted("namespaces") {
-            report.tier("namespaces", || namespaces(&lab, filter))?;
-        }
-        if wanted("vm") {
-            guests(&mut report, &built.wimsey, &lab, filter)?;
+        match setup::ensure(&[Need::Build]) {
+            Ok(()) => privileged(&mut report, wanted("namespaces"), wanted("vm"), filter),
+            Err(failure) => {
+                println!("  {failure}");
+                for tier in ["namespaces", "vm"].into_iter().filter(|tier| wanted(tier)) {
+                    let reason = "the set-up is not complete, see above".to_owned();
+                    report.add(
+                        tier,
+                        Count { skipped: vec![(tier.into(), reason)], ..Count::default() },
+                        Duration::ZERO,
+                    );
+                }
+            }
         }
     }
     report.end(started.elapsed())
+}
+
+/// The tiers that need an agent with its kernel programs.
+fn privileged(report: &mut Report, here: bool, guests: bool, filter: &[String]) {
+    let built = build::agent().and_then(|built| {
+        let (lab, own) = (build::lab()?, build::agent_tests()?);
+        Ok(Programs { wimsey: built.wimsey, lab, own, filter: filter.to_vec() })
+    });
+    let programs = match built {
+        Ok(programs) => programs,
+        Err(failure) => return report.tier("build", || Err(failure)),
+    };
+    if here {
+        report.tier("namespaces", || namespaces(&programs.lab, filter));
+    }
+    if guests {
+        in_guests(report, &programs);
+    }
 }
 
 #[derive(Default)]
@@ -60,11 +83,14 @@ struct Report {
 }
 
 impl Report {
-    fn tier(&mut self, name: &str, run: impl FnOnce() -> Fallible<Count>) -> Fallible {
+    fn tier(&mut self, name: &str, run: impl FnOnce() -> Fallible<Count>) {
         let started = Instant::now();
-        let count = run()?;
+        let count = run().unwrap_or_else(|failure| {
+            println!("  {failure}");
+            let first = failure.to_string().lines().next().unwrap_or_default().to_owned();
+            Count { failed: vec![format!("{name}: {first}")], ..Count::default() }
+        });
         self.add(name, count, started.elapsed());
-        Ok(())
     }
 
     fn add(&mut self, name: &str, count: Count, took: Duration) {
@@ -85,25 +111,45 @@ fn pure(filter: &[String]) -> Fallible<Count> {
     let mut count = Count::default();
     let own = work("own").to_string_lossy().into_owned();
     let xtask = root().join("xtask/Cargo.toml").to_string_lossy().into_owned();
-    let sets: [(&str, Vec<&str>); 2] = [
-        ("tests of wimsey", vec!["test", "--no-fail-fast", "-p", "wimsey", "-p", "wimsey-common"]),
+    let mut targets = vec!["test", "--no-fail-fast", "-p", "wimsey", "-p", "wimsey-common", "--lib", "--bins"];
+    let integration = integration_tests();
+    targets.extend(integration.iter().flat_map(|name| ["--test", name]));
+    let sets: [(&str, Vec<&str>); 3] = [
+        ("tests of wimsey", targets),
+        ("examples in the documentation", vec!["test", "--no-fail-fast", "-p", "wimsey", "--doc"]),
         ("tests of xtask", vec!["test", "--no-fail-fast", "--manifest-path", &xtask, "--target-dir", &own]),
     ];
     for (label, mut args) in sets {
-        if !filter.is_empty() {
-            args.push("--");
-            args.extend(filter.iter().map(String::as_str));
-        }
+        args.extend(["--", "--show-output"]);
+        args.extend(filter.iter().map(String::as_str));
         count.add(libtest(label, setup::cargo(&args))?);
     }
     Ok(count)
 }
 
+/// The agent's integration tests that need no privilege: `agent/tests/NAME.rs` and `agent/tests/NAME/`.
+fn integration_tests() -> Vec<String> {
+    let listed = std::fs::read_dir(root().join("agent/tests")).into_iter().flatten().flatten();
+    let names = listed.map(|entry| entry.file_name().to_string_lossy().trim_end_matches(".rs").to_owned());
+    let mut names: Vec<String> = names.filter(|name| !build::PRIVILEGED.contains(&name.as_str())).collect();
+    names.retain(|name| {
+        let base = root().join("agent/tests").join(name);
+        base.with_extension("rs").is_file() || base.join("main.rs").is_file()
+    });
+    names.sort();
+    names
+}
+
 fn namespaces(lab: &Lab, filter: &[String]) -> Fallible<Count> {
     let mut count = Count::default();
+    let mut args = vec!["test", "--no-fail-fast", "-p", "wimsey"];
+    args.extend(build::PRIVILEGED.iter().flat_map(|name| ["--test", name]));
+    args.extend(["--", "--show-output"]);
+    args.extend(filter.iter().map(String::as_str));
+    count.add(libtest("kernel programs on this host", setup::cargo(&args))?);
     for (name, program) in &lab.tests {
         let mut command = merged(program);
-        command.args(filter).current_dir(root().join("tests"));
+        command.arg("--show-output").args(filter).current_dir(root().join("tests"));
         setup::pin(&mut command);
         count.add(libtest(&format!("lab {name}"), command)?);
     }
@@ -130,34 +176,44 @@ fn libtest(label: &str, command: Command) -> Fallible<Count> {
     Ok(count)
 }
 
-fn guests(report: &mut Report, wimsey: &Path, lab: &Lab, filter: &[String]) -> Fallible {
+/// What the guests run.
+struct Programs {
+    wimsey: PathBuf,
+    lab: Lab,
+    own: Vec<(String, PathBuf)>,
+    filter: Vec<String>,
+}
+
+/// The agent's unit tests that a guest runs: those whose outcome depends on the kernel.
+const KERNEL_MATTERS: &[&str] = &["offload::", "relay::", "handshake::"];
+
+fn in_guests(report: &mut Report, programs: &Programs) {
     let kernels = match vm::kernels(&[]) {
         Ok(kernels) => kernels,
         Err(failure) => {
             let reason = failure.to_string().lines().next().unwrap_or("no kernels").to_owned();
             println!("  {failure}");
             for suite in vm::DEFAULT {
-                report.add(&format!("vm {suite}"), all_skipped(lab, filter, suite, &reason), Duration::ZERO);
+                report.add(&format!("vm {suite}"), all_skipped(programs, suite, &reason), Duration::ZERO);
             }
-            return Ok(());
+            return;
         }
     };
     for kernel in kernels {
-        report.tier(&format!("vm {}", kernel.release), || guest(&kernel, wimsey, lab, filter))?;
+        report.tier(&format!("vm {}", kernel.release), || guest(&kernel, programs));
     }
-    Ok(())
 }
 
-fn guest(kernel: &Kernel, wimsey: &Path, lab: &Lab, filter: &[String]) -> Fallible<Count> {
+fn guest(kernel: &Kernel, programs: &Programs) -> Fallible<Count> {
     let mut reader = Reader::default();
-    let verdict = vm::boot(kernel, &job(wimsey, lab, filter)?, |line| reader.line(line))?;
+    let verdict = vm::boot(kernel, &job(programs)?, |line| reader.line(line))?;
     let mut count = reader.end();
     // The kernels of this tier all have what engine `kernel` needs. Where it was not used, something is broken.
-    let (engine, others) = count.skipped.into_iter().partition(|(_, reason)| reason.contains("engine"));
+    let unused = |(_, reason): &(String, String)| reason.contains("engine") || reason.contains("TLS");
+    let (engine, others) = count.skipped.into_iter().partition(unused);
     count.skipped = others;
-    count
-        .failed
-        .extend(engine.into_iter().map(|(name, reason): (String, String)| format!("{name}: skipped ({reason})")));
+    let failed = |(name, reason): (String, String)| format!("{name}: skipped ({reason})");
+    count.failed.extend(engine.into_iter().map(failed));
     if let Some(trouble) = &verdict.trouble {
         count.failed.push(format!("the guest itself: {trouble}"));
     } else if !verdict.success() && count.failed.is_empty() {
@@ -166,48 +222,44 @@ fn guest(kernel: &Kernel, wimsey: &Path, lab: &Lab, filter: &[String]) -> Fallib
     if !count.failed.is_empty() {
         println!("{}\n  whole console: {}", crate::run::tail(&verdict.log, 60), verdict.log.display());
     }
-    for (name, _) in &mut count.skipped {
-        *name = format!("{} on {}", name, kernel.series());
-    }
-    for name in &mut count.failed {
-        *name = format!("{} on {}", name, kernel.series());
-    }
+    let names = count.skipped.iter_mut().map(|(name, _)| name).chain(&mut count.failed);
+    names.for_each(|name| *name = format!("{name} on {}", kernel.series()));
     Ok(count)
 }
 
-/// The lab in a guest: the same test programs, one after the other.
-fn job(wimsey: &Path, lab: &Lab, filter: &[String]) -> Fallible<Job> {
-    let mut programs = vec![(build::stripped(wimsey)?, "/usr/local/bin/wimsey".to_owned())];
-    for (name, program) in &lab.programs {
-        programs.push((build::stripped(program)?, format!("/lab/{name}")));
-    }
-    let mut names = Vec::new();
-    for (name, program) in lab.tests.iter().filter(|(name, _)| !lab.programs.iter().any(|(other, _)| other == name)) {
-        programs.push((build::stripped(program)?, format!("/lab/test-{name}")));
-        names.push(name.as_str());
-    }
-    let filter: String = filter.iter().map(|word| format!(" '{}'", word.replace('\'', "'\\''"))).collect();
-    let mut job = Job::new(
-        "lab",
-        &format!(
-            "export WIMSEY_ENGINE=kernel WIMSEY_BIN=/usr/local/bin/wimsey LAB_APP=/lab/lab-app LAB_SLOW={GUEST_SLOWNESS}\n\
-             cd /tmp\nwimsey doctor\ncode=0\nfor name in {}; do\n  echo \"Running $name\"\n  /lab/test-$name{filter} || code=1\n\
-             done\nexit $code",
-            names.join(" ")
-        ),
+/// The lab, the kernel programs' tests and the engine's, one program after the other.
+fn job(programs: &Programs) -> Fallible<Job> {
+    let quote = |word: &String| format!(" '{}'", word.replace('\'', "'\\''"));
+    let filter: String = programs.filter.iter().map(quote).collect();
+    let mut script = format!(
+        "export WIMSEY_ENGINE=kernel WIMSEY_TEST_ENGINE=kernel WIMSEY_BIN=/usr/local/bin/wimsey LAB_APP=/lab/lab-app\n\
+         export LAB_SLOW={GUEST_SLOWNESS} RUST_BACKTRACE=0\ncd /tmp\nwimsey doctor\ncode=0\n"
     );
-    job.programs = programs;
+    let mut job = Job::new("lab", "");
+    job.programs.push((build::stripped(&programs.wimsey)?, "/usr/local/bin/wimsey".to_owned()));
+    for (name, program) in &programs.lab.programs {
+        job.programs.push((build::stripped(program)?, format!("/lab/{name}")));
+    }
+    let own = programs.own.iter().map(|program| (program, true));
+    for ((name, program), own) in own.chain(programs.lab.tests.iter().map(|program| (program, false))) {
+        job.programs.push((build::stripped(program)?, format!("/lab/test-{name}")));
+        // libtest takes several words as "any of them": the person's replace the choice of rooms.
+        let rooms = own && name == "wimsey" && filter.is_empty();
+        let words = if rooms { KERNEL_MATTERS.iter().map(|room| format!(" {room}")).collect() } else { filter.clone() };
+        script.push_str(&format!("echo 'Running {name}'\n/lab/test-{name} --show-output{words} || code=1\n"));
+    }
+    script.push_str("exit $code");
+    job.script = script;
     job.limit = GUEST_LIMIT;
     job.silence = GUEST_SILENCE;
     Ok(job)
 }
 
 /// Every test of the lab, as skipped for one reason.
-fn all_skipped(lab: &Lab, filter: &[String], suite: &str, reason: &str) -> Count {
+fn all_skipped(programs: &Programs, suite: &str, reason: &str) -> Count {
     let mut count = Count::default();
-    let programs: Vec<&PathBuf> = lab.tests.iter().map(|(_, program)| program).collect();
-    for program in programs {
-        let listed = Command::new(program).arg("--list").args(filter).output();
+    for (_, program) in &programs.lab.tests {
+        let listed = Command::new(program).arg("--list").args(&programs.filter).output();
         let listed = listed.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
         for name in listed.lines().filter_map(|line| line.strip_suffix(": test")) {
             count.skipped.push((format!("{name} on {suite}"), reason.to_owned()));

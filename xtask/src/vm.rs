@@ -51,6 +51,7 @@ const MODULES: &[&str] = &[
     "udp_diag",
     "unix_diag",
     "sch_netem",
+    "bridge",
     "sch_ingress",
     "cls_bpf",
     "mptcp_diag",
@@ -317,7 +318,7 @@ fn image(kernel: &Kernel, job: &Job) -> Fallible<PathBuf> {
     let mut image = Image::new();
     image.text("/init", 0o755, include_str!("guest-init.sh"));
     image.text("/job", 0o755, format!("#!/bin/sh\n{}\n", job.script));
-    image.copy("/vagrant/provision.sh", &root().join("vagrant/provision.sh"))?;
+    image.copy("/wimsey/vagrant/provision.sh", &root().join("vagrant/provision.sh"))?;
     image.text("/etc/passwd", 0o644, PASSWD);
     image.text("/etc/group", 0o644, GROUP);
     image.text("/etc/hosts", 0o644, "127.0.0.1 localhost\n::1 localhost\n");
