@@ -24,7 +24,6 @@ const HEADER: usize = 5;
 const MAX_BODY: usize = (1 << 14) + 256;
 
 /// A connection that is about to begin.
-#[expect(clippy::large_enum_variant, reason = "there is one on the stack of a handshake, and both are large")]
 pub(super) enum Machine {
     Client(UnbufferedClientConnection),
     Server(UnbufferedServerConnection),

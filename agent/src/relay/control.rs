@@ -191,7 +191,8 @@ mod tests {
 
     #[test]
     fn each_record_has_the_consequence_that_the_standard_gives_it() {
-        let rows: &[(bool, ContentType, &[u8], Result<Act, Violation>)] = &[
+        type Row = (bool, ContentType, &'static [u8], Result<Act, Violation>);
+        let rows: &[Row] = &[
             (true, A, &[1, 0], Ok(Act::CloseNotify)),
             (true, A, &[2, 0], Ok(Act::CloseNotify)),
             (true, A, &[1, 90], Ok(Act::Nothing)),

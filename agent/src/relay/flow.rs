@@ -182,7 +182,7 @@ impl<L: Lane> Flow<L> {
         }
         if self.up == Half::Open {
             let outbound = self.lane.outbound(&self.application, self.up_batch, scratch);
-            match outbound.map_err(|fault| application_fault(fault))? {
+            match outbound.map_err(application_fault)? {
                 Outbound::Blocked => wants.application_read = true,
                 Outbound::End => self.up = Half::Ended,
                 Outbound::Bytes { taken, wire } => {
@@ -395,14 +395,14 @@ impl<L: Lane> Flow<L> {
         let up_under_way = !self.up_pending.is_empty() || matches!(self.up, Half::Ended | Half::Draining);
         let under_way = up_under_way || !self.down_pending.is_empty();
         let idle = limits.idle.map(|idle| (moved + idle, Some(CloseReason::Idle)));
+        let now = Instant::now();
         // Once it is due it is looked at every second, for as long as the receiver is just slow.
         let stall = under_way.then(|| {
-            let at = (moved + limits.stall).max(Instant::now() + MAX_TICK);
-            (at, Some(CloseReason::Stalled))
+            let due = moved + limits.stall;
+            (if due > now { due } else { now + MAX_TICK }, Some(CloseReason::Stalled))
         });
         let tick = (up_under_way && self.lane.needs_ticks()).then(|| {
             // As long again as it has been waiting.
-            let now = Instant::now();
             (now + now.duration_since(moved).clamp(MIN_TICK, MAX_TICK), None)
         });
         [idle, stall, tick].into_iter().flatten().min_by_key(|(at, _)| *at)

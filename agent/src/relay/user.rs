@@ -126,7 +126,7 @@ impl Lane for User {
         };
         let spent = Fault::Ours(CloseReason::KeysSpent);
         let (mut rest, mut end) = (taken, 0);
-        for slot in scratch.bytes.chunks_exact_mut(FULL_RECORD) {
+        for slot in scratch.bytes.as_chunks_mut::<FULL_RECORD>().0 {
             let length = rest.min(MAX_PLAINTEXT);
             end += self.keys.sealer.seal(ContentType::APPLICATION_DATA, slot, length).map_err(|_| spent)?;
             rest -= length;
@@ -204,7 +204,9 @@ impl Lane for User {
 fn read_into_bodies(application: &TcpStream, batch: Batch, scratch: &mut Scratch) -> io::Result<Read> {
     let bodies = scratch
         .bytes
-        .chunks_exact_mut(FULL_RECORD)
+        .as_chunks_mut::<FULL_RECORD>()
+        .0
+        .iter_mut()
         .take(batch.records())
         .filter_map(|slot| slot.get_mut(HEADER..HEADER + MAX_PLAINTEXT));
     let mut parts: [IoSliceMut<'_>; MAX_BATCH] = std::array::from_fn(|_| IoSliceMut::new(&mut []));

@@ -1,6 +1,7 @@
 //! How connections live and end: half-closes, resets, limits, and orders to stop.
 
 use super::*;
+use crate::relay::buffers::{Batch, Scratch};
 use crate::{
     handshake::{
         accept, connect,
@@ -204,4 +205,59 @@ async fn a_plain_pipe_passes_resets_and_half_closes_on_too() {
     relay.application.set_zero_linger().unwrap();
     assert_eq!(relay.closed().await.closed, CloseReason::ApplicationReset);
     assert!(is_reset(&mut right).await);
+}
+
+/// A network that takes nothing although it has room: kernel TLS without memory.
+struct Stuck;
+
+impl lane::Lane for Stuck {
+    const TLS: bool = true;
+    fn outbound(
+        &mut self,
+        from: &TcpStream,
+        batch: Batch,
+        scratch: &mut Scratch,
+    ) -> Result<lane::Outbound, lane::Fault> {
+        Plain.outbound(from, batch, scratch)
+    }
+    fn inbound(&mut self, from: &TcpStream, batch: Batch, scratch: &mut Scratch) -> Result<lane::Inbound, lane::Fault> {
+        Plain.inbound(from, batch, scratch)
+    }
+    fn write(&mut self, to: &TcpStream, bytes: &[u8]) -> std::io::Result<usize> {
+        crate::relay::socket::write_unasked(to, bytes.len(), || Err(rustix::io::Errno::AGAIN))
+    }
+    fn say(&mut self, _: &TcpStream, _: lane::Say, _: &mut buffers::Pending) -> Result<bool, lane::Fault> {
+        Ok(false)
+    }
+    fn needs_ticks(&self) -> bool {
+        true
+    }
+}
+
+#[tokio::test]
+async fn a_kernel_that_has_room_and_takes_nothing_is_given_up_and_a_slow_reader_is_not() {
+    let limits = Limits { idle: None, stall: Duration::from_millis(300) };
+    let (mut left, own) = pair().await;
+    let (network, _right) = pair().await;
+    left.write_all(b"never sent").await.unwrap();
+    let progress = Progress::default();
+    let flow = Flow::new(own, network, Stuck).run(&limits, pending(), &progress);
+    assert_eq!(timeout(Duration::from_secs(5), flow).await.expect("given up"), CloseReason::Stalled);
+    assert!(is_reset(&mut left).await);
+
+    let (left, own) = pair().await;
+    let (network, mut right) = pair().await;
+    let relay = Relay::over(left, Pipe::plain(own, network).unwrap(), limits);
+    let (mut read, mut write) = relay.application.into_split();
+    let sending = tokio::spawn(async move {
+        write.write_all(&noise(32 << 20, 1)).await.unwrap();
+        write.shutdown().await.unwrap();
+    });
+    sleep(Duration::from_secs(3)).await;
+    assert!(!relay.tally.is_finished(), "nobody reads, and that is their right");
+    assert_eq!(read_to_end(&mut right).await.len(), 32 << 20);
+    right.shutdown().await.unwrap();
+    sending.await.unwrap();
+    assert_eq!(read.read(&mut [0]).await.unwrap(), 0);
+    assert_eq!(relay.tally.await.unwrap().closed, CloseReason::Complete);
 }
