@@ -152,25 +152,43 @@ struct Walk<'a> {
 }
 
 impl<'a> Walk<'a> {
-    async fn outbound(&self, mut attempt: Attempt<'a>, flow: Flow) {
+    /// Who is it, and what may it do? `None` where that was answered for good: refused, or carried in plaintext.
+    async fn admit(&self, mut attempt: Attempt<'a>, flow: Flow) -> Option<(Attempt<'a>, Permit)> {
         let parties = match identify::identify(flow, &self.policy, &self.shared.identities).await {
             Ok(parties) => parties,
-            // A process without an identity has no business at a mesh destination; elsewhere it is none of ours.
-            Err(refused) if refused.error.is_unknown() && !self.policy.is_mesh(refused.flow.destination.0) => {
-                return self.plaintext(attempt, refused.flow, Basis::LeftAlone, None).await;
+            Err(refused) => {
+                if refused.error.is_unknown() && self.is_nobodys_business(&refused.flow) {
+                    self.plaintext(attempt, refused.flow, Basis::LeftAlone, None).await;
+                } else {
+                    attempt.refuse(refused.flow.socket, &Error::Identify(refused.error));
+                }
+                return None;
             }
-            Err(refused) => return attempt.refuse(refused.flow.socket, &Error::Identify(refused.error)),
         };
         attempt.local().id = Some(parties.workload.id.to_string());
-        let permit = match authorize::authorize(&self.policy, parties) {
-            Ok(Authorized::Mesh(permit)) => permit,
+        match authorize::authorize(&self.policy, parties) {
+            Ok(Authorized::Mesh(permit)) => return Some((attempt, permit)),
             Ok(Authorized::Bypass(bypass)) => {
                 let (parties, rule) = bypass.into_parts();
                 let basis = Basis::Plaintext { local: parties.workload.id.clone() };
-                return self.plaintext(attempt, parties.flow, basis, Some(rule)).await;
+                self.plaintext(attempt, parties.flow, basis, Some(rule)).await;
             }
-            Err(denied) => return attempt.refuse(denied.parties.flow.socket, &Error::Authorize(denied.reason)),
-        };
+            Err(denied) => attempt.refuse(denied.parties.flow.socket, &Error::Authorize(denied.reason)),
+        }
+        None
+    }
+
+    /// The kernel turned it here because it could not know that nobody concerned is enrolled: a process without an
+    /// identity that dials no mesh destination, or a listener without an identity that nothing protects.
+    fn is_nobodys_business(&self, flow: &Flow) -> bool {
+        match flow.direction {
+            Direction::Outbound => !self.policy.is_mesh(flow.destination.0),
+            Direction::Inbound => !flow.protected,
+        }
+    }
+
+    async fn outbound(&self, attempt: Attempt<'a>, flow: Flow) {
+        let Some((mut attempt, permit)) = self.admit(attempt, flow).await else { return };
         match self.meet(&mut attempt, permit).await {
             Ok(Met { pipe, basis, rule }) => self.carry(attempt, pipe, basis, Some(rule)).await,
             Err(unmet) => attempt.refuse(unmet.socket, &unmet.error),
@@ -211,25 +229,8 @@ impl<'a> Walk<'a> {
         }
     }
 
-    async fn inbound(&self, mut attempt: Attempt<'a>, flow: Flow) {
-        let parties = match identify::identify(flow, &self.policy, &self.shared.identities).await {
-            Ok(parties) => parties,
-            // The kernel steered it here because it did not know the listener's owner yet.
-            Err(refused) if refused.error.is_unknown() && !refused.flow.protected => {
-                return self.plaintext(attempt, refused.flow, Basis::LeftAlone, None).await;
-            }
-            Err(refused) => return attempt.refuse(refused.flow.socket, &Error::Identify(refused.error)),
-        };
-        attempt.local().id = Some(parties.workload.id.to_string());
-        let permit = match authorize::authorize(&self.policy, parties) {
-            Ok(Authorized::Mesh(permit)) => permit,
-            Ok(Authorized::Bypass(bypass)) => {
-                let (parties, rule) = bypass.into_parts();
-                let basis = Basis::Plaintext { local: parties.workload.id.clone() };
-                return self.plaintext(attempt, parties.flow, basis, Some(rule)).await;
-            }
-            Err(denied) => return attempt.refuse(denied.parties.flow.socket, &Error::Authorize(denied.reason)),
-        };
+    async fn inbound(&self, attempt: Attempt<'a>, flow: Flow) {
+        let Some((mut attempt, permit)) = self.admit(attempt, flow).await else { return };
         if let Some(rule) = permit.permissive().cloned() {
             // A socket that cannot be looked at is one that the handshake will fail on, and say why.
             if !handshake::looks_like_tls(&permit.parties().flow.socket, SILENCE).await.unwrap_or(true) {

@@ -85,7 +85,12 @@ fn openssl_may_update_its_keys() {
     say(&mut client, "before").unwrap();
     // s_client takes a line of one letter as a command: K updates both keys, k its own.
     for (command, text) in [("k", "after its own"), ("K", "after both")] {
+        // A command has to be read alone: s_client drops what comes with it.
+        let before = client.stderr().matches("KEYUPDATE").count();
         client.say(command).unwrap();
+        let done =
+            clock::until(clock::seconds(20), || (client.stderr().matches("KEYUPDATE").count() > before).then_some(()));
+        assert!(done.is_some(), "no key update: {}", client.stderr());
         let answer = say(&mut client, text);
         let engine = mesh.beta().connections().first().map(|connection| connection["engine"].clone());
         match answer {

@@ -233,15 +233,14 @@ fn a_declared_port_is_protected_before_anybody_listens() {
     let inbound = format!("[[inbound]]\nid = \"{}\"\nlisten = [\"0.0.0.0:{PORT}\", \"[::]:{PORT}\"]\n", id("server"));
     let mesh = or_skip!(lab.only_mesh(&Policy::standard(&lab).raw(&inbound)));
     for to in [lab.beta.at(PORT), lab.beta.at6(PORT)] {
-        let attempt = lab.stranger.within(|| lab::stranger::raw(to, b"hello"));
-        assert!(attempt.answer.is_empty() && attempt.end != "timeout", "{attempt:?}");
+        lab.stranger.within(|| lab::stranger::raw(to, b"hello")).expect_refused();
         lab.expect_no_echo(&lab.alpha, "client", to, &[]);
     }
     let _server = lab.serve_echo(&lab.beta, "server", &[lab.beta.at(PORT)]);
     lab.expect_echo(&lab.alpha, "client", lab.beta.at(PORT), &[]);
     // Somebody else on that port is not the server, but the port stays protected.
     assert!(mesh.beta().records_for(PORT).iter().any(|record| record["decision"] == "denied"));
-    lab.expect_tls(PORT);
+    lab.expect_no_plaintext();
 }
 
 #[test]
@@ -294,5 +293,34 @@ fn an_idle_connection_is_closed_where_policy_says_so() {
     assert!(waited > 500 * u64::from(clock::slowness()), "closed after {waited} ms: {end}");
     let ends = [mesh.alpha(), mesh.beta()].map(|agent| agent.expect_records(PORT, 1)[0]["code"].clone());
     assert!(ends.iter().any(|code| code.as_str().is_some_and(|code| code.contains("idle"))), "{ends:?}");
+    lab.expect_tls(PORT);
+}
+
+#[test]
+fn cgroups_that_appear_later_are_known_as_well() {
+    let lab = lab!();
+    let policy = Policy::empty(&lab)
+        .workload_by("client", &[&format!("cgroup:{}/later", lab.cgroup_path())])
+        .workload("server")
+        .serve(&lab, PORT)
+        .allow("client-to-server", "client", "server");
+    let mesh = or_skip!(lab.only_mesh(&policy));
+    let _server = lab.serve_echo(&lab.beta, "server", &[lab.beta.at(PORT)]);
+    // At once, also below the cgroup that the entry names, and after it was removed and made again.
+    for name in ["later", "later/and/deeper", "later-than-that"] {
+        let outside = name == "later-than-that";
+        for _ in 0..3 {
+            if outside {
+                // By the kernel, or by the agent where the kernel does not know the cgroup yet.
+                let error = lab.expect_no_echo(&lab.alpha, name, lab.beta.at(PORT), &[]);
+                assert!(["EPERM", "ECONNRESET", "EPIPE"].contains(&error.as_str()), "{error}");
+            } else {
+                lab.expect_echo(&lab.alpha, name, lab.beta.at(PORT), &[]);
+            }
+            let _ = std::fs::remove_dir(lab.cgroup(name));
+        }
+    }
+    let records = mesh.alpha().expect_records(PORT, 9);
+    assert_eq!(records.iter().filter(|record| record["decision"] == "allowed").count(), 6, "{records:#?}");
     lab.expect_tls(PORT);
 }

@@ -109,7 +109,7 @@ fn an_svid_that_is_not_valid_yet_is_refused() {
 #[test]
 fn an_svid_of_an_unknown_authority_is_refused() {
     let lab = lab!();
-    or_skip!(refuses(&lab, "peer-certificate-untrusted", |to, _| {
+    or_skip!(refuses(&lab, "peer-untrusted", |to, _| {
         let (other, ..) = Mint::found(lab::policy::DOMAIN, Duration::hours(-1), Duration::hours(1)).unwrap();
         Tls::default().talk(to, Some(&svid(&other, &Terms::of(&id("client")))), b"hello")
     }));
@@ -167,7 +167,7 @@ fn an_authority_certificate_is_no_svid() {
 #[test]
 fn a_certificate_for_servers_alone_is_no_clients() {
     let lab = lab!();
-    or_skip!(refuses(&lab, "peer-certificate-purpose", |to, mint| {
+    or_skip!(refuses(&lab, "peer-key-purpose", |to, mint| {
         let terms = Terms { usages: vec![ExtendedKeyUsagePurpose::ServerAuth], ..Terms::of(&id("client")) };
         Tls::default().talk(to, Some(&svid(mint, &terms)), b"hello")
     }));
@@ -290,6 +290,7 @@ fn an_oversized_record_in_the_middle_is_a_reset() {
 #[test]
 fn many_strangers_at_once_do_not_keep_proper_clients_out() {
     let lab = lab!();
+    lab.capture_many();
     let mesh = or_skip!(lab.only_mesh_with(&Policy::standard(&lab), &impatient()));
     let server = lab.serve_echo(&lab.beta, "server", &[lab.beta.at(PORT)]);
     let number = clock::count(300);

@@ -103,7 +103,8 @@ fn a_bypass_of_a_mesh_destination_is_refused() {
     let lab = lab!();
     let policy = Policy::standard(&lab).bypass("hole", "client", lab.beta.at(PORT));
     let agent = or_skip!(agent(&lab, &policy, &Settings::default()));
-    refused(&agent, &["lab.toml", &lab.beta.at(PORT).to_string()]);
+    let line = policy.text().lines().position(|line| line.starts_with("[[bypass]]")).unwrap() + 1;
+    refused(&agent, &[&format!("lab.toml:{line}"), "hole"]);
 }
 
 #[test]
@@ -128,10 +129,10 @@ fn a_policy_that_anybody_can_write_is_refused() {
     let agent = or_skip!(agent(&lab, &Policy::standard(&lab), &Settings::default()));
     let file = agent.directory().join("policies/lab.toml");
     mode(&file, 0o666);
-    refused(&agent, &["lab.toml", "666"]);
+    refused(&agent, &["lab.toml", "everybody can write"]);
     mode(&file, 0o644);
     mode(&agent.directory().join("policies"), 0o777);
-    refused(&agent, &["policies", "777"]);
+    refused(&agent, &["policies", "everybody can write"]);
 }
 
 #[test]
@@ -168,9 +169,9 @@ fn an_authority_whose_key_others_can_read_is_refused() {
     let lab = lab!();
     let directory = or_skip!(authority(&lab, DOMAIN));
     let agent = or_skip!(agent(&lab, &Policy::standard(&lab), &with_authority(&directory)));
-    mode(&directory.join("ca-key.pem"), 0o644);
-    refused(&agent, &["ca-key.pem", "644"]);
-    mode(&directory.join("ca-key.pem"), 0o600);
+    mode(&directory.join("ca.key"), 0o644);
+    refused(&agent, &["ca.key", "644"]);
+    mode(&directory.join("ca.key"), 0o600);
     mode(&directory.join("ca.pem"), 0o666);
     refused(&agent, &["ca.pem", "666"]);
 }
@@ -181,7 +182,7 @@ fn an_expired_authority_is_refused() {
     let directory = or_skip!(authority(&lab, DOMAIN));
     let (_, certificate, key) = Mint::found(DOMAIN, Duration::days(-2), Duration::days(-1)).unwrap();
     std::fs::write(directory.join("ca.pem"), certificate).unwrap();
-    std::fs::write(directory.join("ca-key.pem"), key).unwrap();
+    std::fs::write(directory.join("ca.key"), key).unwrap();
     let agent = or_skip!(agent(&lab, &Policy::standard(&lab), &with_authority(&directory)));
     refused(&agent, &["ca.pem", "expired"]);
 }
@@ -237,12 +238,12 @@ fn a_missing_or_foreign_bundle_is_refused() {
 fn an_authority_is_not_made_over_another() {
     let lab = lab!();
     let directory = or_skip!(authority(&lab, DOMAIN));
-    let before = std::fs::read(directory.join("ca-key.pem")).unwrap();
+    let before = std::fs::read(directory.join("ca.key")).unwrap();
     let mut command = lab.command_in(Default::default(), or_skip!(skip::wimsey()));
     command.args(["ca", "init", "--trust-domain", DOMAIN, "--dir"]).arg(&directory);
     let said = Program::start(command, "wimsey ca init").unwrap().outcome().bad();
     assert!(!said.contains("panicked"), "{said}");
-    assert_eq!(std::fs::read(directory.join("ca-key.pem")).unwrap(), before);
+    assert_eq!(std::fs::read(directory.join("ca.key")).unwrap(), before);
 }
 
 #[test]

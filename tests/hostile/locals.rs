@@ -53,17 +53,14 @@ fn the_agents_own_ports_take_nobody_in() {
         assert!(listeners.len() >= 2, "{listeners:?}");
         for to in listeners {
             // From a program without identity on the same host: plaintext, and TLS with a good SVID.
-            let attempt = host.within(|| stranger::raw(to, b"hello"));
-            assert!(attempt.answer.is_empty() && attempt.end != "timeout", "{to}: {attempt:?}");
-            let attempt = host.within(|| Tls::default().talk(to, Some(&svid), b"hello"));
-            assert!(attempt.answer.is_empty() && attempt.end != "timeout", "{to}: {attempt:?}");
+            host.within(|| stranger::raw(to, b"hello")).expect_refused();
+            host.within(|| Tls::default().talk(to, Some(&svid), b"hello")).expect_refused();
             // From an enrolled one: nothing but its mesh destinations.
             let error = lab.expect_no_echo(host, "client", to, &[]);
             assert!(error == "EPERM" || error == "ECONNRESET", "{to}: {error}");
             // From outside.
             let outside = SocketAddr::new(if to.is_ipv4() { host.v4.into() } else { host.v6.into() }, to.port());
-            let attempt = lab.stranger.within(|| stranger::raw(outside, b"hello"));
-            assert!(attempt.answer.is_empty() && attempt.end != "timeout", "{outside}: {attempt:?}");
+            lab.stranger.within(|| stranger::raw(outside, b"hello")).expect_refused();
         }
     }
     assert!(!server.stdout().contains("accepted"), "the workload saw it: {}", server.stdout());
@@ -95,8 +92,7 @@ fn the_agents_last_leg_cannot_be_imitated() {
         let targets =
             [lab.beta.at(PORT), lab.beta.at6(PORT), ([127, 0, 0, 1], PORT).into(), (Ipv6Addr::LOCALHOST, PORT).into()];
         for to in targets.into_iter().filter(|to| to.is_ipv4() == source.is_ipv4()) {
-            let attempt = lab.beta.within(|| dial_from(source, to));
-            assert!(attempt.answer.is_empty() && attempt.end != "timeout", "{source} to {to}: {attempt:?}");
+            lab.beta.within(|| dial_from(source, to)).expect_refused();
         }
     }
     assert_eq!(server.stdout().matches("\"accepted\"").count(), 1, "{}", server.stdout());
@@ -169,8 +165,10 @@ fn a_borrowed_socket_has_the_identity_of_who_connects_it() {
     let _lender = lab.serve(&lab.alpha, "client", &["lend", "--socket", &socket, "--to", &to]);
     let words = ["lab-app", "borrow", "--socket", &socket, "--to", &to, &say, "line"];
     let said = events(&lab.run(&lab.alpha, "nobody", &words).outcome().stdout);
-    assert_eq!(pick(&said, "connect")["error"], "EPERM", "{said:?}");
+    // By the kernel, or, where it has not seen the borrower's cgroup before, by the agent.
+    assert_eq!(said.last().unwrap()["ok"], false, "{said:?}");
     assert!(!server.stdout().contains("accepted"));
+    assert_eq!(mesh.alpha().expect_records(PORT, 1)[0]["decision"], "denied");
     // Made by a program without identity, used by an enrolled one: by mutual TLS or not at all.
     let socket = lab.directory().join("two").display().to_string();
     let _lender = lab.serve(&lab.alpha, "nobody", &["lend", "--socket", &socket, "--to", &to]);

@@ -67,7 +67,7 @@ fn a_server_with_an_expired_svid_is_refused() {
 #[test]
 fn a_server_of_an_unknown_authority_is_refused() {
     let lab = lab!();
-    or_skip!(refuses(&lab, "peer-certificate-untrusted", |listener, _| {
+    or_skip!(refuses(&lab, "peer-untrusted", |listener, _| {
         let (other, ..) = Mint::found(lab::policy::DOMAIN, Duration::hours(-1), Duration::hours(1)).unwrap();
         answer_with(listener, &other, &Terms::of(&id("right")))
     }));
@@ -84,7 +84,7 @@ fn a_server_with_two_uri_names_is_refused() {
 #[test]
 fn a_server_with_a_certificate_for_clients_alone_is_refused() {
     let lab = lab!();
-    or_skip!(refuses(&lab, "peer-certificate-purpose", |listener, mint| {
+    or_skip!(refuses(&lab, "peer-key-purpose", |listener, mint| {
         let usages = vec![rcgen::ExtendedKeyUsagePurpose::ClientAuth];
         answer_with(listener, mint, &Terms { usages, ..Terms::of(&id("right")) })
     }));

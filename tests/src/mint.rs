@@ -73,13 +73,13 @@ impl Terms {
 }
 
 impl Mint {
-    /// The authority whose `ca.pem` and `ca-key.pem` lie in the directory.
+    /// The authority whose `ca.pem` and `ca.key` lie in the directory.
     pub fn open(directory: &Path) -> crate::Result<Self> {
         let read = |name: &str| {
             let path = directory.join(name);
             std::fs::read_to_string(&path).with_context(|| format!("read {}", path.display()))
         };
-        let (certificate, key) = (read("ca.pem")?, KeyPair::from_pem(&read("ca-key.pem")?)?);
+        let (certificate, key) = (read("ca.pem")?, KeyPair::from_pem(&read("ca.key")?)?);
         let authority = CertificateDer::from_pem_slice(certificate.as_bytes())?;
         Ok(Self { issuer: Issuer::from_ca_cert_pem(&certificate, key)?, authority })
     }

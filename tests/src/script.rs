@@ -19,7 +19,7 @@ use std::time::{Duration, Instant};
 pub enum Step {
     /// `send:TEXT`: with `\n` and `\r` as escapes.
     Send(String),
-    /// `line`: reads to the next newline and shows it.
+    /// `line`: reads to the next newline, or to the end after at least one byte, and shows it.
     Line,
     /// `read:N`: reads exactly so many bytes.
     Read(u64),
@@ -158,10 +158,16 @@ fn perform(step: &Step, stream: &mut TcpStream, marker: &str) -> io::Result<Valu
             let mut text = Vec::new();
             let mut byte = [0];
             while text.last() != Some(&b'\n') {
-                stream.read_exact(&mut byte)?;
+                if stream.read(&mut byte)? == 0 {
+                    break;
+                }
                 text.push(byte[0]);
             }
-            json!({ "text": String::from_utf8_lossy(&text).trim_end() })
+            let hex: String = text.iter().take(8).map(|byte| format!("{byte:02x}")).collect();
+            if text.is_empty() {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+            json!({ "text": String::from_utf8_lossy(&text).trim_end(), "hex": hex })
         }
         Step::Read(bytes) => sum(pattern::read(stream, Some(*bytes))?),
         Step::ToEnd => to_end(stream)?,

@@ -188,7 +188,11 @@ pub fn verb(words: &[String], command: &[String]) -> Fallible {
     let mut failed = Vec::new();
     let mut table = Vec::new();
     for kernel in kernels(words)? {
-        let verdict = boot(&kernel, &Job::new("probe", &script), |line| println!("    {line}"))?;
+        let mut job = Job::new("probe", &script);
+        if let Some(program) = std::env::var_os("XTASK_PROGRAM") {
+            job.programs.push((crate::build::stripped(Path::new(&program))?, "/relaytest".to_owned()));
+        }
+        let verdict = boot(&kernel, &job, |line| println!("    {line}"))?;
         table.push(format!(
             "  {:<20} {:<26} {} ({})",
             kernel.suite,

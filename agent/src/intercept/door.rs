@@ -253,6 +253,9 @@ fn listen(tables: &Tables, ip: IpAddr) -> Result<std::net::TcpListener, Error> {
     register(tables, &socket, &Own { kind: OWN_LISTENER, pad: 0, client_port: 0, client: [0; 16] })?;
     socket.bind(&at.into()).map_err(failed)?;
     socket.listen(BACKLOG).map_err(failed)?;
+    // Accepted sockets inherit it, and those of an inbound door are bound to the workload's own address and port: without
+    // it a workload could not listen there again after a restart. Not before the bind, which chooses a free port.
+    socket.set_reuse_address(true).map_err(failed)?;
     Ok(socket.into())
 }
 

@@ -16,6 +16,7 @@ use rustix::{
     io::writev,
     net::{Shutdown, shutdown},
 };
+use socket2::SockRef;
 use std::{
     future::{Future, pending, poll_fn},
     io::{self, IoSlice},
@@ -34,7 +35,8 @@ use tokio::{
 
 /// How often a lane that needs it is asked again while something is under way: the kernel's TLS may miss to wake an
 /// edge-triggered waiter when memory is short, and nothing tells when its last record has left.
-const TICK: Duration = Duration::from_millis(20);
+const MIN_TICK: Duration = Duration::from_millis(20);
+const MAX_TICK: Duration = Duration::from_secs(1);
 
 /// Where a lane cannot tell whether there is more, it is asked again in the same turn after so little.
 const SMALL: usize = 4096;
@@ -100,6 +102,12 @@ enum Woken {
 
 impl<L: Lane> Flow<L> {
     pub(super) fn new(application: TcpStream, network: TcpStream, lane: L) -> Self {
+        // Until its stream has ended properly, whatever closes the socket is a reset: also the kernel, when the agent was
+        // killed. On the network a FIN without close_notify says the same.
+        reset(&application);
+        if !L::TLS {
+            reset(&network);
+        }
         Self {
             application,
             network,
@@ -384,16 +392,19 @@ impl<L: Lane> Flow<L> {
 
     /// Until when to wait, and what it means when nothing has happened by then.
     fn deadline(&self, limits: &Limits, moved: Instant) -> Option<(Instant, Option<CloseReason>)> {
-        let under_way = !self.up_pending.is_empty()
-            || !self.down_pending.is_empty()
-            || matches!(self.up, Half::Ended | Half::Draining);
+        let up_under_way = !self.up_pending.is_empty() || matches!(self.up, Half::Ended | Half::Draining);
+        let under_way = up_under_way || !self.down_pending.is_empty();
         let idle = limits.idle.map(|idle| (moved + idle, Some(CloseReason::Idle)));
         // Once it is due it is looked at every second, for as long as the receiver is just slow.
         let stall = under_way.then(|| {
-            let at = (moved + limits.stall).max(Instant::now() + Duration::from_secs(1));
+            let at = (moved + limits.stall).max(Instant::now() + MAX_TICK);
             (at, Some(CloseReason::Stalled))
         });
-        let tick = (under_way && self.lane.needs_ticks()).then(|| (Instant::now() + TICK, None));
+        let tick = (up_under_way && self.lane.needs_ticks()).then(|| {
+            // As long again as it has been waiting.
+            let now = Instant::now();
+            (now + now.duration_since(moved).clamp(MIN_TICK, MAX_TICK), None)
+        });
         [idle, stall, tick].into_iter().flatten().min_by_key(|(at, _)| *at)
     }
 
@@ -473,8 +484,10 @@ fn application_fault(fault: Fault) -> CloseReason {
     }
 }
 
-/// The receiver reads the end of the stream.
+/// The receiver reads the end of the stream, after everything that is still on its way.
 fn end(socket: &TcpStream) {
+    // Closing is orderly again. If that fails the socket is gone, and its next read or write says so.
+    _ = SockRef::from(socket).set_linger(None);
     // A socket that is not connected any more has nobody to tell; its next read or write says so.
     _ = shutdown(socket, Shutdown::Write);
 }

@@ -49,6 +49,10 @@ async fn what_is_not_a_sealed_record_is_refused_at_its_first_byte() {
     for garbage in
         [&b"G"[..], b"HTTP/1.1 200 OK\r\n\r\n", &[22, 3, 3, 0, 1, 0], &[21, 3, 3, 0, 2, 2, 80], &[20, 3, 3, 0, 1, 1]]
     {
+        if in_kernel() && garbage.len() < record::HEADER {
+            // The kernel looks at whole headers only.
+            continue;
+        }
         expect(Violation::UnexpectedRecord, 10, |_| garbage.to_vec()).await;
     }
     expect(Violation::RecordTooLong, 22, |_| vec![23, 3, 3, 0x41, 1]).await;
@@ -165,7 +169,10 @@ async fn what_comes_behind_close_notify_is_ignored_and_does_not_spoil_our_own_en
     let (mut relay, mut peer) = against_records().await;
     peer.send(21, &[1, 0]).await;
     peer.send(23, b"too late").await;
-    let _ = peer.socket.write_all(&[0xff; 5000]).await;
+    if !in_kernel() {
+        // The kernel gives up a connection with a record that cannot be one, whenever it comes.
+        let _ = peer.socket.write_all(&[0xff; 5000]).await;
+    }
     assert_eq!(read_to_end(&mut relay.application).await, b"");
     let last = noise(500_000, 9);
     let expected = last.clone();

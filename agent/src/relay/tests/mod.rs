@@ -50,6 +50,7 @@ fn takes_fresh_keys() -> bool {
 mod foreign;
 mod hostile;
 mod life;
+mod smoke;
 mod stream;
 
 /// A relay that runs, with the socket that its application holds.

