@@ -130,6 +130,8 @@ pub fn serve() -> crate::Result<()> {
             order.retain(|kept| *kept != item);
         }
     }
+    // Processes first: a running agent does not let its pinned programs be released.
+    order.sort_by_key(|item| matches!(item, Item::Cgroup(_)));
     let mut seen = HashSet::new();
     for item in order.iter().rev() {
         if seen.insert(item.clone()) {

@@ -34,7 +34,7 @@ pub fn verb() -> Fallible {
     checks.cargo("lints", setup::cargo(&["clippy", "--workspace", "--all-targets", "--", "-D", "warnings"]));
     let lints = ["clippy", "--manifest-path", &xtask, "--target-dir", &own, "--all-targets", "--", "-D", "warnings"];
     checks.cargo("lints of xtask", setup::cargo(&lints));
-    let mut documentation = setup::cargo(&["doc", "--workspace", "--no-deps"]);
+    let mut documentation = setup::cargo(&["doc", "--workspace", "--no-deps", "--document-private-items"]);
     documentation.env("RUSTDOCFLAGS", "-D warnings");
     checks.cargo("documentation", documentation);
     match deny {
@@ -127,9 +127,10 @@ impl Checks {
         self.own("order of modules", || {
             let agent = root().join("agent/src");
             let library = fs::read_to_string(agent.join("lib.rs")).during("agent/src/lib.rs")?;
+            let binary = fs::read_to_string(agent.join("main.rs")).during("agent/src/main.rs")?;
             let mut found = Vec::new();
             for (path, text) in rust_files(&["agent/src"])? {
-                found.extend(source::upward_imports(&library, &path.replacen("agent/src/", "", 1), &text));
+                found.extend(source::upward_imports(&library, &binary, &path.replacen("agent/src/", "", 1), &text));
             }
             Ok(found)
         });

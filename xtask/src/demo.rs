@@ -56,7 +56,13 @@ fn guest() -> Fallible {
     let mut job = Job::new("demo", "/usr/local/bin/xtask demo");
     job.programs.push((build::stripped(&built.wimsey)?, "/usr/local/bin/wimsey".into()));
     job.programs.push((own, "/usr/local/bin/xtask".into()));
-    let verdict = vm::boot_unshown(&kernel, &job, |line| println!("{line}"))?;
+    let show = |line: &str| {
+        // What the kernel itself has to say is in the log.
+        if !line.starts_with('[') {
+            println!("{}", if terminal() { line.to_owned() } else { line.replace(BOLD, "").replace(NORMAL, "") });
+        }
+    };
+    let verdict = vm::boot_unshown(&kernel, &job, show)?;
     if verdict.success() { Ok(()) } else { Err(format!("{} ({})", verdict.line(), verdict.log.display()).into()) }
 }
 
@@ -549,9 +555,16 @@ fn title(text: &str) {
     println!("\n{}", bold(text));
 }
 
+const BOLD: &str = "\x1b[1m";
+const NORMAL: &str = "\x1b[0m";
+
 fn bold(text: &str) -> String {
+    if terminal() { format!("{BOLD}{text}{NORMAL}") } else { text.to_owned() }
+}
+
+fn terminal() -> bool {
     use std::io::IsTerminal;
-    if std::io::stdout().is_terminal() { format!("\x1b[1m{text}\x1b[0m") } else { text.to_owned() }
+    std::io::stdout().is_terminal()
 }
 
 /// One claim of the demo.

@@ -26,7 +26,8 @@ cargo xtask <verb>
   build                     the kernel programs, then the agent (target/release/wimsey)
   demo [--vm]               the main job on one screen, on two hosts made of network namespaces, or in a guest
   check                     format, lints, licences, documentation, order of modules, fence around unsafe, policies
-  test [tier...] [-- word]  tiers: pure, namespaces, vm; all of them without a name; only tests whose name has the word
+  test [tier...] [-- word]  tiers: pure, namespaces, vm (or vm=6.12 for one kernel); all without a name; only tests whose
+                            name has the word
   vm [kernel...] [-- cmd]   boot Debian kernels in QEMU (a suite, a version such as 6.12, or newest) and run a command
   policy <dir...>           check policies and run their [[expect]] cases
   bench [figures] [-- ...]  the benchmarks of benches/, or the lab's figures against plain TCP and nginx
