@@ -4,7 +4,7 @@
 //! refuses, the application or peer gets a reset, never half an answer, and the record says which room, whose fault and
 //! why. Deadlines, limits and the engine's fallback live here, not in the rooms.
 //!
-//! *Invariant:* every path out of [`walk`] goes through [`Attempt::close`].
+//! *Invariant:* every path out of [`walk`] goes through `Attempt::close`.
 
 use crate::audit::{self, Bytes, Decision, End, Method, Process, Record};
 use crate::authorize::{self, Authorized, Permit};

@@ -1,7 +1,7 @@
 //! Servers and clients of many connections.
 //!
 //! The echo server is one thread with an event loop: it must not be what a measurement measures. Its first byte from a
-//! client may choose what it does; see [`Task`].
+//! client may choose what it does; see `Task`.
 //!
 //! *Invariant:* `READY address` on standard output means that the socket listens.
 
