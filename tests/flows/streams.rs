@@ -107,7 +107,8 @@ fn a_reset_of_the_client_reaches_the_server() {
     if mesh.protected() {
         for agent in [mesh.alpha(), mesh.beta()] {
             let record = &agent.expect_records(PORT, 1)[0];
-            assert!(record["code"].as_str().is_some_and(|code| code != "done"), "{record}");
+            assert_ne!(record["code"], "complete", "{record}");
+            assert!(record["reason"].as_str().is_some_and(|text| text.contains(' ')), "no sentence: {record}");
         }
     }
     lab.expect_tls(PORT);

@@ -274,6 +274,7 @@ impl<'a> Agent<'a> {
         for field in ["culprit", "code", "reason"] {
             assert!(record[field].as_str().is_some_and(|text| !text.is_empty()), "no {field}: {record}");
         }
+        assert!(record["reason"].as_str().is_some_and(|text| text.contains(' ')), "no sentence: {record}");
         record
     }
 

@@ -158,7 +158,7 @@ fn perform(step: &Step, stream: &mut TcpStream, marker: &str) -> io::Result<Valu
             let mut text = Vec::new();
             let mut byte = [0];
             while text.last() != Some(&b'\n') {
-                if stream.read(&mut byte)? == 0 {
+                if read(stream, &mut byte)? == 0 {
                     break;
                 }
                 text.push(byte[0]);
@@ -196,7 +196,7 @@ fn perform(step: &Step, stream: &mut TcpStream, marker: &str) -> io::Result<Valu
             let mut left = *bytes;
             while left > 0 {
                 let room = usize::try_from(left).unwrap_or(usize::MAX).min(*piece);
-                let size = stream.read(&mut buffer[..room])?;
+                let size = read(stream, &mut buffer[..room])?;
                 if size == 0 {
                     return Err(io::ErrorKind::UnexpectedEof.into());
                 }
@@ -211,7 +211,7 @@ fn perform(step: &Step, stream: &mut TcpStream, marker: &str) -> io::Result<Valu
             let mut buffer = vec![0; 64 * 1024];
             let mut bytes = 0;
             loop {
-                let size = stream.read(&mut buffer)?;
+                let size = read(stream, &mut buffer)?;
                 if size == 0 {
                     break;
                 }
@@ -232,21 +232,28 @@ fn perform(step: &Step, stream: &mut TcpStream, marker: &str) -> io::Result<Valu
     })
 }
 
+/// io_uring finishes its work by interrupting the task, so a read right after it may have to be done again.
+fn read(stream: &mut TcpStream, buffer: &mut [u8]) -> io::Result<usize> {
+    loop {
+        match stream.read(buffer) {
+            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+            other => return other,
+        }
+    }
+}
+
 fn to_end(stream: &mut TcpStream) -> io::Result<Value> {
     let mut summing = pattern::Summing::default();
     let mut text = Vec::new();
     let mut buffer = vec![0; 256 * 1024];
     loop {
-        match stream.read(&mut buffer) {
-            Ok(0) => break,
-            Ok(size) => {
-                summing.add(&buffer[..size]);
-                if text.len() < 4096 {
-                    text.extend_from_slice(&buffer[..size.min(4096 - text.len())]);
-                }
-            }
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-            Err(error) => return Err(error),
+        let size = read(stream, &mut buffer)?;
+        if size == 0 {
+            break;
+        }
+        summing.add(&buffer[..size]);
+        if text.len() < 4096 {
+            text.extend_from_slice(&buffer[..size.min(4096 - text.len())]);
         }
     }
     let sum = summing.sum();

@@ -38,7 +38,11 @@ pub fn connections(config: Option<&Path>, json: bool) -> anyhow::Result<ExitCode
 pub fn doctor(json: bool) -> anyhow::Result<ExitCode> {
     let report = wimsey::offload::selftest::run();
     if json {
-        println!("{:#}", serde_json::to_value(&report)?);
+        let mut value = serde_json::to_value(&report)?;
+        if let Some(fields) = value.as_object_mut() {
+            fields.insert("auto".into(), serde_json::to_value(report.verdict())?);
+        }
+        println!("{value:#}");
     } else {
         println!("{report}");
     }

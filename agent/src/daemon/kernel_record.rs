@@ -65,7 +65,7 @@ fn record(
     Record {
         time: OffsetDateTime::now_utc(),
         flow: 0,
-        direction: Direction::Outbound,
+        direction: direction(event),
         protocol: if event.protocol == 17 { "udp" } else { "tcp" },
         decision,
         source: End { id: source, address: socket_address(&event.source, event.source_port) },
@@ -86,4 +86,9 @@ fn record(
         bytes: Bytes::default(),
         duration_ms: 0,
     }
+}
+
+/// Only a connection that came from the network is refused without a task that asked for it.
+fn direction(event: &Event) -> Direction {
+    if event.reason == REASON_NO_AGENT && event.task.tgid == 0 { Direction::Inbound } else { Direction::Outbound }
 }

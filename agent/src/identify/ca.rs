@@ -67,8 +67,8 @@ pub struct Issued {
 #[derive(Debug, thiserror::Error)]
 pub enum CaError {
     /// One of its files.
-    #[error("certificate authority: {0}")]
-    File(#[from] FileError),
+    #[error("certificate authority: {error}{hint}", error = .0, hint = hint(.0))]
+    File(FileError),
     /// There is one already.
     #[error("{path} is there already: Wimsey does not overwrite an authority. Use it, or take another directory")]
     Exists {
@@ -192,6 +192,20 @@ impl Refusal for CaError {
             CaError::Domain(_) => "ca-trust-domain",
             CaError::Crypto { .. } => "ca-crypto",
         }
+    }
+}
+
+// By hand: an error that prints what it stands on does not name it as its source as well.
+impl From<FileError> for CaError {
+    fn from(error: FileError) -> Self {
+        Self::File(error)
+    }
+}
+
+fn hint(error: &FileError) -> &'static str {
+    match error {
+        FileError::Missing { .. } => "; make an authority with wimsey ca init, or name its directory in ca_dir",
+        _ => "",
     }
 }
 

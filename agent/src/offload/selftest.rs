@@ -54,7 +54,8 @@ pub struct Matrix {
 }
 
 /// Which engine follows from it.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(tag = "engine", rename_all = "lowercase")]
 pub enum Verdict {
     /// The kernel.
     Kernel {

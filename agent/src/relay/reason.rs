@@ -128,12 +128,29 @@ impl CloseReason {
 
 impl fmt::Display for CloseReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::ApplicationLost(number) | Self::PeerLost(number) => {
-                write!(f, "{} ({})", self.code(), std::io::Error::from_raw_os_error(*number))
+        let lost = |number: i32| std::io::Error::from_raw_os_error(number);
+        match *self {
+            Self::Complete => f.write_str("both programs closed their side, and everything was delivered"),
+            Self::ApplicationReset => f.write_str("the local program reset the connection, or is gone"),
+            Self::ApplicationLost(number) => write!(f, "the local program's socket failed: {}", lost(number)),
+            Self::PeerReset => f.write_str("the peer reset the connection"),
+            Self::PeerLost(number) => write!(f, "the network failed: {}", lost(number)),
+            Self::PeerTruncated => {
+                f.write_str("the connection ended before the peer closed its stream: it may have been cut")
             }
-            Self::PeerRefused(alert) => write!(f, "{} ({})", self.code(), alert_name(*alert)),
-            _ => f.write_str(self.code()),
+            Self::PeerAlert(alert) => write!(f, "the peer gave the connection up with the alert {}", alert_name(alert)),
+            Self::PeerRefused(alert) => {
+                write!(f, "the peer refused this side's certificate or rights with the alert {}", alert_name(alert))
+            }
+            Self::PeerViolation(violation) => write!(f, "the peer broke the TLS protocol: {}", violation.code()),
+            Self::Idle => f.write_str("nothing moved for the idle timeout of the rule"),
+            Self::Stalled => f.write_str("the kernel took no more bytes although it had room for them"),
+            Self::Stopped(Stop::Revoked) => {
+                f.write_str("what allowed it is no longer so: policy, certificate or trust has changed")
+            }
+            Self::Stopped(Stop::Drained) => f.write_str("the agent ended, and the time to drain was over"),
+            Self::RekeyImpossible => f.write_str("the peer took fresh keys, which this kernel cannot follow"),
+            Self::KeysSpent => f.write_str("the cipher's limit was reached, and fresh keys could not be taken"),
         }
     }
 }

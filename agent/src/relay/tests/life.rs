@@ -177,7 +177,8 @@ async fn a_server_that_refuses_the_client_afterwards_is_reported_as_a_refusal() 
     let closed = timeout(Duration::from_secs(5), relay.tally).await.expect("in time").unwrap().closed;
     assert_eq!(closed, CloseReason::PeerRefused(49));
     assert_eq!((closed.code(), closed.culprit()), ("peer-refused", Some(Culprit::Peer)));
-    assert_eq!(closed.to_string(), "peer-refused (access_denied)");
+    assert_eq!(closed.code(), "peer-refused");
+    assert!(closed.to_string().ends_with("access_denied"), "{closed}");
 }
 
 #[tokio::test]
