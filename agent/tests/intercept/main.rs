@@ -194,8 +194,10 @@ fn whoever_dials_the_agent_itself_is_reset() {
     let mut stranger = world.stranger(&format!("connect {agent};read"));
     let door = world.door();
     assert!(matches!(world.run(door.accept_outbound()), Err(Error::NoOrigin { .. })));
-    assert!(stranger.line().starts_with("connected"));
-    assert!(["ECONNRESET", ""].contains(&stranger.line().as_str()));
+    // On a slow machine the reset may be there before the program has asked for the names of its ends.
+    let line = stranger.line();
+    let after = if line.starts_with("connected") { stranger.line() } else { line };
+    assert!(["ECONNRESET", "ENOTCONN", ""].contains(&after.as_str()), "{after}");
 }
 
 #[test]
