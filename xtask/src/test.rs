@@ -18,6 +18,7 @@ use crate::vm::{self, Job, Kernel};
 /// How much slower a guest is than the host: one emulated instruction costs about this many real ones.
 const GUEST_SLOWNESS: u32 = 10;
 /// The longest that the tests of all kernels together may take: an equal share each, and what one leaves, the next has.
+/// On two idle cores they take half of it.
 const GUESTS_LIMIT: Duration = Duration::from_secs(45 * 60);
 /// The longest that a guest may say nothing. A test may be long, so this is longer than any.
 const GUEST_SILENCE: Duration = Duration::from_secs(4 * 60);
@@ -190,12 +191,25 @@ struct Programs {
     filter: Vec<String>,
 }
 
-/// The agent's unit tests that a guest runs: those whose outcome depends on the kernel.
-const KERNEL_MATTERS: &[&str] = &["offload::", "relay::", "handshake::"];
+/// What a guest runs of these test programs; of all others it runs everything. An emulated processor takes ten times as
+/// long, so what no kernel changes is left to the other tiers, and rooms of the lab that are not here run in guests where
+/// a person names them, and are counted as skipped where nobody does.
+const IN_GUESTS: &[(&str, &[&str])] = &[
+    ("wimsey", &["offload::", "relay::", "handshake::"]),
+    ("flows", &["addresses::", "foreign::"]),
+    ("hostile", &[]),
+    ("host", &["the_oracle"]),
+];
 
-/// Rooms of the lab's flows that every guest runs. An emulated machine takes seconds for what takes a tenth of one here;
-/// the other rooms run in guests where they are named, and are counted as skipped where they are not.
-const GUEST_FLOWS: &[&str] = &["addresses::", "foreign::"];
+/// The rooms of the lab that guests run by name only.
+const BY_NAME: &[&str] = &[
+    "flows programs::",
+    "flows streams::",
+    "flows neighbours::",
+    "flows lifecycle::",
+    "hostile servers::",
+    "hostile locals::",
+];
 
 fn in_guests(report: &mut Report, words: &[String], programs: &Programs) {
     let kernels = match vm::kernels(words) {
@@ -257,30 +271,19 @@ fn job(programs: &Programs, limit: Duration) -> Fallible<Job> {
     let own = programs.own.iter().map(|program| (program, true));
     for ((name, program), own) in own.chain(programs.lab.tests.iter().map(|program| (program, false))) {
         job.programs.push((build::stripped(program)?, format!("/lab/test-{name}")));
-        // libtest takes several words as "any of them": the person's replace the choice of rooms.
-        let rooms = match (own, name.as_str()) {
-            _ if !filter.is_empty() => &[],
-            (true, "wimsey") => KERNEL_MATTERS,
-            (false, "flows") => GUEST_FLOWS,
-            (false, _) => {
-                script.push_str(&format!(
-                    "echo 'SKIPPED (emulated: by name only, cargo xtask test vm -- WORD): {name}'\n"
-                ));
-                continue;
-            }
-            (true, _) => &[],
-        };
-        let words =
-            if rooms.is_empty() { filter.clone() } else { rooms.iter().map(|room| format!(" {room}")).collect() };
+        // libtest takes several words as "any of them", so a person's words replace the choice.
+        let choice = IN_GUESTS.iter().find(|(program, _)| program == name).filter(|_| filter.is_empty());
+        if choice.is_some_and(|(_, words)| words.is_empty()) {
+            continue;
+        }
+        let words = choice.map_or_else(|| filter.clone(), |(_, words)| format!(" {}", words.join(" ")));
         // The lab says past the harness that it skips. What else it says must be seen even when the guest is ended.
         let output = if own { "--show-output" } else { "--nocapture" };
         script.push_str(&format!("echo 'Running {name}'\n/lab/test-{name} {output}{words} || code=1\n"));
     }
     if filter.is_empty() {
-        for room in ["programs", "streams", "neighbours", "lifecycle"] {
-            script.push_str(&format!(
-                "echo 'SKIPPED (emulated: by name only, cargo xtask test vm -- {room}::): flows {room}'\n"
-            ));
+        for room in BY_NAME {
+            script.push_str(&format!("echo 'SKIPPED (emulated: by name only, cargo xtask test vm -- WORD): {room}'\n"));
         }
     }
     script.push_str("exit $code");
