@@ -230,9 +230,10 @@ fn a_handshake_in_single_bytes_works() {
     let mesh = or_skip!(lab.only_mesh(&policy));
     let _server = lab.serve_echo(&lab.beta, "server", &[lab.beta.at(PORT)]);
     let svid = mesh.mint().svid(&id("foreign")).unwrap();
-    let said = lab.stranger.within(|| {
-        Tls::dripping(std::time::Duration::ZERO).talk(lab.beta.at(PORT), Some(&svid), lab.marker().as_bytes())
-    });
+    // Slowly enough for the capture to keep up with a packet for each byte.
+    let pause = std::time::Duration::from_micros(300);
+    let said =
+        lab.stranger.within(|| Tls::dripping(pause).talk(lab.beta.at(PORT), Some(&svid), lab.marker().as_bytes()));
     assert_eq!(said.answer, lab.marker().as_bytes(), "{said:?}");
     assert_eq!(mesh.beta().expect_records(PORT, 1)[0]["decision"], "allowed");
     lab.expect_tls(PORT);
