@@ -8,7 +8,7 @@ use crate::admin::{
 use crate::audit::End;
 use crate::identify::provider::Provider;
 use crate::intercept::Direction;
-use crate::live::{Basis, Live, Registry};
+use crate::live::{Basis, Live, Refused, Registry};
 use std::collections::BTreeMap;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
@@ -90,7 +90,7 @@ pub(super) fn status(control: &Control) -> Status {
             .refused()
             .into_iter()
             .map(|(code, refused)| {
-                let RefusedCount { count, last, last_reason } = refused;
+                let Refused { count, last, last_reason } = refused;
                 (code.to_owned(), RefusedStatus { count, last: text(last), last_reason })
             })
             .collect(),
@@ -101,8 +101,6 @@ pub(super) fn status(control: &Control) -> Status {
         connections: ConnectionCount { open: shared.registry.open_count(), total: shared.registry.total() },
     }
 }
-
-use crate::live::Refused as RefusedCount;
 
 fn listeners(control: &Control) -> Vec<ListenerStatus> {
     let mut listeners: Vec<ListenerStatus> = control
