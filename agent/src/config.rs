@@ -114,6 +114,8 @@ pub struct Timeouts {
     pub handshake: Duration,
     /// From SIGTERM until the connections that are left are closed.
     pub drain: Duration,
+    /// Until a connection is given up whose kernel has room for its bytes and takes none of them.
+    pub stall: Duration,
 }
 
 /// How many there may be at a time.
@@ -329,15 +331,17 @@ fn audit(root: &Table<'_>, problems: &mut Problems) -> Option<Audit> {
 
 fn timeouts(root: &Table<'_>, problems: &mut Problems) -> Option<Timeouts> {
     let ten = Duration::from_secs(10);
-    let Some(table) = root.table("timeouts", &["dial", "handshake", "drain"], problems) else {
-        let default = Timeouts { dial: ten, handshake: ten, drain: Duration::from_secs(30) };
+    let Some(table) = root.table("timeouts", &["dial", "handshake", "drain", "stall"], problems) else {
+        let (drain, stall) = (Duration::from_secs(30), Duration::from_secs(60));
+        let default = Timeouts { dial: ten, handshake: ten, drain, stall };
         return or_default(root, "timeouts", default);
     };
     let (least, most) = (Duration::from_millis(10), Duration::from_secs(60 * 60));
     let dial = duration(&table, "dial", "10s", (least, most), problems);
     let handshake = duration(&table, "handshake", "10s", (least, most), problems);
     let drain = duration(&table, "drain", "30s", (Duration::ZERO, DAY), problems);
-    Some(Timeouts { dial: dial?, handshake: handshake?, drain: drain? })
+    let stall = duration(&table, "stall", "1m", (Duration::from_secs(1), most), problems);
+    Some(Timeouts { dial: dial?, handshake: handshake?, drain: drain?, stall: stall? })
 }
 
 fn limits(root: &Table<'_>, problems: &mut Problems) -> Option<Limits> {
@@ -407,9 +411,9 @@ impl fmt::Display for Config {
             WhenFull::Continue => "continue",
         };
         writeln!(f, "\n[audit]\npath = {}\nwhen_full = \"{when_full}\"", path(&self.audit.path))?;
-        let Timeouts { dial, handshake, drain } = self.timeouts;
-        writeln!(f, "\n[timeouts]\ndial = \"{}\"", units::print(dial))?;
-        writeln!(f, "handshake = \"{}\"\ndrain = \"{}\"", units::print(handshake), units::print(drain))?;
+        let Timeouts { dial, handshake, drain, stall } = self.timeouts;
+        writeln!(f, "\n[timeouts]\ndial = \"{}\"\nhandshake = \"{}\"", units::print(dial), units::print(handshake))?;
+        writeln!(f, "drain = \"{}\"\nstall = \"{}\"", units::print(drain), units::print(stall))?;
         let Limits { connections, handshakes } = self.limits;
         writeln!(f, "\n[limits]\nconnections = {connections}\nhandshakes = {handshakes}")
     }
@@ -465,6 +469,7 @@ mod tests {
         dial = "10s"
         handshake = "10s"
         drain = "30s"
+        stall = "1m"
 
         [limits]
         connections = 65536

@@ -298,7 +298,8 @@ impl<'a> Walk<'a> {
         if !entered.live().is_allowed_by(&self.shared.policy.load()) {
             entered.live().end(Stop::Revoked);
         }
-        let limits = Limits { idle: rule.and_then(|rule| rule.idle_timeout), ..Limits::default() };
+        let limits =
+            Limits { idle: rule.and_then(|rule| rule.idle_timeout), stall: self.shared.config.timeouts.stall };
         let tally = relay::carry(pipe, &limits, told(stopped), &progress).await;
         attempt.finish(decision, &tally);
     }

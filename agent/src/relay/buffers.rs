@@ -65,6 +65,11 @@ impl Pending {
         self.bytes.is_empty()
     }
 
+    /// How many bytes are still to be taken.
+    pub(super) fn left(&self) -> usize {
+        self.bytes.len() - self.written
+    }
+
     pub(super) fn keep(&mut self, rest: &[u8]) {
         self.bytes.extend_from_slice(rest);
     }

@@ -88,6 +88,37 @@ struct Wants {
     more: bool,
 }
 
+/// How far a direction has come.
+type Mark = (u64, usize, Half);
+
+/// When each direction last moved.
+struct Moved {
+    up: Instant,
+    down: Instant,
+    marks: (Mark, Mark),
+}
+
+impl Moved {
+    fn now(marks: (Mark, Mark)) -> Self {
+        let now = Instant::now();
+        Self { up: now, down: now, marks }
+    }
+
+    fn compare(&mut self, (up, down): (Mark, Mark)) {
+        if (up, down) == self.marks {
+            return;
+        }
+        let now = Instant::now();
+        if up != self.marks.0 {
+            self.up = now;
+        }
+        if down != self.marks.1 {
+            self.down = now;
+        }
+        self.marks = (up, down);
+    }
+}
+
 /// Why the flow is awake again.
 enum Woken {
     /// There is something to do.
@@ -131,9 +162,8 @@ impl<L: Lane> Flow<L> {
     ) -> CloseReason {
         let mut stop = pin!(stop);
         let mut clock = pin!(sleep_until(Instant::now()));
-        let mut moved = Instant::now();
+        let mut moved = Moved::now(self.marks(progress));
         let reason = loop {
-            let before = (progress.sent(), progress.received());
             let wants = match with_scratch(|scratch| self.turn(scratch, progress)) {
                 Ok(wants) => wants,
                 Err(reason) => break reason,
@@ -141,15 +171,15 @@ impl<L: Lane> Flow<L> {
             if (self.up, self.down) == (Half::Closed, Half::Closed) {
                 break CloseReason::Complete;
             }
-            if before != (progress.sent(), progress.received()) {
-                moved = Instant::now();
-            }
+            moved.compare(self.marks(progress));
             self.lane.rest();
-            let deadline = self.deadline(limits, moved);
+            let deadline = self.deadline(limits, &moved);
             let over = match self.wait(wants, deadline, stop.as_mut(), clock.as_mut()).await {
                 Woken::Again => None,
                 Woken::Failed => self.failure(),
-                Woken::Late => deadline.and_then(|(_, reason)| reason).filter(|reason| self.is_over(*reason)),
+                Woken::Late => {
+                    deadline.and_then(|(_, reason)| reason).filter(|reason| self.is_over(*reason, limits, &moved))
+                }
                 Woken::Stopped(stop) => Some(CloseReason::Stopped(stop)),
             };
             if let Some(reason) = over {
@@ -391,32 +421,45 @@ impl<L: Lane> Flow<L> {
     }
 
     /// Until when to wait, and what it means when nothing has happened by then.
-    fn deadline(&self, limits: &Limits, moved: Instant) -> Option<(Instant, Option<CloseReason>)> {
-        let up_under_way = !self.up_pending.is_empty() || matches!(self.up, Half::Ended | Half::Draining);
-        let under_way = up_under_way || !self.down_pending.is_empty();
-        let idle = limits.idle.map(|idle| (moved + idle, Some(CloseReason::Idle)));
+    fn deadline(&self, limits: &Limits, moved: &Moved) -> Option<(Instant, Option<CloseReason>)> {
+        let idle = limits.idle.map(|idle| (moved.up.max(moved.down) + idle, Some(CloseReason::Idle)));
         let now = Instant::now();
-        // Once it is due it is looked at every second, for as long as the receiver is just slow.
-        let stall = under_way.then(|| {
-            let due = moved + limits.stall;
-            (if due > now { due } else { now + MAX_TICK }, Some(CloseReason::Stalled))
-        });
-        let tick = (up_under_way && self.lane.needs_ticks()).then(|| {
+        let stall = |under_way: bool, since: Instant| {
+            under_way.then(|| {
+                let due = since + limits.stall;
+                // Once it is due it is looked at every second, for as long as the receiver is just slow.
+                (if due > now { due } else { now + MAX_TICK }, Some(CloseReason::Stalled))
+            })
+        };
+        let (up, down) = (self.up_is_under_way(), !self.down_pending.is_empty());
+        let tick = (up && self.lane.needs_ticks()).then(|| {
             // As long again as it has been waiting.
-            (now + now.duration_since(moved).clamp(MIN_TICK, MAX_TICK), None)
+            (now + now.duration_since(moved.up).clamp(MIN_TICK, MAX_TICK), None)
         });
-        [idle, stall, tick].into_iter().flatten().min_by_key(|(at, _)| *at)
+        [idle, stall(up, moved.up), stall(down, moved.down), tick].into_iter().flatten().min_by_key(|(at, _)| *at)
     }
 
-    /// Is this the end? A stall is one only where a socket has room and takes nothing all the same.
-    fn is_over(&self, reason: CloseReason) -> bool {
-        let stuck = |socket: &TcpStream, pending: bool| {
-            pending && tls::unacknowledged(socket.as_fd()).is_ok_and(|queued| queued == 0)
+    fn up_is_under_way(&self) -> bool {
+        !self.up_pending.is_empty() || matches!(self.up, Half::Ended | Half::Draining)
+    }
+
+    /// Is this the end? A stall is one only where a socket has room and takes nothing all the same. Each direction is
+    /// judged by itself: where memory for TCP is short, one may starve while the other trickles.
+    fn is_over(&self, reason: CloseReason, limits: &Limits, moved: &Moved) -> bool {
+        let stuck = |socket: &TcpStream, under_way: bool, since: Instant| {
+            under_way
+                && since.elapsed() >= limits.stall
+                && tls::unacknowledged(socket.as_fd()).is_ok_and(|queued| queued == 0)
         };
-        let up_pending = !self.up_pending.is_empty() || matches!(self.up, Half::Ended | Half::Draining);
         reason != CloseReason::Stalled
-            || stuck(&self.network, up_pending)
-            || stuck(&self.application, !self.down_pending.is_empty())
+            || stuck(&self.network, self.up_is_under_way(), moved.up)
+            || stuck(&self.application, !self.down_pending.is_empty(), moved.down)
+    }
+
+    /// How far both directions have come: what was taken, what of it is still to be delivered, and what was said.
+    fn marks(&self, progress: &Progress) -> (Mark, Mark) {
+        let up = (progress.sent(), self.up_pending.left(), self.up);
+        (up, (progress.received(), self.down_pending.left(), self.down))
     }
 
     /// A socket reported an error while nothing was read from it or written to it.

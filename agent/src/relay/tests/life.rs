@@ -236,6 +236,24 @@ impl lane::Lane for Stuck {
 }
 
 #[tokio::test]
+async fn one_direction_that_is_stuck_is_given_up_though_the_other_moves() {
+    let limits = Limits { idle: None, stall: Duration::from_millis(300) };
+    let (mut left, own) = pair().await;
+    let (network, mut right) = pair().await;
+    left.write_all(b"never sent").await.unwrap();
+    let trickle = tokio::spawn(async move {
+        while right.write_all(b".").await.is_ok() {
+            sleep(Duration::from_millis(50)).await;
+        }
+    });
+    let progress = Progress::default();
+    let flow = Flow::new(own, network, Stuck).run(&limits, pending(), &progress);
+    assert_eq!(timeout(Duration::from_secs(5), flow).await.expect("given up"), CloseReason::Stalled);
+    assert!(progress.received() > 2, "the other direction did not move");
+    trickle.await.unwrap();
+}
+
+#[tokio::test]
 async fn a_kernel_that_has_room_and_takes_nothing_is_given_up_and_a_slow_reader_is_not() {
     let limits = Limits { idle: None, stall: Duration::from_millis(300) };
     let (mut left, own) = pair().await;
