@@ -226,3 +226,37 @@ impl Refusal for Error {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::handshake::testing::{World, pair};
+    use aya::maps::{Map, MapData, SockMap};
+    use tokio::io::AsyncReadExt;
+
+    /// `BPF_MAP_TYPE_SOCKMAP`.
+    const SOCKMAP: u32 = 15;
+
+    #[tokio::test]
+    async fn a_kernel_that_fails_half_way_leads_to_a_reset_and_never_to_plaintext() {
+        let chosen = std::env::var("WIMSEY_TEST_ENGINE").is_ok_and(|engine| engine == "kernel");
+        if !chosen {
+            eprintln!("SKIPPED (needs a kernel with TLS): a_kernel_that_fails_half_way_leads_to_a_reset_and_never_to_plaintext");
+            return;
+        }
+        let choice = Choice::from(Preference::Kernel, &selftest::run()).unwrap();
+        let sessions = World::new().sessions(choice.ciphers()).await;
+        // A socket in a sockmap takes up TLS, and then refuses the keys (CVE-2026-93824): as good as any other failure.
+        let map = MapData::create(aya_obj::Map::new_from_params(SOCKMAP, 4, 4, 1, 0), "half_way", None).unwrap();
+        let mut map = SockMap::try_from(Map::SockMap(map)).unwrap();
+        map.set(0, &sessions.server.permit().parties().flow.socket, 0).unwrap();
+        let (_application, leg) = pair().await;
+        let error = arm(sessions.server, Some(leg), choice).map(|_| "a pipe").unwrap_err();
+        assert!(error.may_redial(), "{error}");
+        assert_eq!((error.code(), error.culprit()), ("kernel-tls-failed", Culprit::Host));
+        drop(error);
+        let (_permit, network, _secrets) = sessions.client.into_parts();
+        let heard = network.unwrap().read(&mut [0; 64]).await.map_err(|error| error.kind());
+        assert_eq!(heard, Err(io::ErrorKind::ConnectionReset));
+    }
+}
