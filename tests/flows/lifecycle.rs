@@ -3,6 +3,7 @@
 use lab::policy::{PORT, id};
 use lab::world::events;
 use lab::{Lab, Policy, Program, Settings, clock, lab, or_skip, skip};
+use serde_json::Value;
 
 /// A client that holds a connection open and says a line when told to.
 fn talker(lab: &Lab, lines: usize) -> Program {
@@ -326,7 +327,8 @@ fn status_and_connections_say_what_is_going_on() {
     let open = talker(&lab, 2);
     lab.expect_no_echo(&lab.alpha, "nobody", lab.beta.at(PORT), &[]);
     for (agent, direction) in [(mesh.alpha(), "outbound"), (mesh.beta(), "inbound")] {
-        let list = agent.connections();
+        let list: Vec<Value> =
+            serde_json::from_str(&agent.command(&["connections", "--json"]).unwrap().good()).unwrap();
         assert_eq!(list.len(), 1, "{list:#?}");
         assert_eq!(list[0]["direction"], direction);
         assert_eq!(list[0]["source"]["id"], id("client"));
@@ -337,7 +339,7 @@ fn status_and_connections_say_what_is_going_on() {
         assert!(text.contains(&id("client")) && text.contains(&id("server")), "{text}");
         let text = agent.command(&["status"]).unwrap().good();
         assert!(!text.trim().is_empty());
-        let status = agent.status();
+        let status: Value = serde_json::from_str(&agent.command(&["status", "--json"]).unwrap().good()).unwrap();
         assert_eq!(status["connections"]["open"], 1);
         assert_eq!(status["agent"]["pid"].as_u64(), Some(u64::from(agent.pid())));
     }

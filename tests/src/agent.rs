@@ -13,7 +13,9 @@ use crate::world::Lab;
 use anyhow::{Context, bail};
 use rustix::process::Signal;
 use serde_json::Value;
+use std::io::{BufRead, BufReader, Write};
 use std::os::unix::fs::PermissionsExt;
+use std::os::unix::net::{UnixDatagram, UnixStream};
 use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -111,14 +113,19 @@ impl<'a> Agent<'a> {
         Ok(Self { lab, host, binary, directory, audit, program: Mutex::new(None), _pins: pins })
     }
 
-    /// Starts it and waits until it is ready.
+    /// Starts it and waits until it is ready, as systemd would (sd_notify(3)).
     pub fn start(&self) -> crate::Result<()> {
-        *self.running() = Some(self.spawn()?);
+        let path = self.directory.join("run/notify.sock");
+        // From the start before this one.
+        let _ = std::fs::remove_file(&path);
+        let told = UnixDatagram::bind(&path)?;
+        told.set_nonblocking(true)?;
+        *self.running() = Some(self.spawn(&[("NOTIFY_SOCKET", &path)])?);
         let ready = clock::until(clock::seconds(30), || {
-            if self.running().as_mut().is_none_or(Program::ended) {
-                return Some(false);
+            if told.recv(&mut [0; 64]).is_ok() {
+                return Some(true);
             }
-            self.command(&["status", "--json"]).ok().filter(|outcome| outcome.status.success()).map(|_| true)
+            self.running().as_mut().is_none_or(Program::ended).then_some(false)
         });
         match ready {
             Some(true) => Ok(()),
@@ -133,14 +140,15 @@ impl<'a> Agent<'a> {
     /// Starts one that should not be able to run, and gives how it ended.
     #[track_caller]
     pub fn expect_refused(&self) -> String {
-        match self.spawn().and_then(|program| program.wait(clock::seconds(30))) {
+        match self.spawn(&[]).and_then(|program| program.wait(clock::seconds(30))) {
             Ok(outcome) => outcome.bad(),
             Err(error) => panic!("{error:#}"),
         }
     }
 
-    fn spawn(&self) -> crate::Result<Program> {
+    fn spawn(&self, environment: &[(&str, &Path)]) -> crate::Result<Program> {
         let mut command = self.lab.command(self.host, &format!("agent-{}", self.host.name), &self.binary);
+        command.envs(environment.iter().copied());
         command.args(["agent", "--config"]).arg(self.config());
         Program::start(command, format!("agent of {}", self.host.name))
     }
@@ -182,22 +190,35 @@ impl<'a> Agent<'a> {
         Program::start(command, format!("wimsey {words:?}"))?.wait(clock::seconds(30))
     }
 
-    /// `wimsey status --json`.
+    /// What `wimsey status --json` prints, from the admin socket itself: tests ask over and over, and the start of a
+    /// program is dear where the processor is emulated.
     #[track_caller]
     pub fn status(&self) -> Value {
-        match self.command(&["status", "--json"]) {
-            Ok(outcome) => parse(&outcome.good()),
-            Err(error) => panic!("{error:#}"),
+        self.ask("status")
+    }
+
+    /// What `wimsey connections --json` prints: a list.
+    #[track_caller]
+    pub fn connections(&self) -> Vec<Value> {
+        match self.ask("connections") {
+            Value::Array(list) => list,
+            other => panic!("no list: {other}"),
         }
     }
 
-    /// `wimsey connections --json`: a list.
     #[track_caller]
-    pub fn connections(&self) -> Vec<Value> {
-        match self.command(&["connections", "--json"]).map(|outcome| parse(&outcome.good())) {
-            Ok(Value::Array(list)) => list,
-            Ok(other) => panic!("no list: {other}"),
-            Err(error) => panic!("{error:#}"),
+    fn ask(&self, question: &str) -> Value {
+        let ask = || -> crate::Result<String> {
+            let mut socket = UnixStream::connect(self.directory.join("run/admin.sock"))?;
+            socket.set_read_timeout(Some(clock::seconds(10)))?;
+            socket.write_all(format!("\"{question}\"\n").as_bytes())?;
+            let mut answer = String::new();
+            BufReader::new(socket).read_line(&mut answer)?;
+            Ok(answer)
+        };
+        match ask() {
+            Ok(answer) => parse(&answer),
+            Err(error) => panic!("{}: no {question}: {error:#}\n{}", self.host.name, self.log()),
         }
     }
 

@@ -47,6 +47,15 @@ pub fn need_root() -> Result<(), Skip> {
     if rustix::process::geteuid().is_root() { Ok(()) } else { Err(Skip::because("needs root")) }
 }
 
+/// What a test changes on the whole machine it may change in a guest only.
+pub fn need_guest() -> Result<(), Skip> {
+    if std::env::var_os("WIMSEY_GUEST").is_some() {
+        Ok(())
+    } else {
+        Err(Skip::because("changes the whole machine: in guests only"))
+    }
+}
+
 /// True where the tests run without Wimsey, to test the lab and its oracle.
 pub fn plain() -> bool {
     std::env::var("LAB_PLAIN").is_ok_and(|value| value == "1")
