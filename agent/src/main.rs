@@ -19,7 +19,7 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Verb {
-    /// Run the node agent in the foreground: SIGHUP reloads the policy, SIGTERM drains and ends
+    /// Run the node agent in the foreground: SIGHUP reloads policy, bundles and revocation lists, SIGTERM drains and ends
     Agent(Config),
     /// Check configuration, certificate authority and policy, and print what would be in force
     Check(Config),

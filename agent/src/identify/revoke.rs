@@ -254,7 +254,7 @@ fn number_after(last: &[u8], now: SystemTime) -> Vec<u8> {
 
 fn serial_from(text: &str) -> Option<Vec<u8>> {
     let digits: String = text.chars().filter(|character| *character != ':').collect();
-    let padded = if digits.len() % 2 == 0 { digits } else { format!("0{digits}") };
+    let padded = if digits.len().is_multiple_of(2) { digits } else { format!("0{digits}") };
     let octet = |pair: &[u8]| {
         let pair = std::str::from_utf8(pair).ok().filter(|pair| pair.bytes().all(|digit| digit.is_ascii_hexdigit()))?;
         u8::from_str_radix(pair, 16).ok()
