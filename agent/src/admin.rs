@@ -131,6 +131,19 @@ pub struct BundleStatus {
     pub anchors: usize,
     /// RFC 3339: when the last anchor expires.
     pub expires: Option<String>,
+    /// Its revocation lists; absent where it has none.
+    pub revocations: Option<RevocationStatus>,
+}
+
+/// The revocation lists of a trust domain.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct RevocationStatus {
+    /// How many certificates they revoke.
+    pub revoked: usize,
+    /// RFC 3339: when the first of them must have been replaced.
+    pub next_update: String,
+    /// One of them is not: peers of its authority are refused.
+    pub over: bool,
 }
 
 /// A protected listening socket.

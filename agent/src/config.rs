@@ -85,6 +85,8 @@ pub struct Trust {
     pub trust_domain: TrustDomain,
     /// PEM file of its authorities.
     pub bundle: PathBuf,
+    /// PEM file of what they revoked, where there is one.
+    pub crl: Option<PathBuf>,
 }
 
 /// Where audit records go.
@@ -296,10 +298,11 @@ fn identity(root: &Table<'_>, problems: &mut Problems) -> Option<Provider> {
 fn trust(root: &Table<'_>, problems: &mut Problems) -> Vec<Trust> {
     let mut trust = Vec::new();
     let mut seen: BTreeMap<TrustDomain, Place> = BTreeMap::new();
-    for table in root.tables("trust", &["trust_domain", "bundle"], problems) {
+    for table in root.tables("trust", &["trust_domain", "bundle", "crl"], problems) {
         let name = table.required_text("trust_domain", "trust_domain = \"example.net\"", problems);
         table.require("bundle", "bundle = \"/etc/wimsey/example.net.pem\"", problems);
         let bundle = path(&table, "bundle", "/etc/wimsey/example.net.pem", problems);
+        let crl = table.has("crl").then(|| path(&table, "crl", "/etc/wimsey/example.net.crl.pem", problems)).flatten();
         let Some(name) = name else { continue };
         match TrustDomain::parse(name.value) {
             Ok(trust_domain) => {
@@ -307,7 +310,7 @@ fn trust(root: &Table<'_>, problems: &mut Problems) -> Vec<Trust> {
                     let what = format!("trust domain {trust_domain} is there twice, first at {first}");
                     problems.add(&name.place, what, "put all its authorities into one bundle file, and remove one");
                 }
-                trust.extend(bundle.map(|bundle| Trust { trust_domain, bundle }));
+                trust.extend(bundle.map(|bundle| Trust { trust_domain, bundle, crl }));
             }
             Err(error) => {
                 let what = format!("trust domain `{}`: {error}", clip(name.value));
@@ -405,6 +408,9 @@ impl fmt::Display for Config {
         writeln!(f, "svid_ttl = \"{}\"", units::print(*svid_ttl))?;
         for trust in &self.trust {
             writeln!(f, "\n[[trust]]\ntrust_domain = \"{}\"\nbundle = {}", trust.trust_domain, path(&trust.bundle))?;
+            if let Some(crl) = &trust.crl {
+                writeln!(f, "crl = {}", path(crl))?;
+            }
         }
         let when_full = match self.audit.when_full {
             WhenFull::Refuse => "refuse",
@@ -481,7 +487,7 @@ mod tests {
     fn what_is_printed_reads_the_same() {
         let text = "policy_dir = \"/p \\\"q\\\"\\\\\"\ncgroup = \"/a.slice\"\nengine = \"user\"\nshards = 3\n\
             [identity]\nprovider = \"embedded\"\nsvid_ttl = \"1h30m\"\n\
-            [[trust]]\ntrust_domain = \"example.net\"\nbundle = \"/b.pem\"\n[audit]\nwhen_full = \"continue\"\n\
+            [[trust]]\ntrust_domain = \"example.net\"\nbundle = \"/b.pem\"\ncrl = \"/c.pem\"\n[audit]\nwhen_full = \"continue\"\n\
             [timeouts]\ndrain = \"0s\"\n[limits]\nconnections = 5\n";
         let config = Config::parse("agent.toml", text).unwrap();
         assert_eq!(config.shards, Shards::Exactly(NonZeroUsize::new(3).unwrap()));
@@ -534,6 +540,11 @@ mod tests {
             (
                 "[[trust]]\ntrust_domain = \"example.net\"",
                 "agent.toml:1: [[trust]] has no `bundle`; write bundle = \"/etc/wimsey/example.net.pem\"",
+            ),
+            (
+                "[[trust]]\ntrust_domain = \"a\"\nbundle = \"/a\"\ncrl = \"a.crl\"",
+                "agent.toml:4: `crl` cannot be `a.crl`; \
+                 write an absolute path, such as crl = \"/etc/wimsey/example.net.crl.pem\"",
             ),
             (
                 "[[trust]]\ntrust_domain = \"a\"\nbundle = \"/a\"\n[[trust]]\ntrust_domain = \"a\"\nbundle = \"/b\"",

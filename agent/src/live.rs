@@ -1,10 +1,12 @@
 //! The open connections of one agent, and what was refused so far: what `wimsey connections` and `wimsey status` show,
-//! and what a policy change closes.
+//! and what a change of policy or trust closes.
 //!
 //! *Invariant:* a connection is listed from the moment its bytes can move until its audit record is made.
 
 use crate::audit::{End, Process, Record, Tls};
 use crate::authorize::still_allowed;
+use crate::identify::bundle::Trust;
+use crate::identify::crl::IssuerAndSerial;
 use crate::intercept::Direction;
 use crate::policy::Policy;
 use crate::relay::{Progress, Stop};
@@ -24,6 +26,8 @@ pub enum Basis {
         local: SpiffeId,
         /// The verified peer.
         peer: SpiffeId,
+        /// The certificates by which it was verified.
+        path: Arc<[IssuerAndSerial]>,
     },
     /// Plaintext by a named rule.
     Plaintext {
@@ -68,10 +72,11 @@ impl Live {
     pub fn end(&self, stop: Stop) {
         self.stop.send_if_modified(|told| told.is_none().then(|| *told = Some(stop)).is_some());
     }
-    /// Would this policy let the connection pass as well?
-    pub fn is_allowed_by(&self, policy: &Policy) -> bool {
+    /// Would this policy let the connection pass as well, and is the peer's certificate not revoked?
+    pub fn is_allowed_by(&self, policy: &Policy, trust: &Trust) -> bool {
         let (local, peer) = match &self.basis {
-            Basis::Mesh { local, peer } => (local, Some(peer)),
+            Basis::Mesh { peer, path, .. } if trust.revokes(&peer.trust_domain(), path) => return false,
+            Basis::Mesh { local, peer, .. } => (local, Some(peer)),
             Basis::Plaintext { local } => (local, None),
             Basis::LeftAlone => {
                 return self.direction == Direction::Inbound || !policy.is_mesh(self.destination.address);
@@ -125,9 +130,10 @@ impl Registry {
     pub fn open_count(&self) -> usize {
         lock(&self.open).len()
     }
-    /// Ends the connections that this policy would not let pass. Returns how many.
-    pub fn revoke(&self, policy: &Policy) -> usize {
-        let hit = self.open().into_iter().filter(|live| !live.is_allowed_by(policy));
+    /// Ends the connections that this policy would not let pass, and those whose peer's certificate is revoked. Returns
+    /// how many.
+    pub fn revoke(&self, policy: &Policy, trust: &Trust) -> usize {
+        let hit = self.open().into_iter().filter(|live| !live.is_allowed_by(policy, trust));
         hit.inspect(|live| live.end(Stop::Revoked)).count()
     }
     /// Ends all connections.
@@ -177,4 +183,63 @@ impl Drop for Entered {
 /// A panic of another thread while it held the lock leaves a list that is still a list.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::identify::testing::{TestCa, id_of, leaf_params, numbered};
+    use crate::policy::{Accounts, Source};
+
+    const POLICY: &str = r#"
+        trust_domain = "example.org"
+        [[workload]]
+        id = "spiffe://example.org/web"
+        selectors = ["unix:uid:7"]
+        [[allow]]
+        from = "spiffe://example.org/curl"
+        to = "spiffe://example.org/web"
+    "#;
+
+    fn connection(flow: u64, path: Arc<[IssuerAndSerial]>) -> (Live, watch::Receiver<Option<Stop>>) {
+        let (stop, told) = watch::channel(None);
+        let end = |port| End { id: None, address: ([10, 0, 0, 1], port).into() };
+        let (local, peer) = (id_of("spiffe://example.org/web"), id_of("spiffe://example.org/curl"));
+        let live = Live {
+            flow,
+            direction: Direction::Inbound,
+            source: end(4000),
+            destination: end(80),
+            basis: Basis::Mesh { local, peer, path },
+            rule: None,
+            tls: None,
+            engine: None,
+            process: None,
+            since: OffsetDateTime::now_utc(),
+            progress: Arc::default(),
+            stop,
+        };
+        (live, told)
+    }
+
+    #[test]
+    fn a_connection_of_a_revoked_certificate_is_ended_and_no_other_one() {
+        // R39
+        let source = Source { file: "test.toml".into(), text: POLICY.into() };
+        let policy = Policy::parse("test", &[source], &Accounts::default()).unwrap();
+        let (ca, other) = (TestCa::new("example.org"), TestCa::new("example.org"));
+        let leaf = |ca: &TestCa, serial: u8| {
+            let leaf = ca.leaf(numbered(leaf_params("spiffe://example.org/curl"), &[serial]));
+            Arc::from([IssuerAndSerial::of(&leaf).unwrap()])
+        };
+        let registry = Arc::new(Registry::default());
+        let (revoked, told) = connection(1, leaf(&ca, 5));
+        let (another, another_told) = connection(2, leaf(&ca, 6));
+        let (elsewhere, elsewhere_told) = connection(3, leaf(&other, 5));
+        let _entered = [revoked, another, elsewhere].map(|live| registry.enter(live));
+        assert_eq!(registry.revoke(&policy, &ca.trust("example.org")), 0);
+        assert_eq!(registry.revoke(&policy, &ca.trust_but("example.org", &[&[5]])), 1);
+        let told = [told, another_told, elsewhere_told].map(|told| *told.borrow());
+        assert_eq!(told, [Some(Stop::Revoked), None, None]);
+    }
 }

@@ -19,7 +19,7 @@ struct Arguments {
 
 #[derive(Subcommand)]
 enum Verb {
-    /// Run the node agent in the foreground: SIGHUP reloads the policy, SIGTERM drains and ends
+    /// Run the node agent in the foreground: SIGHUP reloads policy, bundles and revocation lists, SIGTERM drains and ends
     Agent(Config),
     /// Check configuration, certificate authority and policy, and print what would be in force
     Check(Config),
@@ -91,6 +91,25 @@ enum CaVerb {
         #[arg(long, default_value = "1h")]
         ttl: String,
     },
+    /// Revoke a certificate: extend and sign crl.pem in the directory of the authority
+    #[command(group = clap::ArgGroup::new("order").required(true))]
+    Revoke {
+        /// Directory of the authority
+        #[arg(long)]
+        dir: PathBuf,
+        /// Serial number in hexadecimal, as `openssl x509 -serial` prints it
+        #[arg(long, group = "order", value_name = "HEX")]
+        serial: Option<String>,
+        /// PEM file of the certificate
+        #[arg(long, group = "order", value_name = "FILE")]
+        certificate: Option<PathBuf>,
+        /// Revoke nothing more, but sign the list anew so that it is good for longer
+        #[arg(long, group = "order")]
+        refresh: bool,
+        /// How long the list is good; when it is over, peers are refused until it is signed anew
+        #[arg(long, default_value = "30d")]
+        next_update: String,
+    },
 }
 
 #[derive(clap::Args)]
@@ -118,6 +137,9 @@ fn main() -> ExitCode {
         Verb::Policy(PolicyVerb::Test { directories }) => cli::check::test_policies(&directories),
         Verb::Ca(CaVerb::Init { trust_domain, dir, life }) => cli::ca::init(&trust_domain, &dir, &life),
         Verb::Ca(CaVerb::Issue { dir, id, out, ttl }) => cli::ca::issue(&dir, &id, &out, &ttl),
+        Verb::Ca(CaVerb::Revoke { dir, serial, certificate, refresh: _, next_update }) => {
+            cli::ca::revoke(&dir, serial, certificate, &next_update)
+        }
         Verb::Run { name, command } => cli::run::run(name.as_deref(), &command),
         Verb::Status(Show { json, config }) => cli::show::status(config.as_deref(), json),
         Verb::Connections(Show { json, config }) => cli::show::connections(config.as_deref(), json),

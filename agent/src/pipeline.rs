@@ -294,8 +294,9 @@ impl<'a> Walk<'a> {
         let progress = Arc::new(Progress::default());
         let (stop, stopped) = watch::channel(None);
         let entered = self.shared.registry.enter(attempt.live(basis, progress.clone(), stop));
-        // A policy that came into force during the handshake has not seen this connection in the list.
-        if !entered.live().is_allowed_by(&self.shared.policy.load()) {
+        // A policy or a revocation that came into force during the handshake has not seen this connection in the list.
+        let trust = self.shared.identities.provider().trust();
+        if !entered.live().is_allowed_by(&self.shared.policy.load(), &trust) {
             entered.live().end(Stop::Revoked);
         }
         let limits =
@@ -455,7 +456,7 @@ impl<'a> Attempt<'a> {
         self.peer().id = Some(peer.to_string());
         self.method = Method::Mtls;
         self.tls = Some(audit::Tls { group: session.group().to_owned(), cipher: session.cipher().to_owned() });
-        (Basis::Mesh { local, peer }, session.rule().clone())
+        (Basis::Mesh { local, peer, path: session.peer().path.clone() }, session.rule().clone())
     }
 
     /// Notes who the peer proved to be although the handshake failed.

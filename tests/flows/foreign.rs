@@ -199,6 +199,29 @@ fn what_wimsey_ca_issues_is_an_svid_that_openssl_verifies() {
 }
 
 #[test]
+fn what_wimsey_ca_revokes_is_revoked_for_openssl() {
+    let lab = lab!();
+    or_skip!(skip::need("openssl"));
+    let mesh = or_skip!(lab.only_mesh(&Policy::standard(&lab)));
+    let (one, other) = (mesh.issue("one").join("svid.pem"), mesh.issue("other").join("svid.pem"));
+    let list = lab.directory().join("ca/crl.pem");
+    let verify = |leaf: &std::path::Path| {
+        let (bundle, list) = (lab.directory().join("ca/ca.pem"), list.display().to_string());
+        let words = ["openssl", "verify", "-crl_check", "-CAfile", &bundle.display().to_string(), "-CRLfile", &list];
+        lab.run(&lab.stranger, "foreign", &[&words[..], &[&leaf.display().to_string()]].concat()).outcome()
+    };
+    mesh.revoke(&one);
+    let said = verify(&one).bad();
+    assert!(said.contains("certificate revoked"), "{said}");
+    verify(&other).good();
+    mesh.revoke(&other);
+    let said = verify(&other).bad();
+    assert!(said.contains("certificate revoked"), "{said}");
+    let said = mesh.revoke(&one);
+    assert!(said.contains("already"), "{said}");
+}
+
+#[test]
 fn application_data_in_the_same_segment_as_the_finished_arrives() {
     let lab = lab!();
     let policy = Policy::standard(&lab).allow("foreign", "foreign", "server");

@@ -239,6 +239,70 @@ fn a_handshake_in_single_bytes_works() {
     lab.expect_tls(PORT);
 }
 
+#[test]
+fn a_revoked_svid_is_refused_and_its_open_connection_is_reset() {
+    let lab = lab!();
+    let policy = Policy::standard(&lab).allow("foreign", "foreign", "server");
+    let mesh = or_skip!(lab.only_mesh(&policy));
+    let mut server = lab.serve_echo(&lab.beta, "server", &[lab.beta.at(PORT)]);
+    let say = format!("send:{}\\n", lab.marker());
+    let mut bystander =
+        lab.talk(&lab.alpha, "client", lab.beta.at(PORT), &[], &[&say, "line", "wait", &say, "line", "half-close"]);
+    bystander.step("line");
+    let (bad, good) = (mesh.mint().svid(&id("foreign")).unwrap(), mesh.mint().svid(&id("foreign")).unwrap());
+    let certificate = lab.file("bad.pem", &bad.certificate_pem);
+    let talk = |svid: &Svid| {
+        lab.stranger.within(|| Tls::default().talk(lab.beta.at(PORT), Some(svid), lab.marker().as_bytes()))
+    };
+    let (tell, told) = std::sync::mpsc::channel();
+    let ended = std::thread::scope(|scope| {
+        let (lab, bad) = (&lab, &bad);
+        let held = scope.spawn(move || {
+            let open = move || tell.send(()).unwrap();
+            lab.stranger.within(|| Tls::default().hold(lab.beta.at(PORT), bad, lab.marker().as_bytes(), open))
+        });
+        told.recv_timeout(clock::seconds(20)).unwrap();
+        let said = mesh.revoke(&certificate);
+        assert!(said.contains("revoked") && said.contains("SIGHUP"), "{said}");
+        let began = std::time::Instant::now();
+        mesh.beta().signal(rustix::process::Signal::HUP);
+        let ended = held.join().unwrap();
+        assert!(began.elapsed() < clock::seconds(2), "it took {:?}: {ended:?}", began.elapsed());
+        ended
+    });
+    assert!(ended.handshake && ended.end.contains("AccessDenied"), "{ended:?}");
+    let seen = server.event(|event| event["event"] == "ended");
+    assert_eq!(seen["end"], "ECONNRESET", "the workload took it for a clean end: {seen}");
+    let record = &mesh.beta().expect_records(PORT, 1)[0];
+    assert_eq!((&record["decision"], &record["code"]), (&"allowed".into(), &"revoked".into()), "{record}");
+    assert_eq!(record["source"]["id"], id("foreign"), "{record}");
+
+    let refused = |wanted: &Svid| {
+        let came = talk(wanted);
+        came.expect_refused();
+        assert!(came.end.contains("CertificateRevoked"), "{came:?}");
+    };
+    refused(&bad);
+    let record = mesh.beta().expect_denied(PORT, "peer-certificate-revoked");
+    assert_eq!(record["culprit"], "peer", "{record}");
+    assert!(record["reason"].as_str().is_some_and(|reason| reason.contains(&id("foreign"))), "{record}");
+    // The same identity by another certificate, and everybody else, are none the worse.
+    assert_eq!(talk(&good).answer, lab.marker().as_bytes());
+    bystander.say("go on").unwrap();
+    assert_eq!(bystander.step("line")["text"], lab.marker());
+
+    // A broken list is not taken: the old one stays in force, and status says so.
+    std::fs::write(lab.directory().join("ca/crl.pem"), "rubbish").unwrap();
+    mesh.beta().signal(rustix::process::Signal::HUP);
+    let told =
+        clock::until(clock::seconds(10), || mesh.beta().status()["policy"]["refused"].as_str().map(str::to_owned));
+    assert!(told.is_some_and(|text| text.contains("crl.pem")), "{:#}", mesh.beta().status());
+    let bundles = mesh.beta().status()["bundles"].clone();
+    assert_eq!(bundles[0]["revocations"]["revoked"], 1, "{bundles:#}");
+    refused(&bad);
+    lab.expect_no_plaintext();
+}
+
 /// A permitted peer that breaks the protocol in the middle: the workload sees a reset, never a clean end.
 fn a_break_is_a_reset(lab: &Lab, how: Break) -> Result<(), Skip> {
     let policy = Policy::standard(lab).allow("foreign", "foreign", "server");

@@ -235,6 +235,38 @@ fn a_missing_or_foreign_bundle_is_refused() {
 }
 
 #[test]
+fn a_broken_foreign_or_expired_revocation_list_is_refused() {
+    let lab = lab!();
+    let (mint, bundle, _) = Mint::found("friends.test", Duration::days(-1), Duration::days(1)).unwrap();
+    let (stranger, ..) = Mint::found("friends.test", Duration::days(-1), Duration::days(1)).unwrap();
+    let (bundle, list) = (lab.file("friends.pem", bundle), lab.directory().join("friends.crl"));
+    let tables = format!(
+        "[[trust]]\ntrust_domain = \"friends.test\"\nbundle = \"{}\"\ncrl = \"{}\"\n",
+        bundle.display(),
+        list.display()
+    );
+    let directory = or_skip!(authority(&lab, DOMAIN));
+    let settings = Settings { tables, ..with_authority(&directory) };
+    let agent = or_skip!(agent(&lab, &Policy::standard(&lab), &settings));
+    refused(&agent, &["friends.crl", "friends.test", "no such file"]);
+    std::fs::write(&list, "rubbish").unwrap();
+    refused(&agent, &["friends.crl", "friends.test", "holds no list"]);
+    // Of the same name, and signed with another key.
+    std::fs::write(&list, stranger.list(&[5], Duration::days(1)).unwrap()).unwrap();
+    refused(&agent, &["friends.crl", "friends.test", "signature"]);
+    std::fs::write(&list, mint.list(&[5], Duration::minutes(-1)).unwrap()).unwrap();
+    refused(&agent, &["friends.crl", "friends.test", "was good until"]);
+    std::fs::write(&list, mint.list(&[5], Duration::days(1)).unwrap()).unwrap();
+    agent.command(&["check"]).unwrap().good();
+    mode(&list, 0o666);
+    refused(&agent, &["friends.crl", "666"]);
+    mode(&list, 0o644);
+    // The own authority's is beside it.
+    std::fs::write(directory.join("crl.pem"), mint.list(&[5], Duration::days(1)).unwrap()).unwrap();
+    refused(&agent, &["crl.pem", DOMAIN, "friends.test"]);
+}
+
+#[test]
 fn an_authority_is_not_made_over_another() {
     let lab = lab!();
     let directory = or_skip!(authority(&lab, DOMAIN));

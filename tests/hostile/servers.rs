@@ -65,6 +65,40 @@ fn a_server_with_an_expired_svid_is_refused() {
 }
 
 #[test]
+fn a_server_whose_svid_is_revoked_is_refused_and_its_open_connection_reset() {
+    let lab = lab!();
+    let policy = Policy::empty(&lab).workload("client").destination(lab.stranger.at(PORT), "right").allow(
+        "client-to-right",
+        "client",
+        "right",
+    );
+    let mesh = or_skip!(lab.only_mesh(&policy));
+    let svid = mesh.mint().svid(&id("right")).unwrap();
+    let certificate = lab.file("right.pem", &svid.certificate_pem);
+    let listener = lab.stranger.within(|| TcpListener::bind(lab.stranger.at(PORT)).unwrap());
+    std::thread::scope(|scope| {
+        let server = scope.spawn(|| [(); 2].map(|()| Tls::default().answer(&listener, &svid)));
+        let say = format!("send:{}\\n", lab.marker());
+        let mut client = lab.talk(&lab.alpha, "client", lab.stranger.at(PORT), &[], &[&say, "to-end"]);
+        let open = clock::until(clock::seconds(20), || (mesh.alpha().connections().len() == 1).then_some(()));
+        assert!(open.is_some(), "{}", mesh.alpha().log());
+        mesh.revoke(&certificate);
+        mesh.alpha().signal(rustix::process::Signal::HUP);
+        let end = client.step("to-end");
+        assert_eq!(end["ok"], false, "a connection that was cut off ended cleanly: {end}");
+        lab.expect_no_echo(&lab.alpha, "client", lab.stranger.at(PORT), &[]);
+        let [held, second] = server.join().unwrap();
+        assert!(held.handshake && held.end.contains("AccessDenied"), "{held:?}");
+        assert!(second.answer.is_empty() && second.end.contains("CertificateRevoked"), "{second:?}");
+    });
+    let record = mesh.alpha().expect_denied(PORT, "peer-certificate-revoked");
+    assert_eq!((&record["direction"], &record["culprit"]), (&"outbound".into(), &"peer".into()), "{record}");
+    mesh.alpha().expect_record("the revoked one", |record| record["code"] == "revoked");
+    mesh.alpha().expect_records(PORT, 2);
+    lab.expect_no_plaintext();
+}
+
+#[test]
 fn a_server_of_an_unknown_authority_is_refused() {
     let lab = lab!();
     or_skip!(refuses(&lab, "peer-untrusted", |listener, _| {

@@ -430,6 +430,18 @@ impl<'a> Mesh<'a> {
         out
     }
 
+    /// What `wimsey ca revoke` says to this certificate. It is in force in an agent that has reloaded.
+    #[track_caller]
+    pub fn revoke(&self, certificate: &Path) -> String {
+        let mut command = self.lab.command_in(crate::enter::Place::default(), &self.alpha().binary);
+        command.args(["ca", "revoke", "--dir"]).arg(self.lab.directory().join("ca"));
+        command.arg("--certificate").arg(certificate);
+        match Program::start(command, "wimsey ca revoke").and_then(|program| program.wait(clock::seconds(30))) {
+            Ok(outcome) => outcome.good(),
+            Err(error) => panic!("{error:#}"),
+        }
+    }
+
     /// Certificates of any kind from the lab's own authority.
     #[track_caller]
     pub fn mint(&self) -> Mint {

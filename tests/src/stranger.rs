@@ -247,29 +247,25 @@ impl Tls {
         }
     }
 
+    /// Completes the handshake, sends bytes and hears them back, says that it is open, and listens until it ends.
+    pub fn hold(&self, to: SocketAddr, svid: &Svid, bytes: &[u8], open: impl FnOnce()) -> Attempt {
+        let (mut connection, mut stream, attempt) = match self.greet(to, svid, bytes) {
+            Ok(greeted) => greeted,
+            Err(attempt) => return attempt,
+        };
+        open();
+        match rustls::Stream::new(&mut connection, &mut stream).read_to_end(&mut Vec::new()) {
+            Ok(_) => Attempt { end: "close_notify".to_owned(), ..attempt },
+            Err(error) => attempt.failed(&error),
+        }
+    }
+
     /// Completes the handshake, sends bytes as records, and then breaks the protocol in one way.
     pub fn talk_and_break(&self, to: SocketAddr, svid: &Svid, bytes: &[u8], how: Break) -> Attempt {
-        let mut attempt = Attempt::default();
-        let mut stream = match connect(to) {
-            Ok(stream) => stream,
-            Err(error) => return attempt.failed(&error),
+        let (mut connection, mut stream, attempt) = match self.greet(to, svid, bytes) {
+            Ok(greeted) => greeted,
+            Err(attempt) => return attempt,
         };
-        attempt.connected = true;
-        let name = ServerName::try_from("lab.invalid").unwrap_or_else(|error| panic!("{error}"));
-        let mut connection =
-            ClientConnection::new(self.client(Some(svid)), name).unwrap_or_else(|error| panic!("{error}"));
-        while connection.is_handshaking() {
-            if let Err(error) = connection.complete_io(&mut stream) {
-                return attempt.failed(&error);
-            }
-        }
-        attempt.handshake = true;
-        let mut tls = rustls::Stream::new(&mut connection, &mut stream);
-        let mut back = vec![0; bytes.len()];
-        // The echo shows that all went well until now.
-        if let Err(error) = tls.write_all(bytes).and_then(|()| tls.flush()).and_then(|()| tls.read_exact(&mut back)) {
-            return attempt.failed(&error);
-        }
         let broken = match how {
             Break::Truncate => stream.shutdown(Shutdown::Write),
             Break::Plaintext => stream.write_all(b"GET /plaintext HTTP/1.1\r\n\r\n"),
@@ -298,6 +294,30 @@ impl Tls {
             Ok(_) => Attempt { end: "eof".to_owned(), ..attempt },
             Err(error) => attempt.failed(&error),
         }
+    }
+
+    /// Connects by TLS, and has the bytes echoed: all went well until then.
+    fn greet(
+        &self,
+        to: SocketAddr,
+        svid: &Svid,
+        bytes: &[u8],
+    ) -> Result<(ClientConnection, TcpStream, Attempt), Attempt> {
+        let mut attempt = Attempt::default();
+        let mut stream = connect(to).map_err(|error| attempt.clone().failed(&error))?;
+        attempt.connected = true;
+        let name = ServerName::try_from("lab.invalid").unwrap_or_else(|error| panic!("{error}"));
+        let mut connection =
+            ClientConnection::new(self.client(Some(svid)), name).unwrap_or_else(|error| panic!("{error}"));
+        while connection.is_handshaking() {
+            connection.complete_io(&mut stream).map_err(|error| attempt.clone().failed(&error))?;
+        }
+        attempt.handshake = true;
+        let mut tls = rustls::Stream::new(&mut connection, &mut stream);
+        let mut back = vec![0; bytes.len()];
+        let echoed = tls.write_all(bytes).and_then(|()| tls.flush()).and_then(|()| tls.read_exact(&mut back));
+        echoed.map_err(|error| attempt.clone().failed(&error))?;
+        Ok((connection, stream, attempt))
     }
 
     /// The first flight of a client, as bytes.

@@ -1,10 +1,11 @@
-//! `wimsey ca`: the embedded authority, and SVIDs as files for peers that are not under an agent.
+//! `wimsey ca`: the embedded authority, SVIDs as files for peers that are not under an agent, and what is revoked.
 
 use super::Wrong;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::SystemTime;
 use wimsey::identify::ca;
+use wimsey::identify::revoke::{self, Order, RevokeError};
 use wimsey::spiffe::{SpiffeId, TrustDomain};
 use wimsey::units;
 
@@ -24,7 +25,29 @@ pub fn init(trust_domain: &str, dir: &Path, life: &str) -> anyhow::Result<ExitCo
 pub fn issue(dir: &Path, id: &str, out: &Path, ttl: &str) -> anyhow::Result<ExitCode> {
     let id = SpiffeId::parse(id).map_err(|error| Wrong(format!("--id {id}: {error}")))?;
     let ttl = units::duration(ttl).map_err(|error| Wrong(format!("--ttl {ttl}: {error}")))?;
-    ca::issue_files(dir, &id, out, ttl, SystemTime::now())?;
+    let issued = ca::issue_files(dir, &id, out, ttl, SystemTime::now())?;
     println!("issued {id} to {}: svid.pem, key.pem, bundle.pem", out.display());
+    println!("  serial number {}", issued.serial);
+    Ok(ExitCode::SUCCESS)
+}
+
+/// Revokes a certificate, or signs the list anew where neither is given.
+pub fn revoke(
+    dir: &Path,
+    serial: Option<String>,
+    certificate: Option<PathBuf>,
+    next_update: &str,
+) -> anyhow::Result<ExitCode> {
+    let life = units::duration(next_update).map_err(|error| Wrong(format!("--next-update {next_update}: {error}")))?;
+    let order = match (serial, certificate) {
+        (Some(serial), _) => Order::Serial(serial),
+        (None, Some(certificate)) => Order::Certificate(certificate),
+        (None, None) => Order::Refresh,
+    };
+    let done = revoke::revoke(dir, &order, life, SystemTime::now()).map_err(|error| match error {
+        RevokeError::Serial(_) => Wrong(format!("--serial: {error}")).into(),
+        error => anyhow::Error::from(error),
+    })?;
+    println!("{done}");
     Ok(ExitCode::SUCCESS)
 }

@@ -111,7 +111,11 @@ fn write_status(out: &mut String, status: &Status) -> std::fmt::Result {
     })?;
     section(out, "trust bundles", &status.bundles, |bundle| {
         let until = bundle.expires.as_deref().unwrap_or("unknown");
-        format!("{}: {} anchors until {until}", bundle.trust_domain, bundle.anchors)
+        let revocations = bundle.revocations.as_ref().map(|lists| {
+            let over = if lists.over { ", which is OVER: its peers are refused" } else { "" };
+            format!("; {} revoked, list good until {}{over}", lists.revoked, lists.next_update)
+        });
+        format!("{}: {} anchors until {until}{}", bundle.trust_domain, bundle.anchors, revocations.unwrap_or_default())
     })?;
     section(out, "listeners", &status.listeners, |listener| {
         let id = listener.id.as_deref().unwrap_or("-");

@@ -234,7 +234,7 @@ impl Control {
     }
 
     fn revoke(&self, why: &'static str) {
-        let ended = self.shared.registry.revoke(&self.shared.policy.load());
+        let ended = self.shared.registry.revoke(&self.shared.policy.load(), &self.provider.trust());
         if ended > 0 {
             tracing::info!(ended, why, "connections that are no longer allowed were closed");
         }

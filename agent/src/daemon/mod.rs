@@ -14,7 +14,7 @@ use crate::audit;
 use crate::config::{Config, EngineChoice, Shards, WhenFull};
 use crate::identify::Identities;
 use crate::identify::attest::{AttestError, Attestor};
-use crate::identify::embedded::{Embedded, EmbeddedError, Settings};
+use crate::identify::embedded::{Bundle, Embedded, EmbeddedError, Settings};
 use crate::intercept::{self, Options, Programs};
 use crate::live::Registry;
 use crate::offload::selftest::{self, Matrix, Verdict};
@@ -37,7 +37,7 @@ pub enum Error {
     /// The policy is not taken.
     #[error(transparent)]
     Policy(#[from] Rejected),
-    /// The authority or a trust bundle is not taken.
+    /// The authority, a trust bundle or a revocation list is not taken.
     #[error(transparent)]
     Identity(#[from] EmbeddedError),
     /// Processes cannot be attested on this host.
@@ -113,7 +113,7 @@ pub fn run(config: Config) -> Result<(), Error> {
     outcome
 }
 
-/// Loads the authority and the trust bundles as the agent would at start.
+/// Loads the authority, the trust bundles and the revocation lists as the agent would at start.
 pub fn check_identity(config: &Config, policy: &Policy) -> Result<(), EmbeddedError> {
     Embedded::open(settings(config, policy)).map(drop)
 }
@@ -125,8 +125,12 @@ fn settings(config: &Config, policy: &Policy) -> Settings {
         ca_dir: ca_dir.clone(),
         trust_domain: policy.trust_domain().clone(),
         svid_ttl: *svid_ttl,
-        bundles: config.trust.iter().map(|trust| (trust.trust_domain.clone(), trust.bundle.clone())).collect(),
+        bundles: config.trust.iter().map(bundle).collect(),
     }
+}
+
+fn bundle(trust: &crate::config::Trust) -> Bundle {
+    Bundle { trust_domain: trust.trust_domain.clone(), path: trust.bundle.clone(), crl: trust.crl.clone() }
 }
 
 fn preference(engine: EngineChoice) -> Preference {

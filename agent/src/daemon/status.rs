@@ -3,7 +3,7 @@
 use super::control::Control;
 use crate::admin::{
     Agent, AuditStatus, BundleStatus, Connection, ConnectionCount, ConnectionEnd, IdentityStatus, ListenerStatus,
-    PolicyStatus, RefusedStatus, Status,
+    PolicyStatus, RefusedStatus, RevocationStatus, Status,
 };
 use crate::audit::End;
 use crate::identify::provider::Provider;
@@ -50,9 +50,21 @@ pub(super) fn status(control: &Control) -> Status {
             trust_domain: anchor.trust_domain.clone(),
             anchors: 0,
             expires: None,
+            revocations: None,
         });
         bundle.anchors += 1;
         bundle.expires = bundle.expires.take().max(Some(anchor.not_after.clone()));
+    }
+    for list in &provider.lists {
+        let Some(bundle) = bundles.get_mut(&*list.trust_domain) else { continue };
+        let all = bundle.revocations.get_or_insert_with(|| RevocationStatus {
+            revoked: 0,
+            next_update: list.next_update.clone(),
+            over: false,
+        });
+        all.revoked += list.revoked;
+        all.next_update = std::cmp::min(&all.next_update, &list.next_update).clone();
+        all.over |= list.over;
     }
     Status {
         agent: Agent {

@@ -4,13 +4,14 @@
 //! and keeps the verdict for the handshake to read, the refusal included, since rustls's own error cannot say it whole.
 //! Host names play no part: what is dialled is mapped to an expected identity by the policy (R18, R47, R48).
 //!
-//! *Invariant:* a chain is only ever checked against the anchors of the trust domain that its leaf names (R37), and no
-//! handshake completes with a peer that the policy's peers do not admit.
+//! *Invariant:* a chain is only ever checked against the anchors and revocation lists of the trust domain that its leaf
+//! names (R37, R39), and no handshake completes with a peer that the policy's peers do not admit.
 
 use crate::{
     identify::{
         Malformed,
         bundle::Trust,
+        crl::IssuerAndSerial,
         x509::{Parsed, display_time, from_unix_time},
     },
     policy::{Peers, Rule},
@@ -27,6 +28,10 @@ use rustls::{
 use std::{
     sync::{Arc, LazyLock, OnceLock},
     time::SystemTime,
+};
+use webpki::{
+    CertRevocationList, ExpirationPolicy, RevocationCheckDepth, RevocationOptions, RevocationOptionsBuilder,
+    UnknownStatusPolicy,
 };
 
 /// The longest chain that is looked at, leaf included. SPIRE's nested deployments need four.
@@ -50,6 +55,8 @@ pub struct VerifiedPeer {
     pub not_after: SystemTime,
     /// Its certificate's serial number in hexadecimal, for the audit line.
     pub serial: String,
+    /// Its certificate, and the authorities between it and the anchor: what may be revoked later.
+    pub path: Arc<[IssuerAndSerial]>,
 }
 
 /// A peer that is who it says and that the policy admits.
@@ -115,6 +122,31 @@ pub enum PeerCertificateError {
         /// What the clock says.
         now: String,
     },
+    /// It, or an authority between it and the anchor, is on a revocation list (R39).
+    #[error(
+        "the peer says that it is {id}, but its certificate {serial}, or one between it and the anchor, is on the \
+         revocation list of {}: give it a new one",
+        id.trust_domain()
+    )]
+    Revoked {
+        /// Whom it claims to be.
+        id: SpiffeId,
+        /// Serial number of its certificate in hexadecimal.
+        serial: String,
+    },
+    /// What the revocation list says is too old to go by (R39).
+    #[error(
+        "the revocation list of {domain} was good until {next_update}, and the clock says {now}: put the current one \
+         there (wimsey ca revoke --refresh signs that of an embedded authority anew) and reload with SIGHUP"
+    )]
+    ListExpired {
+        /// Whose it is.
+        domain: TrustDomain,
+        /// When it must have been replaced.
+        next_update: String,
+        /// What the clock says.
+        now: String,
+    },
     /// It does not lead to an anchor of its own trust domain (R37).
     #[error("the peer says that it is {id}, but its certificate does not lead to an authority of {}: {why}", id.trust_domain())]
     Untrusted {
@@ -161,12 +193,12 @@ pub fn verify_chain(
     let id = workload_id(&parsed)?;
     check_leaf(&parsed, role)?;
     let domain = id.trust_domain();
-    let anchors = trust.anchors(&domain).ok_or_else(|| PeerCertificateError::UnknownTrustDomain(domain.clone()))?;
-    let anchors = anchors.valid_at(now);
+    let known = trust.anchors(&domain).ok_or_else(|| PeerCertificateError::UnknownTrustDomain(domain.clone()))?;
+    let anchors = known.valid_at(now);
     if anchors.is_empty() {
         return Err(PeerCertificateError::BundleExpired(domain));
     }
-    let untrusted = |error: webpki::Error| from_webpki(error, &id, now);
+    let untrusted = |error: webpki::Error| from_webpki(error, &id, &parsed, now);
     let end_entity = webpki::EndEntityCert::try_from(leaf).map_err(untrusted)?;
     // Two readers of the same bytes must see the same name.
     if end_entity.valid_uri_names().ne([id.as_str()]) {
@@ -177,17 +209,29 @@ pub fn verify_chain(
         Role::Client => webpki::KeyUsage::client_auth(),
     };
     let check_path = |path: &webpki::VerifiedPath<'_>| check_intermediates(path, &domain);
-    end_entity
-        .verify_for_usage(ALGORITHMS.all, &anchors, intermediates, now, usage, None, Some(&check_path))
+    let lists = known.revocations();
+    let path = end_entity
+        .verify_for_usage(ALGORITHMS.all, &anchors, intermediates, now, usage, revocation(&lists), Some(&check_path))
         .map_err(untrusted)?;
-    Ok(VerifiedPeer { id, not_after: parsed.not_after(), serial: parsed.serial() })
+    let below_anchor = path.intermediate_certificates().map(IssuerAndSerial::read);
+    let path = std::iter::once(IssuerAndSerial::read(&end_entity)).chain(below_anchor).collect();
+    Ok(VerifiedPeer { id, not_after: parsed.not_after(), serial: parsed.serial(), path })
+}
+
+/// How revocation lists count: for the whole path, and only while they are current. An authority without a list has
+/// revoked nothing, since lists are optional.
+fn revocation<'a>(lists: &'a [&'a CertRevocationList<'a>]) -> Option<RevocationOptions<'a>> {
+    // Without any list there is nothing to go by, which is all that can be wrong here.
+    let options = RevocationOptionsBuilder::new(lists).ok()?;
+    let options = options.with_depth(RevocationCheckDepth::Chain).with_status_policy(UnknownStatusPolicy::Allow);
+    Some(options.with_expiration_policy(ExpirationPolicy::Enforce).build())
 }
 
 impl Refusal for PeerCertificateError {
     fn culprit(&self) -> Culprit {
         match self {
             PeerCertificateError::UnknownTrustDomain(_) => Culprit::Policy,
-            PeerCertificateError::BundleExpired(_) => Culprit::Host,
+            PeerCertificateError::BundleExpired(_) | PeerCertificateError::ListExpired { .. } => Culprit::Host,
             _ => Culprit::Peer,
         }
     }
@@ -205,6 +249,8 @@ impl Refusal for PeerCertificateError {
             PeerCertificateError::BundleExpired(_) => "peer-bundle-expired",
             PeerCertificateError::Expired { .. } => "peer-certificate-expired",
             PeerCertificateError::NotYetValid { .. } => "peer-certificate-not-yet-valid",
+            PeerCertificateError::Revoked { .. } => "peer-certificate-revoked",
+            PeerCertificateError::ListExpired { .. } => "peer-crl-expired",
             PeerCertificateError::Untrusted { .. } => "peer-untrusted",
         }
     }
@@ -242,7 +288,11 @@ impl From<&Rejection> for CertificateError {
             // unsupported_certificate
             E::Authority | E::KeyUsage(_) | E::Purpose(_) => CertificateError::InvalidPurpose,
             // unknown_ca
-            E::UnknownTrustDomain(_) | E::BundleExpired(_) | E::Untrusted { .. } => CertificateError::UnknownIssuer,
+            E::UnknownTrustDomain(_) | E::BundleExpired(_) | E::ListExpired { .. } | E::Untrusted { .. } => {
+                CertificateError::UnknownIssuer
+            }
+            // certificate_revoked
+            E::Revoked { .. } => CertificateError::Revoked,
             // certificate_expired, which is also for one that is not valid yet
             E::Expired { .. } => CertificateError::Expired,
             E::NotYetValid { .. } => CertificateError::NotValidYet,
@@ -431,7 +481,7 @@ fn check_intermediates(path: &webpki::VerifiedPath<'_>, domain: &TrustDomain) ->
     Ok(())
 }
 
-fn from_webpki(error: webpki::Error, id: &SpiffeId, now: UnixTime) -> PeerCertificateError {
+fn from_webpki(error: webpki::Error, id: &SpiffeId, leaf: &Parsed<'_>, now: UnixTime) -> PeerCertificateError {
     let time = |time: UnixTime| display_time(from_unix_time(time));
     match error {
         webpki::Error::CertExpired { not_after, .. } => {
@@ -440,6 +490,12 @@ fn from_webpki(error: webpki::Error, id: &SpiffeId, now: UnixTime) -> PeerCertif
         webpki::Error::CertNotValidYet { not_before, .. } => {
             PeerCertificateError::NotYetValid { not_before: time(not_before), now: time(now) }
         }
+        webpki::Error::CertRevoked => PeerCertificateError::Revoked { id: id.clone(), serial: leaf.serial() },
+        webpki::Error::CrlExpired { next_update, .. } => PeerCertificateError::ListExpired {
+            domain: id.trust_domain(),
+            next_update: time(next_update),
+            now: time(now),
+        },
         webpki::Error::BadDer | webpki::Error::BadDerTime | webpki::Error::ExtensionValueInvalid => {
             Malformed("it is not well-formed X.509").into()
         }

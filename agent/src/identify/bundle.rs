@@ -1,12 +1,13 @@
 //! Trust bundles: whose signatures count, for each trust domain by itself.
 //!
-//! A bundle is a PEM file of authority certificates. [`Trust`] is an immutable snapshot of all of them; whoever
-//! verifies a peer holds one snapshot for the whole handshake.
+//! A bundle is a PEM file of authority certificates, and beside it there may be one of the lists of what they revoked.
+//! [`Trust`] is an immutable snapshot of all of them; whoever verifies a peer holds one snapshot for the whole handshake.
 //!
 //! *Invariant:* anchors of different trust domains are never in one list (R64): there is no function that returns
 //! anchors without having been told the trust domain.
 
 use super::{
+    crl::{self, CrlError, IssuerAndSerial, List},
     files::{self, FileError, Guard},
     x509::{Parsed, display_time, from_unix_time, unix_time},
 };
@@ -19,8 +20,10 @@ use std::{
     borrow::Cow,
     collections::BTreeMap,
     path::{Path, PathBuf},
+    sync::Arc,
     time::SystemTime,
 };
+use webpki::CertRevocationList;
 
 /// Trust domains and the anchors of each. Cheap to look at, never changed: a new bundle makes a new snapshot.
 #[derive(Clone, Debug, Default)]
@@ -28,12 +31,13 @@ pub struct Trust {
     domains: BTreeMap<TrustDomain, Anchors>,
 }
 
-/// The anchors of one trust domain.
+/// The anchors of one trust domain, and their lists of revoked certificates.
 #[derive(Clone, Debug, Default)]
 pub struct Anchors {
     anchors: Vec<TrustAnchor<'static>>,
     validity: Vec<Validity>,
     certificates: Vec<CertificateDer<'static>>,
+    lists: Vec<Arc<List>>,
 }
 
 /// From when to when, and which certificate, for `wimsey status`.
@@ -174,6 +178,21 @@ impl Trust {
         self
     }
 
+    /// The same, and the revocation lists in this file for that trust domain. Its anchors come first: a list counts only
+    /// if one of them signed it.
+    pub fn with_lists(mut self, domain: &TrustDomain, path: &Path, now: SystemTime) -> Result<Self, CrlError> {
+        let anchors = self.domains.entry(domain.clone()).or_default();
+        let lists = crl::load(domain, path, &anchors.authorities(), &anchors.lists, now)?;
+        anchors.lists.extend(lists);
+        Ok(self)
+    }
+
+    /// Has an authority of this trust domain revoked one of these certificates?
+    pub fn revokes(&self, domain: &TrustDomain, path: &[IssuerAndSerial]) -> bool {
+        let lists = self.domains.get(domain).map(|anchors| &anchors.lists[..]).unwrap_or_default();
+        lists.iter().any(|list| path.iter().any(|certificate| list.revokes(certificate)))
+    }
+
     /// The anchors of exactly this trust domain, if it is known (R61).
     pub fn anchors(&self, domain: &TrustDomain) -> Option<&Anchors> {
         self.domains.get(domain)
@@ -219,6 +238,21 @@ impl Anchors {
         }
         let valid = self.anchors.iter().zip(&self.validity).filter(|(_, validity)| validity.contains(now));
         Cow::Owned(valid.map(|(anchor, _)| anchor.clone()).collect())
+    }
+
+    /// What they have revoked, as the path validation takes it.
+    pub fn revocations(&self) -> Vec<&CertRevocationList<'static>> {
+        self.lists.iter().map(|list| list.as_webpki()).collect()
+    }
+
+    /// The lists of what they have revoked.
+    pub fn lists(&self) -> &[Arc<List>] {
+        &self.lists
+    }
+
+    /// Who may have signed a list.
+    pub(super) fn authorities(&self) -> Vec<crl::Authority<'_>> {
+        self.anchors.iter().zip(&self.certificates).collect()
     }
 
     /// What each anchor is and until when.

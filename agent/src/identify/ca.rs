@@ -34,6 +34,8 @@ use zeroize::{Zeroize, Zeroizing};
 pub const CERTIFICATE_FILE: &str = "ca.pem";
 /// The authority's key, in its directory.
 pub const KEY_FILE: &str = "ca.key";
+/// The list of the certificates that it revoked, in its directory, where it revoked any.
+pub const LIST_FILE: &str = "crl.pem";
 /// How long a new authority lasts unless told otherwise: ten years.
 pub const DEFAULT_LIFE: Duration = Duration::from_secs(10 * 365 * 24 * 3600);
 
@@ -314,6 +316,27 @@ impl Authority {
         &self.validity
     }
 
+    /// Did it issue this certificate?
+    pub(super) fn has_issued(&self, certificate: &Parsed<'_>) -> Result<bool, CaError> {
+        Ok(certificate.is_issued_by(&self.parsed()?))
+    }
+
+    /// Its certificate's name for its key.
+    pub(super) fn key_identifier(&self) -> Result<Option<Vec<u8>>, CaError> {
+        let parsed = self.parsed()?;
+        let identifier = parsed.key_identifier().map_err(|error| crypto("reading the authority", error))?;
+        Ok(identifier.map(<[u8]>::to_vec))
+    }
+
+    /// What signs its certificates and lists.
+    pub(super) fn issuer(&self) -> &Issuer<'static, impl rcgen::SigningKey + use<>> {
+        &self.issuer
+    }
+
+    fn parsed(&self) -> Result<Parsed<'_>, CaError> {
+        Parsed::parse(&self.certificate).map_err(|error| crypto("reading the authority", error))
+    }
+
     /// Itself as a trust anchor of its trust domain.
     pub fn anchors(&self) -> &Anchors {
         &self.anchors
@@ -455,7 +478,11 @@ fn read_key(path: &Path) -> Result<SigningKey, CaError> {
 }
 
 /// Certificates count in whole seconds: cut here, so that what is written down and what is signed are the same.
-fn validity(now: SystemTime, life: Duration, limit: Option<SystemTime>) -> Result<(SystemTime, SystemTime), CaError> {
+pub(super) fn validity(
+    now: SystemTime,
+    life: Duration,
+    limit: Option<SystemTime>,
+) -> Result<(SystemTime, SystemTime), CaError> {
     let seconds = unix_time(now).as_secs();
     let life = life.as_secs();
     if life == 0 {

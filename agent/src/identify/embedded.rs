@@ -10,8 +10,9 @@
 use super::{
     Credential,
     bundle::{Anchors, BundleError, Trust},
-    ca::{Authority, CaError},
-    provider::{AnchorStatus, CredentialStatus, Pending, Provider, ProviderError, ProviderStatus},
+    ca::{Authority, CaError, LIST_FILE},
+    crl::{CrlError, IssuerAndSerial},
+    provider::{AnchorStatus, CredentialStatus, ListStatus, Pending, Provider, ProviderError, ProviderStatus},
     x509::display_time,
 };
 use crate::{
@@ -22,6 +23,7 @@ use crate::{
 use arc_swap::{ArcSwap, ArcSwapOption};
 use std::{
     collections::HashMap,
+    io::ErrorKind,
     path::PathBuf,
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
@@ -41,7 +43,18 @@ pub struct Settings {
     /// Life of an SVID.
     pub svid_ttl: Duration,
     /// Bundles of further trust domains, or further anchors of this one.
-    pub bundles: Vec<(TrustDomain, PathBuf)>,
+    pub bundles: Vec<Bundle>,
+}
+
+/// Files of a trust domain whose authority is elsewhere.
+#[derive(Clone, Debug)]
+pub struct Bundle {
+    /// Its name.
+    pub trust_domain: TrustDomain,
+    /// Its anchors.
+    pub path: PathBuf,
+    /// What they revoked, where there are lists of it.
+    pub crl: Option<PathBuf>,
 }
 
 /// Why the provider cannot be made or reloaded.
@@ -53,6 +66,9 @@ pub enum EmbeddedError {
     /// A trust bundle.
     #[error(transparent)]
     Bundle(#[from] BundleError),
+    /// A revocation list.
+    #[error(transparent)]
+    Revocations(#[from] CrlError),
 }
 
 impl Refusal for EmbeddedError {
@@ -60,12 +76,14 @@ impl Refusal for EmbeddedError {
         match self {
             EmbeddedError::Authority(error) => error.culprit(),
             EmbeddedError::Bundle(error) => error.culprit(),
+            EmbeddedError::Revocations(error) => error.culprit(),
         }
     }
     fn code(&self) -> &'static str {
         match self {
             EmbeddedError::Authority(error) => error.code(),
             EmbeddedError::Bundle(error) => error.code(),
+            EmbeddedError::Revocations(error) => error.code(),
         }
     }
 }
@@ -139,8 +157,9 @@ impl Embedded {
         })
     }
 
-    /// Reads authority and bundles again. Where that fails, nothing has changed. Where the authority is another one,
-    /// every workload gets a new credential at its next connection.
+    /// Reads authority, bundles and revocation lists again. Where that fails, nothing has changed. Where the authority is
+    /// another one, every workload gets a new credential at its next connection; and so does one whose credential is
+    /// revoked.
     pub fn reload(&self, settings: Settings) -> Result<(), EmbeddedError> {
         let source = Source::load(settings, (self.clock)()).inspect_err(|error| self.note(error))?;
         let same_authority = self.source.load().authority.validity() == source.authority.validity();
@@ -149,8 +168,23 @@ impl Embedded {
             let _registering = lock(&self.registering);
             self.slots.store(Arc::default());
         }
+        self.drop_revoked();
         self.changes.send_modify(|generation| *generation += 1);
         Ok(())
+    }
+
+    fn drop_revoked(&self) {
+        let trust = self.trust();
+        for ((_, id), slot) in self.slots.load().iter() {
+            let _making = lock(&slot.making);
+            let held = slot.held.load_full();
+            let leaf = held.as_ref().and_then(|held| held.credential.certified.cert.first());
+            let Some(name) = leaf.and_then(IssuerAndSerial::of) else { continue };
+            if trust.revokes(&id.trust_domain(), &[name]) {
+                tracing::info!(%id, "its SVID is revoked, the next connection gets another");
+                slot.held.store(None);
+            }
+        }
     }
 
     fn slot(&self, workload: &Workload) -> Arc<Slot> {
@@ -309,12 +343,24 @@ impl Provider for Embedded {
                 not_after: display_time(validity.not_after),
             })
         });
+        let now = (self.clock)();
+        let lists = source.trust.domains().flat_map(|(domain, anchors)| {
+            anchors.lists().iter().map(|list| ListStatus {
+                trust_domain: domain.to_string(),
+                issuer: list.about().issuer.clone(),
+                number: list.about().number.clone(),
+                revoked: list.about().revoked,
+                next_update: display_time(list.about().next_update),
+                over: list.is_over(now),
+            })
+        });
         ProviderStatus {
             provider: "embedded",
             trust_domain: source.settings.trust_domain.to_string(),
             authority_not_after: Some(display_time(source.authority.validity().not_after)),
             credentials,
             bundles: bundles.collect(),
+            lists: lists.collect(),
             issued: self.issued.load(Ordering::Relaxed),
             failed: self.failed.load(Ordering::Relaxed),
             last_error: lock(&self.last_error).clone(),
@@ -335,8 +381,18 @@ impl Source {
         }
         let authority = Authority::load(&settings.ca_dir, Some(&settings.trust_domain), now)?;
         let mut trust = Trust::new().with(settings.trust_domain.clone(), authority.anchors().clone());
-        for (domain, path) in &settings.bundles {
-            trust = trust.with(domain.clone(), Anchors::load(domain, path, now)?);
+        for Bundle { trust_domain, path, .. } in &settings.bundles {
+            trust = trust.with(trust_domain.clone(), Anchors::load(trust_domain, path, now)?);
+        }
+        let own = settings.ca_dir.join(LIST_FILE);
+        // One that is there and cannot be read is no reason to go without.
+        if !std::fs::symlink_metadata(&own).is_err_and(|error| error.kind() == ErrorKind::NotFound) {
+            trust = trust.with_lists(&settings.trust_domain, &own, now)?;
+        }
+        for Bundle { trust_domain, crl, .. } in &settings.bundles {
+            if let Some(path) = crl {
+                trust = trust.with_lists(trust_domain, path, now)?;
+            }
         }
         Ok(Self { settings, authority, trust: Arc::new(trust) })
     }
@@ -389,7 +445,11 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::{
-        super::{ca, testing::*},
+        super::{
+            ca, files,
+            revoke::{self, Order},
+            testing::*,
+        },
         *,
     };
 
@@ -563,7 +623,11 @@ mod tests {
         let bench = Bench::new();
         let old = bench.obtain().await;
         let mut broken = bench.settings.clone();
-        broken.bundles.push((domain_of("example.net"), "/nonexistent/bundle.pem".into()));
+        broken.bundles.push(Bundle {
+            trust_domain: domain_of("example.net"),
+            path: "/nonexistent/bundle.pem".into(),
+            crl: None,
+        });
         assert_eq!(bench.provider.reload(broken).unwrap_err().code(), "bundle-missing");
         let lifeless = Settings { svid_ttl: Duration::ZERO, ..bench.settings.clone() };
         assert_eq!(bench.provider.reload(lifeless).unwrap_err().code(), "ca-no-life");
@@ -582,13 +646,83 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn a_reload_takes_a_new_list_and_keeps_the_old_one_where_the_new_one_is_broken() {
+        // R39
+        let bench = Bench::new();
+        let list = bench.settings.ca_dir.join(LIST_FILE);
+        let revoke = |serial: &str| {
+            let order = Order::Serial(serial.into());
+            revoke::revoke(&bench.settings.ca_dir, &order, HOUR, now()).unwrap();
+        };
+        let revoked = || bench.provider.status().lists.first().map(|list| list.revoked);
+        assert_eq!(revoked(), None);
+        revoke("05");
+        assert_eq!(revoked(), None, "only what was loaded is in force");
+        bench.provider.reload(bench.settings.clone()).unwrap();
+        assert_eq!(revoked(), Some(1));
+        std::fs::write(&list, "rubbish").unwrap();
+        let error = bench.provider.reload(bench.settings.clone()).unwrap_err();
+        assert_eq!((error.code(), error.culprit()), ("crl-empty", Culprit::Host));
+        assert_eq!(revoked(), Some(1));
+        std::fs::remove_file(&list).unwrap();
+        std::os::unix::fs::symlink("/nonexistent", &list).unwrap();
+        assert_eq!(bench.provider.reload(bench.settings.clone()).unwrap_err().code(), "crl-missing");
+        assert_eq!(revoked(), Some(1));
+        assert!(bench.provider.status().last_error.unwrap().contains("crl.pem"));
+        bench.at(3600);
+        assert!(bench.provider.status().lists.first().unwrap().over);
+        std::fs::remove_file(&list).unwrap();
+        bench.provider.reload(bench.settings.clone()).unwrap();
+        assert_eq!(revoked(), None);
+    }
+
+    #[tokio::test]
+    async fn a_workload_whose_own_credential_is_revoked_gets_another() {
+        // R39
+        let bench = Bench::new();
+        let old = bench.obtain().await;
+        let other = bench.provider.obtain(&workload(2)).await.unwrap();
+        let order = Order::Serial(old.serial.to_string());
+        revoke::revoke(&bench.settings.ca_dir, &order, HOUR, now()).unwrap();
+        bench.provider.reload(bench.settings.clone()).unwrap();
+        assert_ne!(bench.obtain().await.serial, old.serial);
+        assert!(Arc::ptr_eq(&other, &bench.provider.ready(&workload(2)).unwrap()));
+    }
+
+    #[tokio::test]
+    async fn a_further_trust_domain_has_lists_of_its_own() {
+        // R39, R64
+        let bench = Bench::new();
+        let (ca, path) = (TestCa::new("example.net"), |name: &str| bench.settings.ca_dir.with_file_name(name));
+        std::fs::write(path("net.pem"), ca.pem()).unwrap();
+        let write = |list: &[u8]| std::fs::write(path("net.crl"), &*files::pem("X509 CRL", list)).unwrap();
+        let mut settings = bench.settings.clone();
+        settings.bundles.push(Bundle {
+            trust_domain: domain_of("example.net"),
+            path: path("net.pem"),
+            crl: Some(path("net.crl")),
+        });
+        let reload = || bench.provider.reload(settings.clone()).map_err(|error| error.code());
+        assert_eq!(reload(), Err("crl-missing"));
+        write(&TestCa::new("example.net").list(list_params(&[])));
+        assert_eq!(reload(), Err("crl-other-authority"));
+        write(&ca.list(list_params(&[&[5]])));
+        assert_eq!(reload(), Ok(()));
+        let leaf = ca.leaf(numbered(leaf_params("spiffe://example.net/web"), &[5]));
+        let name = [IssuerAndSerial::of(&leaf).unwrap()];
+        let trust = bench.provider.trust();
+        assert!(trust.revokes(&domain_of("example.net"), &name));
+        assert!(!trust.revokes(&domain_of("example.org"), &name));
+    }
+
+    #[tokio::test]
     async fn further_trust_domains_stay_apart_from_the_own_one() {
         // R64
         let bench = Bench::new();
         let path = bench.settings.ca_dir.with_file_name("net.pem");
         std::fs::write(&path, TestCa::new("example.net").pem()).unwrap();
         let mut settings = bench.settings.clone();
-        settings.bundles.push((domain_of("example.net"), path));
+        settings.bundles.push(Bundle { trust_domain: domain_of("example.net"), path, crl: None });
         bench.provider.reload(settings).unwrap();
         let trust = bench.provider.trust();
         for domain in ["example.org", "example.net"] {

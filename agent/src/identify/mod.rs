@@ -11,11 +11,13 @@ pub mod attest;
 pub mod bundle;
 pub mod ca;
 mod cgroup;
+pub mod crl;
 mod digest;
 pub mod embedded;
 mod files;
 mod process;
 pub mod provider;
+pub mod revoke;
 #[cfg(test)]
 pub(crate) mod testing;
 pub(crate) mod x509;

@@ -100,6 +100,8 @@ pub struct ProviderStatus {
     pub credentials: Vec<CredentialStatus>,
     /// Trust anchors, by trust domain.
     pub bundles: Vec<AnchorStatus>,
+    /// Revocation lists, by trust domain.
+    pub lists: Vec<ListStatus>,
     /// Credentials issued or received since the start.
     pub issued: u64,
     /// Failed attempts since the start.
@@ -136,4 +138,21 @@ pub struct AnchorStatus {
     pub serial: String,
     /// Until when it is valid.
     pub not_after: String,
+}
+
+/// One revocation list.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct ListStatus {
+    /// Of which trust domain.
+    pub trust_domain: String,
+    /// Name of the authority.
+    pub issuer: String,
+    /// Its number in hexadecimal.
+    pub number: String,
+    /// How many certificates it revokes.
+    pub revoked: usize,
+    /// When it must have been replaced.
+    pub next_update: String,
+    /// It is not replaced yet: peers of this authority are refused.
+    pub over: bool,
 }

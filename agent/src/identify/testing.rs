@@ -6,8 +6,9 @@ use super::{
 };
 use crate::spiffe::{SpiffeId, TrustDomain};
 use rcgen::{
-    BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer, KeyPair,
-    KeyUsagePurpose, SanType, string::Ia5String,
+    BasicConstraints, CertificateParams, CertificateRevocationListParams, DistinguishedName, DnType,
+    ExtendedKeyUsagePurpose, IsCa, Issuer, KeyIdMethod, KeyPair, KeyUsagePurpose, RevokedCertParams, SanType,
+    SerialNumber, SigningKey, string::Ia5String,
 };
 use rustls::pki_types::{CertificateDer, UnixTime};
 use std::{
@@ -70,10 +71,77 @@ pub(crate) fn leaf_params(id: &str) -> CertificateParams {
     params
 }
 
+/// What a good list asks for that revokes these serial numbers.
+pub(crate) fn list_params(serials: &[&[u8]]) -> CertificateRevocationListParams {
+    let entry = |serial: &&[u8]| RevokedCertParams {
+        serial_number: SerialNumber::from_slice(serial),
+        revocation_time: now().into(),
+        reason_code: None,
+        invalidity_date: None,
+    };
+    CertificateRevocationListParams {
+        this_update: (now() - Duration::from_secs(3600)).into(),
+        next_update: (now() + Duration::from_secs(3600)).into(),
+        crl_number: SerialNumber::from_slice(&[7]),
+        issuing_distribution_point: None,
+        revoked_certs: serials.iter().map(entry).collect(),
+        key_identifier_method: KeyIdMethod::Sha256,
+    }
+}
+
+/// The same with a serial number.
+pub(crate) fn numbered(mut params: CertificateParams, serial: &[u8]) -> CertificateParams {
+    params.serial_number = Some(SerialNumber::from_slice(serial));
+    params
+}
+
 fn random() -> [u8; 4] {
     let mut bytes = [0; 4];
     aws_lc_rs::rand::fill(&mut bytes).unwrap();
     bytes
+}
+
+/// The same trust, and this list.
+pub(crate) fn with_list(trust: Trust, domain: &str, list: &[u8]) -> Trust {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("crl.pem");
+    std::fs::write(&path, &*super::files::pem("X509 CRL", list)).unwrap();
+    trust.with_lists(&domain_of(domain), &path, now()).unwrap()
+}
+
+/// DER: tag, length, value.
+pub(crate) fn tlv(tag: u8, value: &[u8]) -> Vec<u8> {
+    let length = u16::try_from(value.len()).unwrap();
+    let head = match length {
+        0..0x80 => vec![tag, length as u8],
+        0x80..0x100 => vec![tag, 0x81, length as u8],
+        _ => [&[tag, 0x82][..], &length.to_be_bytes()].concat(),
+    };
+    [&head[..], value].concat()
+}
+
+/// The elements inside one of DER, each whole.
+pub(crate) fn parts(der: &[u8]) -> Vec<Vec<u8>> {
+    let (head, length) = length(der);
+    let mut rest = &der[head..head + length];
+    let mut parts = Vec::new();
+    while !rest.is_empty() {
+        let (head, length) = self::length(rest);
+        let (part, after) = rest.split_at(head + length);
+        parts.push(part.to_vec());
+        rest = after;
+    }
+    parts
+}
+
+fn length(der: &[u8]) -> (usize, usize) {
+    match der[1] {
+        short @ 0..0x80 => (2, short.into()),
+        long => {
+            let octets = usize::from(long & 0x7f);
+            (2 + octets, der[2..2 + octets].iter().fold(0, |sum, octet| sum << 8 | usize::from(*octet)))
+        }
+    }
 }
 
 /// An authority that signs whatever it is asked to.
@@ -112,6 +180,26 @@ impl TestCa {
 
     pub(crate) fn pem(&self) -> String {
         super::files::pem("CERTIFICATE", &self.certificate).to_string()
+    }
+
+    /// A list of what it revoked, in DER.
+    pub(crate) fn list(&self, params: CertificateRevocationListParams) -> Vec<u8> {
+        params.signed_by(&self.issuer).unwrap().der().to_vec()
+    }
+
+    /// The trust in it with a list that revokes these serial numbers.
+    pub(crate) fn trust_but(&self, domain: &str, serials: &[&[u8]]) -> Trust {
+        with_list(self.trust(domain), domain, &self.list(list_params(serials)))
+    }
+
+    /// The parts of a `TBSCertList`, changed and signed again whatever they say.
+    pub(crate) fn changed_list(&self, list: &[u8], change: impl FnOnce(&mut Vec<Vec<u8>>)) -> Vec<u8> {
+        let outer = parts(list);
+        let mut body = parts(&outer[0]);
+        change(&mut body);
+        let body = tlv(0x30, &body.concat());
+        let signature = self.issuer.key().sign(&body).unwrap();
+        tlv(0x30, &[body, outer[1].clone(), tlv(3, &[&[0][..], &signature].concat())].concat())
     }
 
     pub(crate) fn anchors(&self, domain: &str) -> Anchors {

@@ -5,7 +5,14 @@
 
 use rustls::pki_types::UnixTime;
 use std::time::{Duration, SystemTime};
-use x509_parser::{certificate::X509Certificate, extensions::GeneralName, prelude::FromDer};
+use x509_parser::{
+    certificate::X509Certificate,
+    error::X509Error,
+    extensions::{GeneralName, ParsedExtension},
+    oid_registry::OID_X509_EXT_SUBJECT_KEY_IDENTIFIER,
+    prelude::FromDer,
+    revocation_list::CertificateRevocationList,
+};
 
 /// What cannot be read in a certificate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
@@ -117,6 +124,35 @@ impl<'a> Parsed<'a> {
         hex(self.certificate.raw_serial())
     }
 
+    /// INTEGER's content, as it stands there.
+    pub(crate) fn raw_serial(&self) -> &[u8] {
+        self.certificate.raw_serial()
+    }
+
+    /// Is it by this authority: its name and its signature?
+    pub(crate) fn is_issued_by(&self, authority: &Parsed<'_>) -> bool {
+        self.certificate.issuer().as_raw() == authority.certificate.subject().as_raw()
+            && self.certificate.verify_signature(Some(authority.certificate.public_key())).is_ok()
+    }
+
+    /// Is the signature of the list by this authority's key?
+    pub(crate) fn check_signature_of(&self, list: &CertificateRevocationList<'_>) -> Result<(), X509Error> {
+        list.verify_signature(self.certificate.public_key())
+    }
+
+    /// Its name for its own key, where it has one.
+    pub(crate) fn key_identifier(&self) -> Result<Option<&[u8]>, Malformed> {
+        let extension = self
+            .certificate
+            .get_extension_unique(&OID_X509_EXT_SUBJECT_KEY_IDENTIFIER)
+            .map_err(|_| Malformed("its subject key identifier is there twice"))?;
+        match extension.map(x509_parser::extensions::X509Extension::parsed_extension) {
+            None => Ok(None),
+            Some(ParsedExtension::SubjectKeyIdentifier(identifier)) => Ok(Some(identifier.0)),
+            Some(_) => Err(Malformed("its subject key identifier cannot be read")),
+        }
+    }
+
     /// SubjectPublicKeyInfo's key bits.
     pub(crate) fn public_key(&self) -> &[u8] {
         &self.certificate.public_key().subject_public_key.data
@@ -151,7 +187,8 @@ pub(crate) fn from_unix_time(time: UnixTime) -> SystemTime {
     SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(time.as_secs())).unwrap_or(SystemTime::UNIX_EPOCH)
 }
 
-fn system_time(seconds: i64) -> SystemTime {
+/// The same point in time, from a certificate or a list.
+pub(crate) fn system_time(seconds: i64) -> SystemTime {
     // Before 1970 is as good as 1970: long over for `not_after`, long begun for `not_before`.
     from_unix_time(UnixTime::since_unix_epoch(Duration::from_secs(u64::try_from(seconds).unwrap_or(0))))
 }

@@ -427,6 +427,80 @@ fn a_chain_without_end_is_not_walked() {
     assert_eq!(judge.chain(&chain, Role::Client).unwrap_err().code(), "peer-chain-too-long");
 }
 
+// What is refused: what was revoked.
+
+#[test]
+fn a_revoked_certificate_is_refused_and_no_other_one() {
+    // R39
+    let (ca, other) = (TestCa::new("example.org"), TestCa::new("example.org"));
+    let net = TestCa::new("example.net");
+    let leaf = |ca: &TestCa, id: &str, serial: &[u8]| vec![ca.leaf(numbered(leaf_params(id), serial))];
+    let middle = ca.intermediate(numbered(ca_params("example.org"), &[9]));
+    let free = ca.intermediate(numbered(ca_params("example.org"), &[10]));
+    let below = |middle: &TestCa, serial: &[u8]| [leaf(middle, WEB, serial), vec![middle.certificate.clone()]].concat();
+    let with_anchor = [leaf(&ca, WEB, &[5]), vec![ca.certificate.clone()]].concat();
+    let both = ca.trust("example.org").with(domain_of("example.org"), other.anchors("example.org"));
+    let two_domains = ca.trust("example.org").with(domain_of("example.net"), net.anchors("example.net"));
+    let revoked: [&[u8]; 3] = [&[5], &[0xff, 1], &[9]];
+    let list = ca.list(list_params(&revoked));
+    let own = with_list(ca.trust("example.org"), "example.org", &list);
+    let both = with_list(both, "example.org", &list);
+    let two_domains = with_list(two_domains, "example.org", &list);
+    for (what, trust, chain, expected) in [
+        ("on the list", &own, leaf(&ca, WEB, &[5]), Err("peer-certificate-revoked")),
+        ("with a zero before its number", &own, leaf(&ca, WEB, &[0xff, 1]), Err("peer-certificate-revoked")),
+        ("with the anchor sent along", &own, with_anchor, Err("peer-certificate-revoked")),
+        ("not on the list", &own, leaf(&ca, WEB, &[6]), Ok(())),
+        ("below a revoked intermediate", &own, below(&middle, &[1]), Err("peer-certificate-revoked")),
+        ("below another intermediate, which has no list", &own, below(&free, &[5]), Ok(())),
+        ("of the second anchor, on the list of the first", &both, leaf(&other, WEB, &[5]), Ok(())),
+        ("of the first of two anchors", &both, leaf(&ca, WEB, &[5]), Err("peer-certificate-revoked")),
+        ("of another trust domain", &two_domains, leaf(&net, "spiffe://example.net/x", &[5]), Ok(())),
+        ("without any list", &ca.trust("example.org"), leaf(&ca, WEB, &[5]), Ok(())),
+    ] {
+        for role in [Role::Server, Role::Client] {
+            let verdict = verify_chain(&chain, role, trust, unix_now());
+            assert_eq!(verdict.as_ref().map(|_| ()).map_err(Refusal::code), expected, "{what}");
+            // Whoever passed here is asked for in the same words when a list comes later.
+            if let Ok(peer) = verdict {
+                assert!(!trust.revokes(&peer.id.trust_domain(), &peer.path), "{what}");
+                let taken = own.revokes(&peer.id.trust_domain(), &peer.path);
+                assert_eq!(taken, what == "without any list", "{what}");
+            }
+        }
+    }
+}
+
+#[test]
+fn a_connection_is_known_by_its_whole_path_when_a_list_comes_later() {
+    // R39
+    let ca = TestCa::new("example.org");
+    let middle = ca.intermediate(numbered(ca_params("example.org"), &[9]));
+    let chain = [middle.leaf(numbered(leaf_params(WEB), &[1])), middle.certificate.clone()];
+    let peer = verify_chain(&chain, Role::Client, &ca.trust("example.org"), unix_now()).unwrap();
+    for (serial, expected) in [(9, true), (1, false)] {
+        let later = ca.trust_but("example.org", &[&[serial]]);
+        assert_eq!(later.revokes(&peer.id.trust_domain(), &peer.path), expected, "{serial}");
+    }
+}
+
+#[test]
+fn with_a_list_that_is_over_no_peer_of_its_authority_is_let_in() {
+    // R39
+    let ca = TestCa::new("example.org");
+    let trust = ca.trust_but("example.org", &[&[5]]);
+    let mut params = leaf_params(WEB);
+    params.not_after = (now() + Duration::from_secs(2 * 3600)).into();
+    let leaf = [ca.leaf(params)];
+    let at = |seconds| UnixTime::since_unix_epoch(Duration::from_secs(unix_now().as_secs() + seconds));
+    assert!(verify_peer(&leaf, Role::Server, &trust, at(3599)).is_ok());
+    let error = verify_peer(&leaf, Role::Server, &trust, at(3600)).unwrap_err();
+    assert_eq!((error.code(), error.culprit()), ("peer-crl-expired", Culprit::Host));
+    for word in ["example.org", "2026-11-22T06:17:00Z", "--refresh", "SIGHUP"] {
+        assert!(error.to_string().contains(word), "{error}");
+    }
+}
+
 // In a handshake.
 
 fn peers(ids: &[&str]) -> Peers {
@@ -456,7 +530,18 @@ impl rustls::time_provider::TimeProvider for Clock {
 /// A whole TLS 1.3 handshake in memory. The server is `spiffe://example.org/web`; without `client_leaf` the client has no
 /// certificate.
 fn handshake(ca: &TestCa, client_leaf: Option<CertificateParams>, by_client: &[&str], by_server: &[&str]) -> Outcome {
-    let trust = Arc::new(ca.trust("example.org"));
+    handshake_in(ca, ca.trust("example.org"), client_leaf, by_client, by_server)
+}
+
+/// The same where both trust in this.
+fn handshake_in(
+    ca: &TestCa,
+    trust: Trust,
+    client_leaf: Option<CertificateParams>,
+    by_client: &[&str],
+    by_server: &[&str],
+) -> Outcome {
+    let trust = Arc::new(trust);
     let client_sees = PeerVerifier::new(Role::Server, trust.clone(), peers(by_client));
     let server_sees = PeerVerifier::new(Role::Client, trust, peers(by_server));
     let provider = Arc::new(rustls::crypto::aws_lc_rs::default_provider());
@@ -566,6 +651,12 @@ fn each_kind_of_bad_certificate_gets_its_alert() {
     assert_eq!(alert_for(unknown), AlertDescription::UnknownCA);
     let expired = |params: &mut CertificateParams| params.not_after = (now() - Duration::from_secs(1)).into();
     assert_eq!(alert_for(expired), AlertDescription::CertificateExpired);
+    let trust = ca.trust_but("example.org", &[&[5]]);
+    let outcome = handshake_in(&ca, trust, Some(numbered(leaf_params(CURL), &[5])), &[WEB], &[CURL]);
+    assert_eq!(alert(&outcome.client), AlertDescription::CertificateRevoked);
+    let rejection = outcome.seen_by_server.unwrap().unwrap_err();
+    assert_eq!((rejection.code(), rejection.culprit()), ("peer-certificate-revoked", Culprit::Peer));
+    assert!(rejection.to_string().contains(CURL), "{rejection}");
 }
 
 #[test]

@@ -1,0 +1,589 @@
+//! Certificate revocation lists: certificates that no longer count although their time is not over (R39).
+//!
+//! A file of PEM lists comes in with the authorities of one trust domain; checked lists go out, all of them or none. They
+//! belong to the [`Trust`](super::bundle::Trust) snapshot: a handshake asks the path validation, which goes by these
+//! lists, and a connection that is open already is asked for by [`IssuerAndSerial`].
+//!
+//! *Invariant:* a list is signed by an anchor of its own trust domain and says all that its authority has revoked, and
+//! there is at most one of each authority, so nobody ever has to choose between two.
+
+use super::{
+    files::{self, FileError, Guard},
+    x509::{Parsed, display_time, hex, system_time, unix_time},
+};
+use crate::{
+    refusal::{Culprit, Refusal},
+    spiffe::TrustDomain,
+};
+use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, TrustAnchor, pem::PemObject};
+use std::{
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::SystemTime,
+};
+use webpki::{BorrowedCertRevocationList, CertRevocationList, EndEntityCert};
+use x509_parser::{
+    error::X509Error, oid_registry::OID_X509_EXT_ISSUER_DISTRIBUTION_POINT, prelude::FromDer,
+    revocation_list::CertificateRevocationList as Reading,
+};
+
+/// An authority that may sign lists: itself as an anchor, and its certificate.
+pub(super) type Authority<'a> = (&'a TrustAnchor<'a>, &'a CertificateDer<'a>);
+
+/// The list of one authority.
+#[derive(Debug)]
+pub struct List {
+    list: CertRevocationList<'static>,
+    about: About,
+}
+
+/// What a list is, for `wimsey status`.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct About {
+    /// The authority that signed it, for people.
+    pub issuer: String,
+    /// Its number in hexadecimal; empty where it has none.
+    pub number: String,
+    /// How many certificates it revokes.
+    pub revoked: usize,
+    /// Since when it holds.
+    pub this_update: SystemTime,
+    /// When it must have been replaced.
+    pub next_update: SystemTime,
+}
+
+/// What names a certificate: a serial number is unique for its issuer only (RFC 5280 section 4.1.2.2).
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct IssuerAndSerial {
+    issuer: Box<[u8]>,
+    serial: Box<[u8]>,
+}
+
+/// Why a file of lists cannot be used.
+#[derive(Debug, thiserror::Error)]
+pub enum CrlError {
+    /// The file itself.
+    #[error("revocation list of {domain}: {source}")]
+    File {
+        /// Trust domain that it is for.
+        domain: TrustDomain,
+        /// What is wrong with it.
+        source: FileError,
+    },
+    /// No list in it.
+    #[error(
+        "revocation list of {domain}: {path}: holds no list: put the PEM list (X509 CRL) of its authority there, or \
+         remove the file and its key crl"
+    )]
+    Empty {
+        /// Trust domain that it is for.
+        domain: TrustDomain,
+        /// The file.
+        path: PathBuf,
+    },
+    /// One of its lists.
+    #[error("revocation list of {domain}: {path}: list {number}: {fault}")]
+    List {
+        /// Trust domain that it is for.
+        domain: TrustDomain,
+        /// The file.
+        path: PathBuf,
+        /// Which one in the file, from 1.
+        number: usize,
+        /// What is wrong with it.
+        fault: ListFault,
+    },
+}
+
+/// What is wrong with a list.
+#[derive(Debug, PartialEq, Eq, thiserror::Error)]
+pub enum ListFault {
+    /// Not PEM, not a list, or one that can be read in two ways.
+    #[error("{0}")]
+    Malformed(String),
+    /// A kind of list that says only a part, or that cannot be understood whole.
+    #[error("{0}: get a full list that the authority itself signed, of version 2, without distribution points")]
+    Unsupported(&'static str),
+    /// Signed by somebody who is no anchor of the trust domain.
+    #[error("it is of {issuer}, which is no authority in the trust bundle: get the list of an authority in the bundle")]
+    OtherAuthority {
+        /// Whose it says it is.
+        issuer: String,
+    },
+    /// The signature is not of whom it names.
+    #[error("its signature is not that of {issuer}, whose it says it is: get the list from that authority again")]
+    Forged {
+        /// Whose it says it is.
+        issuer: String,
+    },
+    /// Its signature cannot be verified here.
+    #[error("it is signed with an algorithm that Wimsey does not take: let {issuer} sign with ECDSA P-256 and SHA-256")]
+    Algorithm {
+        /// Whose it says it is.
+        issuer: String,
+    },
+    /// The authority's certificate does not let it sign lists.
+    #[error("{issuer} may not sign lists: the key usage of its certificate lacks cRLSign")]
+    NotASigner {
+        /// Whose it is.
+        issuer: String,
+    },
+    /// Two authorities have one name.
+    #[error(
+        "the trust bundle has two authorities with the name {issuer} and different keys, and nobody could tell at a \
+         handshake whose list it is: give the new authority another name"
+    )]
+    Ambiguous {
+        /// The name.
+        issuer: String,
+    },
+    /// There is one of this authority already.
+    #[error("there is another list of {issuer} before it: keep the newest alone")]
+    Twice {
+        /// Whose they are.
+        issuer: String,
+    },
+    /// It is over.
+    #[error(
+        "it was good until {next_update}, and the clock says {now}: get the current list, sign that of an embedded \
+         authority anew with wimsey ca revoke --refresh, or set the clock"
+    )]
+    Expired {
+        /// When it must have been replaced.
+        next_update: String,
+        /// What the clock says.
+        now: String,
+    },
+    /// It has not begun.
+    #[error("it holds from {this_update}, and the clock says {now}: set the clock")]
+    NotYetValid {
+        /// Since when it holds.
+        this_update: String,
+        /// What the clock says.
+        now: String,
+    },
+}
+
+impl Refusal for CrlError {
+    fn culprit(&self) -> Culprit {
+        Culprit::Host
+    }
+    fn code(&self) -> &'static str {
+        match self {
+            CrlError::File { source, .. } => match source {
+                FileError::Missing { .. } => "crl-missing",
+                FileError::Exposed { .. } | FileError::ForeignOwner { .. } => "crl-permissions",
+                _ => "crl-unreadable",
+            },
+            CrlError::Empty { .. } => "crl-empty",
+            CrlError::List { fault, .. } => match fault {
+                ListFault::Malformed(_) => "crl-malformed",
+                ListFault::Unsupported(_) => "crl-unsupported",
+                ListFault::OtherAuthority { .. } => "crl-other-authority",
+                ListFault::Forged { .. } => "crl-forged",
+                ListFault::Algorithm { .. } => "crl-algorithm",
+                ListFault::NotASigner { .. } => "crl-not-a-signer",
+                ListFault::Ambiguous { .. } => "crl-ambiguous",
+                ListFault::Twice { .. } => "crl-twice",
+                ListFault::Expired { .. } => "crl-expired",
+                ListFault::NotYetValid { .. } => "crl-not-yet-valid",
+            },
+        }
+    }
+}
+
+/// Reads the lists of a trust domain from a PEM file and checks all of them. `known`: those that are there already.
+pub(super) fn load(
+    domain: &TrustDomain,
+    path: &Path,
+    authorities: &[Authority<'_>],
+    known: &[Arc<List>],
+    now: SystemTime,
+) -> Result<Vec<Arc<List>>, CrlError> {
+    let pem = files::read(path, Guard::Public).map_err(|source| CrlError::File { domain: domain.clone(), source })?;
+    let lists = parse(domain, path, &pem, authorities, known)?;
+    for (index, list) in lists.iter().enumerate() {
+        list.check_time(now).map_err(|fault| CrlError::List {
+            domain: domain.clone(),
+            path: path.into(),
+            number: index + 1,
+            fault,
+        })?;
+    }
+    Ok(lists)
+}
+
+/// The same from the content of the file and without a look at the clock; `path` is for the errors.
+pub(super) fn parse(
+    domain: &TrustDomain,
+    path: &Path,
+    pem: &[u8],
+    authorities: &[Authority<'_>],
+    known: &[Arc<List>],
+) -> Result<Vec<Arc<List>>, CrlError> {
+    let mut lists: Vec<Arc<List>> = Vec::new();
+    for (index, der) in CertificateRevocationListDer::pem_slice_iter(pem).enumerate() {
+        let list = der
+            .map_err(|error| ListFault::Malformed(format!("it is not PEM: {error}")))
+            .and_then(|der| List::read(&der, authorities))
+            .and_then(|list| match known.iter().chain(&lists).any(|other| other.is_of(&list)) {
+                true => Err(ListFault::Twice { issuer: list.about.issuer }),
+                false => Ok(list),
+            });
+        let number = index + 1;
+        let list = list.map_err(|fault| CrlError::List { domain: domain.clone(), path: path.into(), number, fault })?;
+        lists.push(Arc::new(list));
+    }
+    match lists.is_empty() {
+        true => Err(CrlError::Empty { domain: domain.clone(), path: path.into() }),
+        false => Ok(lists),
+    }
+}
+
+/// Reads a list without doubt; whose it is and whether it is current is another matter.
+pub(super) fn read(der: &[u8]) -> Result<Reading<'_>, ListFault> {
+    let malformed = |why: &str| ListFault::Malformed(why.into());
+    let reading = match Reading::from_der(der) {
+        Ok(([], reading)) => reading,
+        Ok(_) => return Err(malformed("there are bytes after the list")),
+        Err(_) => return Err(malformed("it is not an X.509 revocation list in DER")),
+    };
+    let extensions = reading.tbs_cert_list.extensions_map();
+    let extensions = extensions.map_err(|_| malformed("one of its extensions is there twice"))?;
+    // The path validation would use a list with a distribution point for the certificates that name this point, and
+    // silently pass the others.
+    if extensions.contains_key(&OID_X509_EXT_ISSUER_DISTRIBUTION_POINT) {
+        return Err(ListFault::Unsupported("it has an issuing distribution point, so it may be a part"));
+    }
+    if reading.iter_revoked_certificates().any(|entry| entry.extensions_map().is_err()) {
+        return Err(malformed("an extension of one of its entries is there twice"));
+    }
+    Ok(reading)
+}
+
+impl List {
+    fn read(der: &[u8], authorities: &[Authority<'_>]) -> Result<Self, ListFault> {
+        let reading = read(der)?;
+        let borrowed = BorrowedCertRevocationList::from_der(der).map_err(from_webpki)?;
+        let list = CertRevocationList::Owned(borrowed.to_owned().map_err(from_webpki)?);
+        // Two readers of the same bytes must see the same entries.
+        let serials: Vec<_> = borrowed.into_iter().flatten().map(|entry| entry.serial_number).collect();
+        if reading.iter_revoked_certificates().map(|entry| entry.raw_serial()).ne(serials.iter().copied()) {
+            return Err(ListFault::Malformed("its entries can be read in two ways".into()));
+        }
+        let issuer = reading.issuer().to_string();
+        let next_update = reading.next_update().ok_or(ListFault::Malformed("it does not say until when".into()))?;
+        check_signer(&reading, list.issuer(), &issuer, authorities)?;
+        let about = About {
+            issuer,
+            number: reading.crl_number().map(|number| hex(&number.to_bytes_be())).unwrap_or_default(),
+            revoked: serials.len(),
+            this_update: system_time(reading.last_update().timestamp()),
+            next_update: system_time(next_update.timestamp()),
+        };
+        Ok(Self { list, about })
+    }
+
+    /// May it be used at this time?
+    fn check_time(&self, now: SystemTime) -> Result<(), ListFault> {
+        let (this_update, next_update) = (self.about.this_update, self.about.next_update);
+        if now < this_update {
+            return Err(ListFault::NotYetValid { this_update: display_time(this_update), now: display_time(now) });
+        }
+        if self.is_over(now) {
+            return Err(ListFault::Expired { next_update: display_time(next_update), now: display_time(now) });
+        }
+        Ok(())
+    }
+
+    /// Must it have been replaced by then? Peers whose authority it is of are refused from that second on.
+    pub fn is_over(&self, now: SystemTime) -> bool {
+        unix_time(now) >= unix_time(self.about.next_update)
+    }
+
+    /// What it is.
+    pub fn about(&self) -> &About {
+        &self.about
+    }
+
+    /// As the path validation takes it.
+    pub(crate) fn as_webpki(&self) -> &CertRevocationList<'static> {
+        &self.list
+    }
+
+    /// Does it revoke this certificate?
+    pub fn revokes(&self, certificate: &IssuerAndSerial) -> bool {
+        // A list that cannot be searched is none that anybody passes.
+        self.list.issuer() == &*certificate.issuer && !matches!(self.list.find_serial(&certificate.serial), Ok(None))
+    }
+
+    fn is_of(&self, other: &Self) -> bool {
+        self.list.issuer() == other.list.issuer()
+    }
+}
+
+impl IssuerAndSerial {
+    /// Of a certificate that is well-formed.
+    pub fn of(certificate: &CertificateDer<'_>) -> Option<Self> {
+        let certificate = EndEntityCert::try_from(certificate).ok()?;
+        Some(Self::read(&certificate))
+    }
+
+    /// Of a certificate that was read.
+    pub(crate) fn read(certificate: &webpki::Cert<'_>) -> Self {
+        Self { issuer: certificate.issuer().into(), serial: certificate.serial().into() }
+    }
+}
+
+/// Whose list it is: an authority that may sign lists, and that did.
+fn check_signer(
+    reading: &Reading<'_>,
+    name: &[u8],
+    issuer: &str,
+    authorities: &[Authority<'_>],
+) -> Result<(), ListFault> {
+    let of_that_name = || authorities.iter().filter(|(anchor, _)| anchor.subject.as_ref() == name);
+    let issuer = issuer.to_owned();
+    let Some((anchor, certificate)) = of_that_name().next() else { return Err(ListFault::OtherAuthority { issuer }) };
+    if of_that_name().any(|(other, _)| other.subject_public_key_info != anchor.subject_public_key_info) {
+        return Err(ListFault::Ambiguous { issuer });
+    }
+    let malformed = |error: super::x509::Malformed| ListFault::Malformed(format!("{issuer}: {error}"));
+    let signer = Parsed::parse(certificate).map_err(malformed)?;
+    if signer.key_usage().map_err(malformed)?.is_some_and(|usage| !usage.crl_sign) {
+        return Err(ListFault::NotASigner { issuer });
+    }
+    // What the path validation does not take would refuse every peer, and say so only then.
+    let oid = reading.signature_algorithm.oid().as_bytes();
+    let is_oid = |known: &[u8]| {
+        known
+            .strip_prefix(&[6])
+            .and_then(|rest| rest.split_first())
+            .is_some_and(|(length, rest)| usize::from(*length) == oid.len() && rest.starts_with(oid))
+    };
+    if !webpki::ALL_VERIFICATION_ALGS.iter().any(|known| is_oid(known.signature_alg_id().as_ref())) {
+        return Err(ListFault::Algorithm { issuer });
+    }
+    match signer.check_signature_of(reading) {
+        Ok(()) => Ok(()),
+        Err(X509Error::SignatureUnsupportedAlgorithm) => Err(ListFault::Algorithm { issuer }),
+        Err(_) => Err(ListFault::Forged { issuer }),
+    }
+}
+
+fn from_webpki(error: webpki::Error) -> ListFault {
+    use webpki::Error as E;
+    let what = match error {
+        E::UnsupportedDeltaCrl => "it is a delta list, which says only what has changed",
+        E::UnsupportedIndirectCrl => "it is an indirect list, which speaks for other authorities",
+        E::UnsupportedCriticalExtension => "it has a critical extension that Wimsey does not know",
+        E::UnsupportedCrlVersion => "it is not of version 2",
+        E::UnsupportedRevocationReason => "one of its entries has a reason that no full list has",
+        error => return ListFault::Malformed(format!("it is not a well-formed revocation list: {error}")),
+    };
+    ListFault::Unsupported(what)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{
+        super::{bundle::Trust, testing::*},
+        *,
+    };
+    use rcgen::{CertificateRevocationListParams, CrlDistributionPoint, CrlIssuingDistributionPoint, KeyUsagePurpose};
+    use std::{os::unix::fs::PermissionsExt, time::Duration};
+
+    const HOUR: Duration = Duration::from_secs(3600);
+
+    /// Authorities of example.org in one bundle, and what a file of lists is taken for there.
+    fn code_in(authorities: &[&TestCa], file: &str) -> &'static str {
+        let domain = domain_of("example.org");
+        let trust =
+            authorities.iter().fold(Trust::new(), |trust, ca| trust.with(domain.clone(), ca.anchors("example.org")));
+        let anchors = trust.anchors(&domain).unwrap();
+        let check = |lists: Vec<Arc<List>>| lists.iter().try_for_each(|list| list.check_time(now()));
+        match parse(&domain, Path::new("/etc/wimsey/ca/crl.pem"), file.as_bytes(), &anchors.authorities(), &[]) {
+            Err(error) => error.code(),
+            Ok(lists) => check(lists).map_or_else(|fault| in_file(fault).code(), |()| "taken"),
+        }
+    }
+
+    fn in_file(fault: ListFault) -> CrlError {
+        CrlError::List { domain: domain_of("example.org"), path: "/crl.pem".into(), number: 1, fault }
+    }
+
+    fn pem(der: &[u8]) -> String {
+        files::pem("X509 CRL", der).to_string()
+    }
+
+    fn signed(ca: &TestCa, change: impl FnOnce(&mut CertificateRevocationListParams)) -> String {
+        let mut params = list_params(&[&[5]]);
+        change(&mut params);
+        pem(&ca.list(params))
+    }
+
+    /// The same name, another key.
+    fn twin(ca: &TestCa, change: impl FnOnce(&mut rcgen::CertificateParams)) -> TestCa {
+        let mut params = ca_params("example.org");
+        let parsed = x509_parser::parse_x509_certificate(&ca.certificate).unwrap().1;
+        let name = parsed.subject().iter_common_name().next().unwrap().as_str().unwrap().to_owned();
+        params.distinguished_name.push(rcgen::DnType::CommonName, name);
+        change(&mut params);
+        TestCa::with(params)
+    }
+
+    #[test]
+    fn a_list_is_taken_if_an_anchor_of_its_trust_domain_signed_it_and_it_is_current() {
+        let (ca, other) = (TestCa::new("example.org"), TestCa::new("example.org"));
+        let (one, two) = (signed(&ca, |_| {}), signed(&other, |_| {}));
+        let none_revoked = signed(&ca, |params| params.revoked_certs.clear());
+        let late = signed(&ca, |params| params.this_update = (now() + HOUR / 2).into());
+        let over = signed(&ca, |params| params.next_update = now().into());
+        for (what, authorities, file, expected) in [
+            ("its own", &[&ca][..], one.clone(), "taken"),
+            ("one that revokes nothing", &[&ca], none_revoked, "taken"),
+            ("two of two authorities", &[&ca, &other], format!("{one}{two}"), "taken"),
+            ("one of two authorities", &[&ca, &other], two.clone(), "taken"),
+            ("of an authority of another bundle", &[&ca], two, "crl-other-authority"),
+            ("of another trust domain", &[&ca], signed(&TestCa::new("example.net"), |_| {}), "crl-other-authority"),
+            ("signed by somebody else in its name", &[&ca], signed(&twin(&ca, |_| {}), |_| {}), "crl-forged"),
+            ("of a name that two keys have", &[&ca, &twin(&ca, |_| {})], one.clone(), "crl-ambiguous"),
+            ("twice", &[&ca], format!("{one}{one}"), "crl-twice"),
+            ("over", &[&ca], over, "crl-expired"),
+            ("of the future", &[&ca], late, "crl-not-yet-valid"),
+            ("nothing", &[&ca], String::new(), "crl-empty"),
+            ("no PEM", &[&ca], "rubbish".into(), "crl-empty"),
+            ("a certificate", &[&ca], ca.pem(), "crl-empty"),
+            ("half a PEM", &[&ca], one[..one.len() / 2].into(), "crl-malformed"),
+            ("a certificate that says that it is a list", &[&ca], pem(&ca.certificate), "crl-malformed"),
+            ("no DER", &[&ca], pem(b"rubbish"), "crl-malformed"),
+            ("bytes after the list", &[&ca], pem(&[&ca.list(list_params(&[]))[..], &[0]].concat()), "crl-malformed"),
+        ] {
+            assert_eq!(code_in(authorities, &file), expected, "{what}");
+        }
+    }
+
+    /// Extension: OID below id-ce, critical or not, value.
+    fn extension(number: u8, critical: bool, value: &[u8]) -> Vec<u8> {
+        let critical = if critical { tlv(1, &[0xff]) } else { Vec::new() };
+        tlv(0x30, &[tlv(6, &[0x55, 0x1d, number]), critical, tlv(4, value)].concat())
+    }
+
+    #[test]
+    fn a_list_that_says_only_a_part_or_cannot_be_read_without_doubt_is_refused() {
+        let ca = TestCa::new("example.org");
+        let good = ca.list(list_params(&[&[5]]));
+        let with = |more: Vec<u8>| {
+            pem(&ca.changed_list(&good, |body| {
+                let extensions = [parts(&parts(&body[6])[0]).concat(), more].concat();
+                body[6] = tlv(0xa0, &tlv(0x30, &extensions));
+            }))
+        };
+        // The one entry, with an extension.
+        let entry = |more: Vec<u8>| {
+            pem(&ca.changed_list(&good, |body| {
+                let entry = [parts(&parts(&body[5])[0]).concat(), tlv(0x30, &more)].concat();
+                body[5] = tlv(0x30, &tlv(0x30, &entry));
+            }))
+        };
+        let without = |part: usize| pem(&ca.changed_list(&good, |body| drop(body.remove(part))));
+        let point = signed(&ca, |params| {
+            let distribution_point = CrlDistributionPoint { uris: vec!["http://example.org/crl".into()] };
+            params.issuing_distribution_point = Some(CrlIssuingDistributionPoint { distribution_point, scope: None });
+        });
+        // [4] indirectCRL TRUE
+        let indirect = with(extension(28, true, &tlv(0x30, &tlv(0x84, &[0xff]))));
+        let unknown = |critical| extension(99, critical, &[5, 0]);
+        let mut legacy = list_params(&[&[5]]);
+        legacy.key_identifier_method = rcgen::KeyIdMethod::PreSpecified(vec![1]);
+        for (what, file, expected) in [
+            ("changed in nothing", pem(&ca.changed_list(&good, |_| {})), "taken"),
+            ("unknown extension", with(unknown(false)), "taken"),
+            ("another name for the key", pem(&ca.list(legacy)), "taken"),
+            ("unknown critical extension", with(unknown(true)), "crl-unsupported"),
+            ("delta", with(extension(27, true, &[2, 1, 1])), "crl-unsupported"),
+            ("distribution point", point, "crl-unsupported"),
+            ("indirect", indirect, "crl-unsupported"),
+            ("unknown critical extension of an entry", entry(unknown(true)), "crl-unsupported"),
+            ("entry of another issuer", entry(extension(29, true, &tlv(0x30, &[]))), "crl-unsupported"),
+            ("extension twice", with([unknown(false), unknown(false)].concat()), "crl-malformed"),
+            ("extension of an entry twice", entry([unknown(false), unknown(false)].concat()), "crl-malformed"),
+            ("without extensions", without(6), "crl-malformed"),
+            ("without an end", without(4), "crl-malformed"),
+            ("without a version", without(0), "crl-malformed"),
+        ] {
+            assert_eq!(code_in(&[&ca], &file), expected, "{what}");
+        }
+    }
+
+    #[test]
+    fn an_authority_that_may_not_sign_lists_has_none() {
+        let ca = TestCa::new("example.org");
+        let unfit = twin(&ca, |params| params.key_usages = vec![KeyUsagePurpose::KeyCertSign]);
+        let list = unfit.changed_list(&ca.list(list_params(&[])), |_| {});
+        assert_eq!(code_in(&[&unfit], &pem(&list)), "crl-not-a-signer");
+        // Without a key usage it may (RFC 5280 section 6.3.3 (f)).
+        let free = twin(&ca, |params| params.key_usages.clear());
+        let list = free.changed_list(&ca.list(list_params(&[])), |_| {});
+        assert_eq!(code_in(&[&free], &pem(&list)), "taken");
+    }
+
+    #[test]
+    fn a_changed_or_missing_byte_in_a_list_breaks_it() {
+        let ca = TestCa::new("example.org");
+        let good = ca.list(list_params(&[&[5], &[6]]));
+        for position in 0..good.len() {
+            let mut bytes = good.clone();
+            bytes[position] ^= 0x01;
+            assert_ne!(code_in(&[&ca], &pem(&bytes)), "taken", "byte {position}");
+            assert_ne!(code_in(&[&ca], &pem(&good[..position])), "taken", "byte {position}");
+        }
+    }
+
+    #[test]
+    fn a_missing_or_world_writable_file_of_lists_is_refused_and_named() {
+        let ca = TestCa::new("example.org");
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("crl.pem");
+        let load = || ca.trust("example.org").with_lists(&domain_of("example.org"), &path, now());
+        assert_eq!(load().unwrap_err().code(), "crl-missing");
+        std::fs::write(&path, signed(&ca, |_| {})).unwrap();
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o666)).unwrap();
+        let error = load().unwrap_err();
+        assert_eq!((error.code(), error.culprit()), ("crl-permissions", Culprit::Host));
+        assert!(error.to_string().contains("example.org: ") && error.to_string().contains("chmod 644"), "{error}");
+        std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o644)).unwrap();
+        let trust = load().unwrap();
+        let about = trust.anchors(&domain_of("example.org")).unwrap().lists()[0].about().clone();
+        assert_eq!((about.revoked, &*about.number, about.next_update), (1, "07", now() + HOUR));
+        let later = ca.trust("example.org").with_lists(&domain_of("example.org"), &path, now() + HOUR);
+        let error = later.unwrap_err();
+        assert_eq!(error.code(), "crl-expired");
+        for word in ["crl.pem", "example.org", "2026-11-22T06:17:00Z", "--refresh"] {
+            assert!(error.to_string().contains(word), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_list_hits_what_its_own_authority_issued_and_nothing_else() {
+        let (ca, other) = (TestCa::new("example.org"), TestCa::new("example.org"));
+        let serial = |ca: &TestCa, serial: &[u8]| {
+            IssuerAndSerial::of(&ca.leaf(numbered(leaf_params("spiffe://example.org/web"), serial))).unwrap()
+        };
+        // The second one has a highest bit, so that it is written with a zero before it.
+        let list = List::read(
+            &ca.list(list_params(&[&[5], &[0xff, 1]])),
+            &ca.trust("example.org").anchors(&domain_of("example.org")).unwrap().authorities(),
+        );
+        let list = list.unwrap();
+        for (certificate, expected) in [
+            (serial(&ca, &[5]), true),
+            (serial(&ca, &[0xff, 1]), true),
+            (serial(&ca, &[6]), false),
+            (serial(&ca, &[5, 0]), false),
+            (serial(&other, &[5]), false),
+        ] {
+            assert_eq!(list.revokes(&certificate), expected, "{certificate:?}");
+        }
+    }
+}
