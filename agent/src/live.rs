@@ -5,8 +5,7 @@
 
 use crate::audit::{End, Process, Record, Tls};
 use crate::authorize::still_allowed;
-use crate::identify::bundle::Trust;
-use crate::identify::crl::IssuerAndSerial;
+use crate::identify::bundle::{Trust, TrustPath};
 use crate::intercept::Direction;
 use crate::policy::Policy;
 use crate::relay::{Progress, Stop};
@@ -26,8 +25,8 @@ pub enum Basis {
         local: SpiffeId,
         /// The verified peer.
         peer: SpiffeId,
-        /// The certificates by which it was verified.
-        path: Arc<[IssuerAndSerial]>,
+        /// By what it was verified.
+        path: Arc<TrustPath>,
     },
     /// Plaintext by a named rule.
     Plaintext {
@@ -72,10 +71,10 @@ impl Live {
     pub fn end(&self, stop: Stop) {
         self.stop.send_if_modified(|told| told.is_none().then(|| *told = Some(stop)).is_some());
     }
-    /// Would this policy let the connection pass as well, and is the peer's certificate not revoked?
+    /// Would this policy let the connection pass as well, and is what the peer was verified by still in force?
     pub fn is_allowed_by(&self, policy: &Policy, trust: &Trust) -> bool {
         let (local, peer) = match &self.basis {
-            Basis::Mesh { peer, path, .. } if trust.revokes(&peer.trust_domain(), path) => return false,
+            Basis::Mesh { peer, path, .. } if !trust.still_believes(&peer.trust_domain(), path) => return false,
             Basis::Mesh { local, peer, .. } => (local, Some(peer)),
             Basis::Plaintext { local } => (local, None),
             Basis::LeftAlone => {
@@ -130,8 +129,8 @@ impl Registry {
     pub fn open_count(&self) -> usize {
         lock(&self.open).len()
     }
-    /// Ends the connections that this policy would not let pass, and those whose peer's certificate is revoked. Returns
-    /// how many.
+    /// Ends the connections that this policy would not let pass, and those whose peer's certificate is revoked or comes
+    /// from an authority that is trusted no more. Returns how many.
     pub fn revoke(&self, policy: &Policy, trust: &Trust) -> usize {
         let hit = self.open().into_iter().filter(|live| !live.is_allowed_by(policy, trust));
         hit.inspect(|live| live.end(Stop::Revoked)).count()
@@ -188,7 +187,8 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::identify::testing::{TestCa, id_of, leaf_params, numbered};
+    use crate::handshake::verify::{Role, verify_chain};
+    use crate::identify::testing::{TestCa, domain_of, id_of, leaf_params, numbered, unix_now};
     use crate::policy::{Accounts, Source};
 
     const POLICY: &str = r#"
@@ -201,7 +201,7 @@ mod tests {
         to = "spiffe://example.org/web"
     "#;
 
-    fn connection(flow: u64, path: Arc<[IssuerAndSerial]>) -> (Live, watch::Receiver<Option<Stop>>) {
+    fn connection(flow: u64, path: Arc<TrustPath>) -> (Live, watch::Receiver<Option<Stop>>) {
         let (stop, told) = watch::channel(None);
         let end = |port| End { id: None, address: ([10, 0, 0, 1], port).into() };
         let (local, peer) = (id_of("spiffe://example.org/web"), id_of("spiffe://example.org/curl"));
@@ -223,23 +223,31 @@ mod tests {
     }
 
     #[test]
-    fn a_connection_of_a_revoked_certificate_is_ended_and_no_other_one() {
+    fn a_connection_ends_with_its_certificate_or_its_authority_and_no_other_does() {
         // R39
         let source = Source { file: "test.toml".into(), text: POLICY.into() };
         let policy = Policy::parse("test", &[source], &Accounts::default()).unwrap();
         let (ca, other) = (TestCa::new("example.org"), TestCa::new("example.org"));
-        let leaf = |ca: &TestCa, serial: u8| {
+        let path = |ca: &TestCa, serial: u8| {
             let leaf = ca.leaf(numbered(leaf_params("spiffe://example.org/curl"), &[serial]));
-            Arc::from([IssuerAndSerial::of(&leaf).unwrap()])
+            verify_chain(&[leaf], Role::Client, &ca.trust("example.org"), unix_now()).unwrap().path
         };
         let registry = Arc::new(Registry::default());
-        let (revoked, told) = connection(1, leaf(&ca, 5));
-        let (another, another_told) = connection(2, leaf(&ca, 6));
-        let (elsewhere, elsewhere_told) = connection(3, leaf(&other, 5));
+        let (revoked, told) = connection(1, path(&ca, 5));
+        let (another, another_told) = connection(2, path(&ca, 6));
+        let (elsewhere, elsewhere_told) = connection(3, path(&other, 5));
         let _entered = [revoked, another, elsewhere].map(|live| registry.enter(live));
-        assert_eq!(registry.revoke(&policy, &ca.trust("example.org")), 0);
-        assert_eq!(registry.revoke(&policy, &ca.trust_but("example.org", &[&[5]])), 1);
-        let told = [told, another_told, elsewhere_told].map(|told| *told.borrow());
-        assert_eq!(told, [Some(Stop::Revoked), None, None]);
+        let ended = || [&told, &another_told, &elsewhere_told].map(|told| told.borrow().is_some());
+        let both = |trust: Trust| trust.with(domain_of("example.org"), other.anchors("example.org"));
+        assert_eq!(registry.revoke(&policy, &both(ca.trust("example.org"))), 0);
+        // Two authorities of one name: the number counts for its own only.
+        assert_eq!(registry.revoke(&policy, &both(ca.trust_but("example.org", &[&[5]]))), 1);
+        assert_eq!(ended(), [true, false, false]);
+        // An authority that is in the bundle no more.
+        registry.revoke(&policy, &ca.trust("example.org"));
+        assert_eq!(ended(), [true, false, true]);
+        registry.revoke(&policy, &Trust::new());
+        assert_eq!(ended(), [true, true, true]);
+        assert_eq!(*told.borrow(), Some(Stop::Revoked));
     }
 }

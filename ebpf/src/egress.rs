@@ -177,7 +177,8 @@ fn connect(ctx: *mut bpf_sock_addr, dialled: Address, port: u16, family: u16) ->
     if unsafe { OWN.get(&cookie) }.is_some() {
         return Outcome::Allow;
     }
-    let address = reached(dialled, &near);
+    let near = blurred(near, config);
+    let address = blurred(reached(dialled, &near), config);
     // While a new agent takes over, the programs of the old one have been here for the same call.
     if turned_before(config, cookie, &address, port) {
         return Outcome::Allow;

@@ -10,8 +10,7 @@
 use crate::{
     identify::{
         Malformed,
-        bundle::Trust,
-        crl::IssuerAndSerial,
+        bundle::{Trust, TrustPath},
         x509::{Parsed, display_time, from_unix_time},
     },
     policy::{Peers, Rule},
@@ -55,8 +54,8 @@ pub struct VerifiedPeer {
     pub not_after: SystemTime,
     /// Its certificate's serial number in hexadecimal, for the audit line.
     pub serial: String,
-    /// Its certificate, and the authorities between it and the anchor: what may be revoked later.
-    pub path: Arc<[IssuerAndSerial]>,
+    /// By what it was verified: what may be revoked, or taken out of the bundle, later.
+    pub path: Arc<TrustPath>,
 }
 
 /// A peer that is who it says and that the policy admits.
@@ -213,8 +212,7 @@ pub fn verify_chain(
     let path = end_entity
         .verify_for_usage(ALGORITHMS.all, &anchors, intermediates, now, usage, revocation(&lists), Some(&check_path))
         .map_err(untrusted)?;
-    let below_anchor = path.intermediate_certificates().map(IssuerAndSerial::read);
-    let path = std::iter::once(IssuerAndSerial::read(&end_entity)).chain(below_anchor).collect();
+    let path = Arc::new(TrustPath::of(&path));
     Ok(VerifiedPeer { id, not_after: parsed.not_after(), serial: parsed.serial(), path })
 }
 

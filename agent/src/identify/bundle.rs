@@ -40,6 +40,32 @@ pub struct Anchors {
     lists: Vec<Arc<List>>,
 }
 
+/// By what a peer was verified: what has to hold for as long as its connection is open.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct TrustPath {
+    /// Its certificate, and those of the authorities between it and the anchor.
+    certificates: Box<[IssuerAndSerial]>,
+    /// The anchor's public key: names may come again when an authority is replaced.
+    anchor: Box<[u8]>,
+}
+
+impl TrustPath {
+    /// As the path validation found it.
+    pub(crate) fn of(path: &webpki::VerifiedPath<'_>) -> Self {
+        let below_anchor = path.intermediate_certificates().map(IssuerAndSerial::read);
+        let leaf = IssuerAndSerial::read(path.end_entity());
+        Self {
+            certificates: std::iter::once(leaf).chain(below_anchor).collect(),
+            anchor: path.anchor().subject_public_key_info.as_ref().into(),
+        }
+    }
+
+    /// Its certificates, leaf first.
+    pub fn certificates(&self) -> &[IssuerAndSerial] {
+        &self.certificates
+    }
+}
+
 /// From when to when, and which certificate, for `wimsey status`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Validity {
@@ -185,6 +211,14 @@ impl Trust {
         let lists = crl::load(domain, path, &anchors.authorities(), &anchors.lists, now)?;
         anchors.lists.extend(lists);
         Ok(self)
+    }
+
+    /// Is a peer that was verified by this path still to be believed: is its anchor still in the bundle of its trust
+    /// domain, and no certificate of the path revoked? Time plays no part: what is open may outlast its certificate.
+    pub fn still_believes(&self, domain: &TrustDomain, path: &TrustPath) -> bool {
+        let anchors = self.domains.get(domain).map(|anchors| &anchors.anchors[..]).unwrap_or_default();
+        anchors.iter().any(|anchor| anchor.subject_public_key_info.as_ref() == &*path.anchor)
+            && !self.revokes(domain, &path.certificates)
     }
 
     /// Has an authority of this trust domain revoked one of these certificates?

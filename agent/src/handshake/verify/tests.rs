@@ -463,8 +463,8 @@ fn a_revoked_certificate_is_refused_and_no_other_one() {
             assert_eq!(verdict.as_ref().map(|_| ()).map_err(Refusal::code), expected, "{what}");
             // Whoever passed here is asked for in the same words when a list comes later.
             if let Ok(peer) = verdict {
-                assert!(!trust.revokes(&peer.id.trust_domain(), &peer.path), "{what}");
-                let taken = own.revokes(&peer.id.trust_domain(), &peer.path);
+                assert!(trust.still_believes(&peer.id.trust_domain(), &peer.path), "{what}");
+                let taken = own.revokes(&peer.id.trust_domain(), peer.path.certificates());
                 assert_eq!(taken, what == "without any list", "{what}");
             }
         }
@@ -480,7 +480,7 @@ fn a_connection_is_known_by_its_whole_path_when_a_list_comes_later() {
     let peer = verify_chain(&chain, Role::Client, &ca.trust("example.org"), unix_now()).unwrap();
     for (serial, expected) in [(9, true), (1, false)] {
         let later = ca.trust_but("example.org", &[&[serial]]);
-        assert_eq!(later.revokes(&peer.id.trust_domain(), &peer.path), expected, "{serial}");
+        assert_eq!(later.revokes(&peer.id.trust_domain(), peer.path.certificates()), expected, "{serial}");
     }
 }
 
