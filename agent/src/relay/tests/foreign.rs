@@ -13,6 +13,7 @@ use std::{
     io::{Read, Write},
     ops::DerefMut,
     process::{Child, Command, Stdio},
+    sync::Mutex,
 };
 
 /// Our server behind a relay, for a foreign client at `socket`. The application echoes.
@@ -45,7 +46,7 @@ async fn echo(mut socket: TcpStream) {
 fn blocking(socket: TcpStream) -> std::net::TcpStream {
     let socket = socket.into_std().unwrap();
     socket.set_nonblocking(false).unwrap();
-    socket.set_read_timeout(Some(Duration::from_secs(10))).unwrap();
+    socket.set_read_timeout(Some(patience(10))).unwrap();
     socket
 }
 
@@ -149,43 +150,75 @@ async fn data_in_the_same_segment_as_the_end_of_the_handshake_is_not_lost() {
     assert_eq!(tally.await.unwrap().closed, CloseReason::Complete);
 }
 
-/// `openssl` with these arguments, certificate and key of `id`, fed with lines that have a pause between them.
-fn openssl(
-    world: &World,
-    id: &str,
-    directory: &std::path::Path,
-    arguments: &[&str],
-    lines: &'static [&'static str],
-) -> Option<Child> {
-    let pem = |label: &str, der: &[u8]| {
-        let encoded = pem_body(der);
-        format!("-----BEGIN {label}-----\n{encoded}-----END {label}-----\n")
-    };
-    let (certificate, key) = world.svid(id);
-    let path = |name: &str| directory.join(name);
-    std::fs::write(path("svid.pem"), pem("CERTIFICATE", &certificate)).unwrap();
-    std::fs::write(path("key.pem"), pem("PRIVATE KEY", &key)).unwrap();
-    std::fs::write(path("ca.pem"), pem("CERTIFICATE", world.ca_der())).unwrap();
-    let mut child = Command::new("openssl")
-        .args(arguments)
-        .args(["-tls1_3", "-cert", "svid.pem", "-key", "key.pem", "-CAfile", "ca.pem"])
-        .current_dir(directory)
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .ok()?;
-    let mut input = child.stdin.take().unwrap();
-    std::thread::spawn(move || {
-        for line in lines {
-            std::thread::sleep(Duration::from_millis(400));
-            if writeln!(input, "{line}").is_err() {
-                break;
+/// An `openssl` that is fed with lines.
+struct Openssl {
+    child: Child,
+    said: Arc<Mutex<String>>,
+    reading: std::thread::JoinHandle<()>,
+}
+
+impl Openssl {
+    /// With these arguments, and certificate and key of `id`. A line of text is followed by the next one when it came back,
+    /// a letter that is an order to `openssl` after a pause.
+    fn start(
+        world: &World,
+        id: &str,
+        directory: &std::path::Path,
+        arguments: &[&str],
+        lines: &'static [&'static str],
+    ) -> Option<Self> {
+        let pem = |label: &str, der: &[u8]| {
+            let encoded = pem_body(der);
+            format!("-----BEGIN {label}-----\n{encoded}-----END {label}-----\n")
+        };
+        let (certificate, key) = world.svid(id);
+        let path = |name: &str| directory.join(name);
+        std::fs::write(path("svid.pem"), pem("CERTIFICATE", &certificate)).unwrap();
+        std::fs::write(path("key.pem"), pem("PRIVATE KEY", &key)).unwrap();
+        std::fs::write(path("ca.pem"), pem("CERTIFICATE", world.ca_der())).unwrap();
+        let mut child = Command::new("openssl")
+            .args(arguments)
+            .args(["-tls1_3", "-cert", "svid.pem", "-key", "key.pem", "-CAfile", "ca.pem"])
+            .current_dir(directory)
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .ok()?;
+        let (mut input, mut output) = (child.stdin.take().unwrap(), child.stdout.take().unwrap());
+        let said = Arc::new(Mutex::new(String::new()));
+        let (heard, seen) = (said.clone(), said.clone());
+        let reading = std::thread::spawn(move || {
+            let mut piece = [0; 4096];
+            while let Ok(length @ 1..) = output.read(&mut piece) {
+                seen.lock().unwrap().push_str(&String::from_utf8_lossy(&piece[..length]));
             }
-        }
-        std::thread::sleep(Duration::from_millis(400));
-    });
-    Some(child)
+        });
+        std::thread::spawn(move || {
+            for line in lines {
+                if writeln!(input, "{line}").is_err() {
+                    break;
+                }
+                let latest = std::time::Instant::now() + patience(10);
+                while line.len() > 1 && !heard.lock().unwrap().contains(line) && std::time::Instant::now() < latest {
+                    std::thread::sleep(Duration::from_millis(20));
+                }
+                std::thread::sleep(Duration::from_millis(400));
+            }
+        });
+        Some(Self { child, said, reading })
+    }
+
+    /// Standard output and standard error, when it has ended.
+    async fn end(self) -> (String, String) {
+        let wait = move || {
+            let output = self.child.wait_with_output().unwrap();
+            self.reading.join().unwrap();
+            let said = self.said.lock().unwrap().clone();
+            (said, String::from_utf8_lossy(&output.stderr).into_owned())
+        };
+        tokio::task::spawn_blocking(wait).await.unwrap()
+    }
 }
 
 fn pem_body(der: &[u8]) -> String {
@@ -214,14 +247,13 @@ async fn openssl_s_client_talks_to_us_and_takes_fresh_keys() {
     let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
     let address = listener.local_addr().unwrap().to_string();
     let arguments = ["s_client", "-connect", &address, "-verify_return_error"];
-    let Some(child) = openssl(&world, CURL, directory.path(), &arguments, LINES) else {
-        eprintln!("skipped: no openssl on PATH");
+    let Some(openssl) = Openssl::start(&world, CURL, directory.path(), &arguments, LINES) else {
+        eprintln!("SKIPPED (no openssl on PATH): openssl_s_client_talks_to_us_and_takes_fresh_keys");
         return;
     };
     let (socket, _) = listener.accept().await.unwrap();
     let tally = our_server(&world, socket, if takes_fresh_keys() { 2 } else { u64::MAX }).await;
-    let output = tokio::task::spawn_blocking(|| child.wait_with_output().unwrap()).await.unwrap();
-    let (output, complaints) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let (output, complaints) = openssl.end().await;
     let closed = tally.await.unwrap().closed;
     if !takes_fresh_keys() {
         assert!(output.contains(LINES[0]), "{output} {complaints}");
@@ -240,8 +272,8 @@ async fn openssl_s_server_talks_to_us_gives_tickets_and_takes_fresh_keys() {
     let directory = tempfile::tempdir().unwrap();
     let free = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().to_string();
     let arguments = ["s_server", "-accept", &free, "-Verify", "2", "-verify_return_error", "-naccept", "1"];
-    let Some(child) = openssl(&world, WEB, directory.path(), &arguments, LINES) else {
-        eprintln!("skipped: no openssl on PATH");
+    let Some(openssl) = Openssl::start(&world, WEB, directory.path(), &arguments, LINES) else {
+        eprintln!("SKIPPED (no openssl on PATH): openssl_s_server_talks_to_us_gives_tickets_and_takes_fresh_keys");
         return;
     };
     let socket = loop {
@@ -251,8 +283,7 @@ async fn openssl_s_server_talks_to_us_gives_tickets_and_takes_fresh_keys() {
         }
     };
     let tally = our_client(&world, socket, if takes_fresh_keys() { 2 } else { u64::MAX }).await;
-    let output = tokio::task::spawn_blocking(|| child.wait_with_output().unwrap()).await.unwrap();
-    let (output, complaints) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
+    let (output, complaints) = openssl.end().await;
     let closed = tally.await.unwrap().closed;
     if !takes_fresh_keys() {
         assert!(output.contains(LINES[0]), "{output} {complaints}");

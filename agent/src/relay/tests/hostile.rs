@@ -13,7 +13,7 @@ async fn answer(prepare: impl FnOnce(&mut Peer) -> Vec<u8>) -> (Option<(u8, Vec<
     assert_eq!(&good, b"good", "what came before is delivered");
     let answer = peer.receive().await;
     assert!(is_reset(&mut relay.application).await, "the program sees a reset and not an end");
-    let closed = timeout(Duration::from_secs(5), relay.tally).await.expect("it ends").unwrap().closed;
+    let closed = timeout(patience(5), relay.tally).await.expect("it ends").unwrap().closed;
     (answer, closed)
 }
 

@@ -65,9 +65,9 @@ async fn a_reset_is_noticed_by_a_side_that_only_waits_for_its_own_program() {
     sleep(Duration::from_millis(50)).await;
     client.application.set_zero_linger().unwrap();
     drop(client.application);
-    let client = timeout(Duration::from_secs(5), client.tally).await.expect("noticed").unwrap();
+    let client = timeout(patience(5), client.tally).await.expect("noticed").unwrap();
     assert_eq!(client.closed, CloseReason::ApplicationReset);
-    let server = timeout(Duration::from_secs(5), server.tally).await.expect("passed on").unwrap();
+    let server = timeout(patience(5), server.tally).await.expect("passed on").unwrap();
     assert_eq!(server.closed, CloseReason::PeerReset);
 }
 
@@ -153,7 +153,7 @@ async fn an_order_to_stop_reaches_both_programs_and_the_peer_at_once_also_in_ful
     let flood = tokio::spawn(async move { while write.write_all(&[7; 100_000]).await.is_ok() {} });
     read.read_exact(&mut vec![0; 10_000_000]).await.unwrap();
     client.stop.send(Stop::Revoked).unwrap();
-    let tally = timeout(Duration::from_secs(1), client.tally).await.expect("at once").unwrap();
+    let tally = timeout(patience(1), client.tally).await.expect("at once").unwrap();
     assert_eq!(tally.closed, CloseReason::Stopped(Stop::Revoked));
     flood.await.unwrap();
 }
@@ -174,7 +174,7 @@ async fn a_server_that_refuses_the_client_afterwards_is_reported_as_a_refusal() 
     application.write_all(b"GET /").await.unwrap();
     let relay = Relay::client(client.unwrap(), application).await;
     drop(server);
-    let closed = timeout(Duration::from_secs(5), relay.tally).await.expect("in time").unwrap().closed;
+    let closed = timeout(patience(5), relay.tally).await.expect("in time").unwrap().closed;
     assert_eq!(closed, CloseReason::PeerRefused(49));
     assert_eq!((closed.code(), closed.culprit()), ("peer-refused", Some(Culprit::Peer)));
     assert_eq!(closed.code(), "peer-refused");
@@ -248,7 +248,7 @@ async fn one_direction_that_is_stuck_is_given_up_though_the_other_moves() {
     });
     let progress = Progress::default();
     let flow = Flow::new(own, network, Stuck).run(&limits, pending(), &progress);
-    assert_eq!(timeout(Duration::from_secs(5), flow).await.expect("given up"), CloseReason::Stalled);
+    assert_eq!(timeout(patience(5), flow).await.expect("given up"), CloseReason::Stalled);
     assert!(progress.received() > 2, "the other direction did not move");
     trickle.await.unwrap();
 }
@@ -261,7 +261,7 @@ async fn a_kernel_that_has_room_and_takes_nothing_is_given_up_and_a_slow_reader_
     left.write_all(b"never sent").await.unwrap();
     let progress = Progress::default();
     let flow = Flow::new(own, network, Stuck).run(&limits, pending(), &progress);
-    assert_eq!(timeout(Duration::from_secs(5), flow).await.expect("given up"), CloseReason::Stalled);
+    assert_eq!(timeout(patience(5), flow).await.expect("given up"), CloseReason::Stalled);
     assert!(is_reset(&mut left).await);
 
     let (left, own) = pair().await;

@@ -53,6 +53,12 @@ mod life;
 mod smoke;
 mod stream;
 
+/// So many seconds on a fast machine: LAB_SLOW says how much slower this one is, as for the lab.
+fn patience(seconds: u64) -> Duration {
+    let slowness = std::env::var("LAB_SLOW").ok().and_then(|text| text.parse().ok()).unwrap_or(1);
+    Duration::from_secs(seconds) * slowness
+}
+
 /// A relay that runs, with the socket that its application holds.
 struct Relay {
     application: TcpStream,
@@ -92,7 +98,7 @@ impl Relay {
 
     async fn closed(self) -> Tally {
         drop(self.application);
-        timeout(Duration::from_secs(20), self.tally).await.expect("the relay ends").unwrap()
+        timeout(patience(20), self.tally).await.expect("the relay ends").unwrap()
     }
 }
 
@@ -157,7 +163,7 @@ impl Peer {
     /// The next record, or `None` at the end of the connection.
     async fn receive(&mut self) -> Option<(u8, Vec<u8>)> {
         let mut header = [0; record::HEADER];
-        timeout(Duration::from_secs(5), self.socket.read_exact(&mut header)).await.expect("in time").ok()?;
+        timeout(patience(5), self.socket.read_exact(&mut header)).await.expect("in time").ok()?;
         let mut whole = header.to_vec();
         whole.resize(record::measure(&header).unwrap().unwrap(), 0);
         self.socket.read_exact(&mut whole[record::HEADER..]).await.ok()?;
@@ -181,14 +187,14 @@ fn noise(length: usize, mut seed: u64) -> Vec<u8> {
 
 async fn read_to_end(socket: &mut TcpStream) -> Vec<u8> {
     let mut bytes = Vec::new();
-    timeout(Duration::from_secs(30), socket.read_to_end(&mut bytes)).await.expect("in time").unwrap();
+    timeout(patience(30), socket.read_to_end(&mut bytes)).await.expect("in time").unwrap();
     bytes
 }
 
 /// The socket was reset, not ended.
 async fn is_reset(socket: &mut TcpStream) -> bool {
     let mut bytes = Vec::new();
-    match timeout(Duration::from_secs(10), socket.read_to_end(&mut bytes)).await {
+    match timeout(patience(10), socket.read_to_end(&mut bytes)).await {
         Ok(Err(error)) => error.kind() == std::io::ErrorKind::ConnectionReset,
         _ => false,
     }

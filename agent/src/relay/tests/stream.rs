@@ -13,7 +13,7 @@ async fn exchange(socket: TcpStream, bytes: Vec<u8>, piece: usize) -> Vec<u8> {
         write.shutdown().await.unwrap();
     });
     let mut received = Vec::new();
-    timeout(Duration::from_secs(120), read.read_to_end(&mut received)).await.expect("in time").unwrap();
+    timeout(patience(120), read.read_to_end(&mut received)).await.expect("in time").unwrap();
     sending.await.unwrap();
     received
 }
@@ -52,8 +52,9 @@ async fn a_plain_pipe_carries_the_same() {
 #[tokio::test]
 async fn small_questions_and_answers_are_not_held_back() {
     let (mut client, mut server) = chain(engine().ciphers()).await;
-    let started = std::time::Instant::now();
+    let mut took = Vec::new();
     for round in 0..500_u32 {
+        let started = std::time::Instant::now();
         let question = round.to_le_bytes();
         let mut answer = [0; 4];
         client.application.write_all(&question).await.unwrap();
@@ -61,9 +62,11 @@ async fn small_questions_and_answers_are_not_held_back() {
         server.application.write_all(&answer).await.unwrap();
         client.application.read_exact(&mut answer).await.unwrap();
         assert_eq!(answer, question);
+        took.push(started.elapsed());
     }
-    // One delayed acknowledgement is 40 ms: 500 rounds with any would take 20 s.
-    assert!(started.elapsed() < Duration::from_secs(15), "{:?}", started.elapsed());
+    // A delayed acknowledgement is 40 ms. Whatever else the machine does, one round in ten shows that none is waited for.
+    took.sort();
+    assert!(took[50] < Duration::from_millis(30), "{:?}", took[50]);
 }
 
 #[tokio::test]
@@ -122,7 +125,7 @@ async fn any_pieces_in_any_rhythm_arrive_byte_for_byte_with_half_closes_in_any_o
         let client = Relay::client(sessions.client, sessions.client_application).await;
         let (up, down) = (noise(left.pieces.iter().sum(), 5), noise(right.pieces.iter().sum(), 6));
         let both = async { tokio::join!(act(client.application, left, 5), act(server.application, right, 6)) };
-        let (at_left, at_right) = timeout(Duration::from_secs(30), both).await.expect(&shown);
+        let (at_left, at_right) = timeout(patience(30), both).await.expect(&shown);
         assert!(at_left == down && at_right == up, "{shown}");
         assert_eq!(client.tally.await.unwrap().closed, CloseReason::Complete, "{shown}");
         assert_eq!(server.tally.await.unwrap().closed, CloseReason::Complete, "{shown}");
