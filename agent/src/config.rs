@@ -484,6 +484,20 @@ mod tests {
     }
 
     #[test]
+    fn the_page_in_docs_names_every_key_and_its_default() {
+        let page = include_str!("../../docs/CONFIGURATION.md");
+        let mut blocks = page.split("```toml\n").skip(1).filter_map(|rest| rest.split("```").next());
+        let (keys, trust) = (blocks.next().unwrap(), blocks.next().unwrap());
+        assert_eq!(Config::parse("agent.toml", keys), Config::parse("agent.toml", LEAST));
+        let printed = Config::parse("agent.toml", LEAST).unwrap().print();
+        for key in printed.lines().filter_map(|line| line.split(" = ").next().filter(|key| !key.is_empty())) {
+            assert!(keys.lines().any(|line| line.starts_with(key)), "{key} is not on the page");
+        }
+        let trust = Config::parse("agent.toml", &format!("{keys}{trust}")).unwrap().trust;
+        assert!(trust.len() == 1 && trust[0].crl.is_some());
+    }
+
+    #[test]
     fn what_is_printed_reads_the_same() {
         let text = "policy_dir = \"/p \\\"q\\\"\\\\\"\ncgroup = \"/a.slice\"\nengine = \"user\"\nshards = 3\n\
             [identity]\nprovider = \"embedded\"\nsvid_ttl = \"1h30m\"\n\

@@ -83,6 +83,9 @@ const PROGRAMS: &[&str] = &[
 /// Programs without which a guest can still do its job.
 const OPTIONAL: &[&str] = &["strace", "redis-benchmark", "bash"];
 
+/// Memory of a guest, in MiB.
+const MEMORY_MB: usize = 2048;
+
 /// Text on the console that means that the kernel is in trouble.
 const TROUBLE: &[&str] = &[
     "Kernel panic",
@@ -234,6 +237,17 @@ fn named(word: &str) -> Fallible<Kernel> {
     Err(format!("no kernel {word}: {}", seen.join(", ")).into())
 }
 
+/// How many guests may run side by side: one more than there are processors, since none of them keeps its own busy, and no
+/// more than there is memory for.
+pub fn at_once() -> usize {
+    let processors = std::thread::available_parallelism().map_or(1, usize::from);
+    let memory = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let free =
+        memory.lines().find_map(|line| line.strip_prefix("MemAvailable:")?.split_whitespace().next()?.parse().ok());
+    let room = free.map_or(1, |kilobytes: usize| kilobytes / 1024 / (MEMORY_MB + MEMORY_MB / 4));
+    room.clamp(1, processors + 1)
+}
+
 /// Boots a kernel with a job. Every line of the console, from the job's first on, goes to `each_line`.
 pub fn boot(kernel: &Kernel, job: &Job, each_line: impl FnMut(&str)) -> Fallible<Verdict> {
     watch(kernel, job, each_line, true)
@@ -299,7 +313,7 @@ fn qemu(kernel: &Kernel, job: &Job, image: &Path, mark: &str) -> Command {
         "-cpu",
         "max,-cx16",
         "-m",
-        "2048",
+        &MEMORY_MB.to_string(),
         "-smp",
         &job.processors.to_string(),
     ]);
