@@ -353,6 +353,54 @@ fn status_and_connections_say_what_is_going_on() {
 }
 
 #[test]
+fn every_thread_of_a_running_agent_is_in_the_sandbox_and_keeps_few_privileges() {
+    let lab = lab!();
+    let policy = Policy::standard(&lab);
+    let mesh = or_skip!(lab.only_mesh(&policy));
+    let _server = lab.serve_echo(&lab.beta, "server", &[lab.beta.at(PORT)]);
+    lab.expect_echo(&lab.alpha, "client", lab.beta.at(PORT), &[]);
+    for agent in [mesh.alpha(), mesh.beta()] {
+        assert_eq!(agent.status()["agent"]["sandbox"], "on");
+        let text = agent.command(&["status"]).unwrap().good();
+        assert!(text.contains("sandbox    on\n"), "{text}");
+        // DAC_READ_SEARCH, NET_BIND_SERVICE, NET_ADMIN, SYS_PTRACE and BPF.
+        let kept = [2, 10, 12, 19, 39].iter().fold(0_u64, |kept, bit| kept | 1 << bit);
+        let expected = [
+            "Seccomp:\t2".to_owned(),
+            "NoNewPrivs:\t1".to_owned(),
+            "CapInh:\t0000000000000000".to_owned(),
+            "CapAmb:\t0000000000000000".to_owned(),
+            format!("CapEff:\t{kept:016x}"),
+            format!("CapPrm:\t{kept:016x}"),
+            format!("CapBnd:\t{kept:016x}"),
+        ];
+        let threads = std::fs::read_dir(format!("/proc/{}/task", agent.pid())).unwrap();
+        let threads: Vec<String> =
+            threads.map(|thread| std::fs::read_to_string(thread.unwrap().path().join("status")).unwrap()).collect();
+        // Control, audit and at least one shard.
+        assert!(threads.len() >= 3, "{threads:?}");
+        for thread in threads {
+            for line in &expected {
+                assert!(thread.lines().any(|one| one == line), "no {line:?} in:\n{thread}");
+            }
+        }
+    }
+    // What comes after the start: a policy to load, a listener to attest, a program to refuse.
+    let other = policy.clone().workload("third").allow("third-to-server", "third", "server");
+    for agent in [mesh.alpha(), mesh.beta()] {
+        agent.reload(&other);
+    }
+    let _late = lab.serve_echo(&lab.beta, "server", &[lab.beta.at(PORT + 1)]);
+    lab.stranger.within(|| lab::stranger::raw(lab.beta.at(PORT + 1), b"hello")).expect_refused();
+    lab.expect_echo(&lab.alpha, "third", lab.beta.at(PORT), &[]);
+    for agent in [mesh.alpha(), mesh.beta()] {
+        let log = agent.log();
+        assert!(!log.contains("not permitted"), "the agent was refused something that it needs:\n{log}");
+    }
+    lab.expect_tls(PORT);
+}
+
+#[test]
 fn wimsey_run_gives_a_program_a_cgroup_that_policy_can_name() {
     let lab = lab!();
     let name = format!("lab-{}", lab.test().len() + std::process::id() as usize);
@@ -471,6 +519,7 @@ fn doctor_tells_what_this_host_can_do() {
     let report = doctor(&["--json"]);
     let report: serde_json::Value = serde_json::from_str(&report).unwrap_or_else(|error| panic!("{error}: {report}"));
     assert!(report.is_object(), "{report}");
+    assert_eq!(report["sandbox"], mesh.alpha().status()["agent"]["sandbox"], "{report:#}");
     // What it would choose is what a running agent has chosen.
     if Settings::default().engine == "auto" {
         assert_eq!(report["auto"]["engine"], mesh.alpha().status()["agent"]["engine"], "{report:#}");

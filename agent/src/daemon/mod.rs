@@ -21,10 +21,10 @@ use crate::offload::selftest::{self, Matrix, Verdict};
 use crate::offload::{self, Choice, Preference};
 use crate::pipeline::Shared;
 use crate::policy::{Policy, Rejected};
-use crate::privilege;
+use crate::privilege::{self, Sandbox};
 use crate::shard;
 use arc_swap::ArcSwap;
-use control::Control;
+use control::{Control, Settled};
 use std::io;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -81,8 +81,11 @@ pub fn run(config: Config) -> Result<(), Error> {
     let options =
         Options { run_dir: config.run_dir.clone(), cgroup: config.cgroup.clone().into(), shards, sizes: Vec::new() };
     let mut programs = Programs::load(&options)?;
+    let sandbox = privilege::give_up()?;
+    if let Sandbox::Off { why } = &sandbox {
+        tracing::warn!(why, "the agent runs without its sandbox: whoever takes it over can call all of the kernel");
+    }
     let log = audit::Log::open(&config.audit.path, config.audit.when_full == WhenFull::Refuse)?;
-    privilege::give_up()?;
     let shared = Arc::new(Shared {
         policy: ArcSwap::new(policy.clone()),
         identities: Identities::new(provider.clone(), attestor),
@@ -100,12 +103,13 @@ pub fn run(config: Config) -> Result<(), Error> {
         threads.push(thread.map_err(|source| Error::Host { what: "a shard's thread cannot be started", source })?);
     }
     programs.install(policy)?;
-    tracing::info!(shards, files, engine = engine.engine().name(), reason, "agent is up");
+    tracing::info!(shards, files, engine = engine.engine().name(), reason, %sandbox, "agent is up");
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|source| Error::Host { what: "the control runtime cannot be made", source })?;
     let local = LocalSet::new();
     let outcome = runtime.block_on(local.run_until(async {
-        let control = Control::new(shared.clone(), provider, programs, reason, shards)?;
+        let control =
+            Control::new(shared.clone(), provider, programs, Settled { engine_reason: reason, shards, sandbox })?;
         control.run(closing, &threads).await
     }));
     join(threads);

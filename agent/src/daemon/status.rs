@@ -62,8 +62,9 @@ pub(super) fn status(control: &Control) -> Status {
             netns: control.programs.netns(),
             cgroup: shared.config.cgroup.clone(),
             engine: shared.engine.engine().name().into(),
-            engine_reason: control.engine_reason.clone(),
-            shards: control.shards,
+            engine_reason: control.settled.engine_reason.clone(),
+            shards: control.settled.shards,
+            sandbox: control.settled.sandbox.to_string(),
             draining: control.draining,
         },
         policy: PolicyStatus {
