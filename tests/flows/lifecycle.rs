@@ -132,6 +132,27 @@ fn release_leaves_the_host_as_it_was() {
 }
 
 #[test]
+fn release_says_that_an_agent_runs_and_which_one() {
+    let lab = lab!();
+    let mesh = or_skip!(lab.only_mesh(&Policy::standard(&lab)));
+    let _server = lab.serve_echo(&lab.beta, "server", &[lab.beta.at(PORT)]);
+    let running = format!("process {}", mesh.alpha().pid());
+    let said = mesh.alpha().command(&["release"]).unwrap().bad();
+    assert!(said.contains("an agent runs") && said.contains("stop it first"), "{said}");
+    assert!(said.contains(&running) && !said.contains("second agent"), "{said}");
+    // Also where the configuration says that locks are elsewhere.
+    let config = std::fs::read_to_string(mesh.alpha().config()).unwrap();
+    let other = lab.file("other.toml", config.replace("/alpha/run\"", "/alpha/run2\""));
+    let place = lab::enter::Place { netns: Some(lab.alpha.netns.clone()), ..Default::default() };
+    let mut command = lab.command_in(place, or_skip!(skip::wimsey()));
+    command.args(["release", "--config"]).arg(other);
+    let said = Program::start(command, "wimsey release").unwrap().outcome().bad();
+    assert!(said.contains("an agent runs"), "{said}");
+    lab.expect_echo(&lab.alpha, "client", lab.beta.at(PORT), &[]);
+    lab.expect_tls(PORT);
+}
+
+#[test]
 fn a_reload_changes_new_connections_and_leaves_allowed_open_ones() {
     let lab = lab!();
     let allowed = Policy::standard(&lab);
@@ -427,6 +448,13 @@ fn wimsey_run_gives_a_program_a_cgroup_that_policy_can_name() {
     mesh.alpha().terminate().unwrap();
     mesh.alpha().command(&["release"]).unwrap().good();
     assert!(!cgroup.exists(), "an empty cgroup stays behind");
+    // The one above it goes as well, unless a program of another test is in there.
+    let above = cgroup.parent().unwrap();
+    let gone = clock::until(clock::seconds(5), || match std::fs::read_dir(above) {
+        Ok(entries) => entries.flatten().any(|entry| entry.path().is_dir()).then_some(()),
+        Err(error) => (error.kind() == std::io::ErrorKind::NotFound).then_some(()),
+    });
+    assert!(gone.is_some(), "{} stays behind", above.display());
     lab.expect_tls(PORT);
 }
 
