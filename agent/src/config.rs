@@ -36,7 +36,7 @@ pub struct Config {
     pub shards: Shards,
     /// Who issues the identities of this host.
     pub identity: Provider,
-    /// Bundles of further trust domains; never that of the host's own.
+    /// Bundles of further trust domains; or, while an authority is replaced, the other one of the host's own.
     pub trust: Vec<Trust>,
     /// Where audit records go.
     pub audit: Audit,

@@ -1,8 +1,9 @@
 //! Agents that die, come back, reload, rotate and drain.
 
-use lab::policy::{PORT, id};
+use lab::agent::make_authority;
+use lab::policy::{DOMAIN, PORT, id};
 use lab::world::events;
-use lab::{Lab, Policy, Program, Settings, clock, lab, or_skip, skip};
+use lab::{Agent, Lab, Policy, Program, Settings, clock, lab, or_skip, skip};
 
 /// A client that holds a connection open and says a line when told to.
 fn talker(lab: &Lab, lines: usize) -> Program {
@@ -296,6 +297,44 @@ fn svids_are_renewed_without_touching_connections() {
     let last = expiries();
     assert!(first.iter().zip(&last).all(|(first, last)| first.as_str() < last.as_str()), "{first:?} {last:?}");
     drop(open);
+    lab.expect_tls(PORT);
+}
+
+#[test]
+fn while_an_authority_is_replaced_both_are_trusted_and_it_is_told() {
+    let lab = lab!();
+    if skip::plain() {
+        return lab::Skip::because("LAB_PLAIN=1 leaves the agent out").announce(lab.test());
+    }
+    let (old, next) = (lab.directory().join("ca"), lab.directory().join("ca-next"));
+    make_authority(&lab, &or_skip!(skip::wimsey()), DOMAIN, &next);
+    let trust = |directory: &std::path::Path| {
+        format!("[[trust]]\ntrust_domain = \"{DOMAIN}\"\nbundle = \"{}/ca.pem\"\n", directory.display())
+    };
+    let of_old = Settings { tables: trust(&next), ..Settings::default() };
+    let of_next = Settings { tables: trust(&old), authority: Some(next), ..Settings::default() };
+    let policy = Policy::standard(&lab);
+    let alpha = or_skip!(Agent::prepare(&lab, &lab.alpha, &policy, &of_old));
+    let beta = or_skip!(Agent::prepare(&lab, &lab.beta, &policy, &of_next));
+    let _server = lab.serve_echo(&lab.beta, "server", &[lab.beta.at(PORT)]);
+    for agent in [&alpha, &beta] {
+        agent.start().unwrap();
+        let bundles = agent.status()["bundles"].clone();
+        assert_eq!((&bundles[0]["trust_domain"], &bundles[0]["anchors"]), (&DOMAIN.into(), &2.into()), "{bundles}");
+        agent.reload(&policy);
+        assert_eq!(agent.log().matches("the policy's own trust domain").count(), 2, "{}", agent.log());
+        let check = agent.command(&["check"]).unwrap();
+        assert!(check.stderr.contains("warning: [[trust]]") && check.stderr.contains(DOMAIN), "{check:#?}");
+        check.good();
+    }
+    lab.expect_echo(&lab.alpha, "client", lab.beta.at(PORT), &[]);
+    // Without the entry the other authority is nobody.
+    let text = std::fs::read_to_string(alpha.config()).unwrap();
+    std::fs::write(alpha.config(), &text[..text.find("[[trust]]").unwrap()]).unwrap();
+    alpha.terminate().unwrap();
+    alpha.start().unwrap();
+    assert!(!alpha.log().contains("own trust domain"), "{}", alpha.log());
+    lab.expect_no_echo(&lab.alpha, "client", lab.beta.at(PORT), &[]);
     lab.expect_tls(PORT);
 }
 

@@ -3,7 +3,7 @@
 //! *Invariant:* nothing in the loop waits for a connection, a disk or a peer. Attestation, which may read a large file, runs
 //! beside it and reports back.
 
-use super::{Error, kernel_record, settings, status};
+use super::{Error, kernel_record, settings, status, warn_of_second_authorities};
 use crate::admin::{self, Asked, PreexistingStatus, Request};
 use crate::identify::attest::{AttestError, Attested};
 use crate::identify::embedded::Embedded;
@@ -235,6 +235,7 @@ impl Control {
         self.provider.retain(policy.workloads());
         self.shared.policy.store(policy);
         self.policy_loaded = OffsetDateTime::now_utc();
+        warn_of_second_authorities(&self.shared.config, &self.shared.policy.load());
         self.look_at_listeners()?;
         self.look_for_old_connections()
     }

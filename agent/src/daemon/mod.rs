@@ -72,6 +72,7 @@ pub enum Error {
 pub fn run(config: Config) -> Result<(), Error> {
     let files = privilege::raise_file_limit()?;
     let policy = Arc::new(Policy::load(&config.policy_dir)?);
+    warn_of_second_authorities(&config, &policy);
     let provider = Arc::new(Embedded::open(settings(&config, &policy))?);
     let attestor = Arc::new(Attestor::discover()?);
     let matrix = selftest::run();
@@ -120,6 +121,26 @@ pub fn run(config: Config) -> Result<(), Error> {
 /// Loads the authority and the trust bundles as the agent would at start.
 pub fn check_identity(config: &Config, policy: &Policy) -> Result<(), EmbeddedError> {
     Embedded::open(settings(config, policy)).map(drop)
+}
+
+/// What is to be said about `[[trust]]` entries for the policy's own trust domain: one line each. They are how an authority
+/// is replaced, since peers have SVIDs of both for a while; left behind, they let somebody else name this host's workloads.
+pub fn second_authorities(config: &Config, policy: &Policy) -> Vec<String> {
+    let own = policy.trust_domain();
+    let line = |trust: &crate::config::Trust| {
+        format!(
+            "[[trust]] names {own}, the policy's own trust domain: the authorities in {} can issue every identity of it as \
+             well; remove the entry once no peer has an SVID of theirs any more",
+            trust.bundle.display()
+        )
+    };
+    config.trust.iter().filter(|trust| trust.trust_domain == *own).map(line).collect()
+}
+
+fn warn_of_second_authorities(config: &Config, policy: &Policy) {
+    for line in second_authorities(config, policy) {
+        tracing::warn!("{line}");
+    }
 }
 
 /// What the embedded provider is made from.
