@@ -32,7 +32,7 @@ pub fn run(name: Option<&str>, command: &[OsString]) -> anyhow::Result<ExitCode>
 
 /// Removes the empty cgroups that earlier programs left behind.
 pub fn sweep() {
-    let Ok(entries) = parent().map_err(anyhow::Error::from).and_then(|parent| Ok(std::fs::read_dir(parent)?)) else {
+    let Ok(entries) = parent().and_then(|parent| Ok(std::fs::read_dir(parent)?)) else {
         return;
     };
     for entry in entries.flatten().filter(|entry| entry.path().is_dir()) {
@@ -50,8 +50,9 @@ pub fn sweep_all() {
     }
 }
 
-fn parent() -> Result<PathBuf, wimsey::intercept::Error> {
-    Ok(wimsey::intercept::cgroup_mount()?.join(PARENT))
+fn parent() -> anyhow::Result<PathBuf> {
+    let mount = wimsey::cgroup2::mount_point().context("cannot read /proc/self/mountinfo")?;
+    Ok(mount.context("no cgroup2 file system is mounted: mount one")?.join(PARENT))
 }
 
 fn enter(cgroup: &Path) -> std::io::Result<()> {

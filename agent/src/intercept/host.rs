@@ -4,7 +4,7 @@
 //! one network namespace and one layout of the maps.
 
 use super::error::{During, Error, Holder};
-use crate::sys;
+use crate::{cgroup2, sys};
 use rustix::{
     fs::{FlockOperation, Mode, OFlags},
     io::Errno,
@@ -44,7 +44,8 @@ impl Host {
     /// Looks around.
     pub fn find() -> Result<Self, Error> {
         capable()?;
-        let cgroup2 = cgroup_mount()?;
+        let cgroup2 =
+            cgroup2::mount_point().during(|| "reading /proc/self/mountinfo".into())?.ok_or(Error::NoCgroup2)?;
         let (netns, netns_inode) = netns()?;
         let probe = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::DGRAM, None)
             .during(|| "making a socket".into())?;
@@ -167,34 +168,6 @@ fn capable() -> Result<(), Error> {
     if missing.is_empty() { Ok(()) } else { Err(Error::Privilege { missing: missing.join(", ") }) }
 }
 
-/// Where the unified cgroup hierarchy is mounted.
-pub fn cgroup_mount() -> Result<PathBuf, Error> {
-    let mounts = fs::read_to_string("/proc/self/mountinfo").during(|| "reading /proc/self/mountinfo".into())?;
-    cgroup2_mount(&mounts).ok_or(Error::NoCgroup2)
-}
-
-/// The mount point of the unified hierarchy, the one that shows most of it first (proc_pid_mountinfo(5)).
-fn cgroup2_mount(mountinfo: &str) -> Option<PathBuf> {
-    let mut found: Vec<(&str, PathBuf)> = mountinfo
-        .lines()
-        .filter_map(|line| {
-            let (mount, kind) = line.split_once(" - ")?;
-            if kind.split(' ').next()? != "cgroup2" {
-                return None;
-            }
-            let mut fields = mount.split(' ').skip(3);
-            Some((fields.next()?, unescape(fields.next()?)))
-        })
-        .collect();
-    found.sort_by_key(|(root, _)| root.len());
-    found.into_iter().next().map(|(_, at)| at)
-}
-
-/// Mount points have their white space written in octal.
-fn unescape(path: &str) -> PathBuf {
-    PathBuf::from(path.replace("\\040", " ").replace("\\011", "\t").replace("\\012", "\n").replace("\\134", "\\"))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -215,17 +188,5 @@ mod tests {
         assert!(holder.0.is_none_or(|holder| holder == std::process::id()), "{holder:?}");
         drop(held);
         lock(folder.path(), 1).unwrap();
-    }
-
-    #[test]
-    fn cgroup2_is_found_wherever_it_is_mounted() {
-        let hybrid = "31 23 0:28 / /sys/fs/cgroup rw - tmpfs tmpfs rw,mode=755\n\
-                      32 31 0:29 / /sys/fs/cgroup/cpu rw,relatime - cgroup cgroup rw,cpu\n\
-                      41 31 0:38 / /sys/fs/cgroup/unified rw,relatime shared:9 - cgroup2 cgroup2 rw\n";
-        assert_eq!(cgroup2_mount(hybrid), Some(PathBuf::from("/sys/fs/cgroup/unified")));
-        let odd =
-            "41 31 0:38 /a /srv/inner rw - cgroup2 none rw\n42 31 0:38 / /srv/my\\040cgroups rw - cgroup2 none rw\n";
-        assert_eq!(cgroup2_mount(odd), Some(PathBuf::from("/srv/my cgroups")));
-        assert_eq!(cgroup2_mount("31 23 0:28 / /sys/fs/cgroup rw - tmpfs cgroup2 rw\n"), None);
     }
 }

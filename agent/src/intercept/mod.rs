@@ -29,7 +29,6 @@ mod tables;
 pub use control::{Notice, OldConnection, Options, Programs};
 pub use door::{Dialler, Door, Doorway};
 pub use error::{Error, Holder};
-pub use host::cgroup_mount;
 pub use install::KernelFacts;
 pub use programs::release;
 pub use registry::Listening;
