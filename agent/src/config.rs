@@ -49,11 +49,11 @@ pub struct Config {
 /// Which engine carries records.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EngineChoice {
-    /// What the self-test at start finds to work best.
+    /// The kernel where it passes the self-test at start, otherwise this process.
     Auto,
-    /// Kernel TLS, or the agent does not start.
+    /// The kernel, or the agent does not start.
     Kernel,
-    /// rustls in the agent.
+    /// This process.
     User,
 }
 

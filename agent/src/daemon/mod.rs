@@ -18,7 +18,7 @@ use crate::identify::embedded::{Embedded, EmbeddedError, Settings};
 use crate::intercept::{self, Options, Programs};
 use crate::live::Registry;
 use crate::offload::selftest::{self, Matrix, Verdict};
-use crate::offload::{self, Choice, Preference};
+use crate::offload::{self, Choice};
 use crate::pipeline::Shared;
 use crate::policy::{Policy, Rejected};
 use crate::privilege::{self, Sandbox};
@@ -76,8 +76,8 @@ pub fn run(config: Config) -> Result<(), Error> {
     let provider = Arc::new(Embedded::open(settings(&config, &policy))?);
     let attestor = Arc::new(Attestor::discover()?);
     let matrix = selftest::run();
-    let engine = Choice::from(preference(config.engine), &matrix)?;
-    let reason = reason(preference(config.engine), &matrix);
+    let engine = Choice::from(config.engine, &matrix)?;
+    let reason = reason(config.engine, &matrix);
     let shards = shard_count(config.shards);
     let options =
         Options { run_dir: config.run_dir.clone(), cgroup: config.cgroup.clone().into(), shards, sizes: Vec::new() };
@@ -154,18 +154,10 @@ fn settings(config: &Config, policy: &Policy) -> Settings {
     }
 }
 
-fn preference(engine: EngineChoice) -> Preference {
-    match engine {
-        EngineChoice::Auto => Preference::Auto,
-        EngineChoice::Kernel => Preference::Kernel,
-        EngineChoice::User => Preference::User,
-    }
-}
-
 /// Why this engine, for `wimsey status`.
-fn reason(preference: Preference, matrix: &Matrix) -> String {
-    match (preference, matrix.verdict()) {
-        (Preference::User, _) => "configured".into(),
+fn reason(wanted: EngineChoice, matrix: &Matrix) -> String {
+    match (wanted, matrix.verdict()) {
+        (EngineChoice::User, _) => "configured".into(),
         (_, Verdict::User { why }) => why,
         (_, Verdict::Kernel { rekey: true }) => "this kernel passes the self-test".into(),
         (_, Verdict::Kernel { rekey: false }) => {

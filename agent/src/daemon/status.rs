@@ -73,7 +73,7 @@ pub(super) fn status(control: &Control) -> Status {
             loaded: text(control.policy_loaded),
             refused: control.reload_refused.clone(),
             workloads: policy.workloads().len(),
-            destinations: policy.kernel().destinations.len(),
+            destinations: policy.destinations(),
         },
         audit: AuditStatus {
             path: shared.config.audit.path.clone(),

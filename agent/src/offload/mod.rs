@@ -9,7 +9,7 @@ mod kernel;
 pub mod record;
 pub mod selftest;
 
-pub use engine::{Choice, Engine, Preference, Unavailable};
+pub use engine::{Choice, Engine, Unavailable};
 pub(crate) use kernel::KernelKeys;
 pub(crate) use record::{Opener, Sealer};
 

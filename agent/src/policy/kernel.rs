@@ -72,6 +72,11 @@ impl Policy {
         self.kernel.clone()
     }
 
+    /// How many destinations the kernel programs know: mesh destinations and the addresses of bypasses.
+    pub fn destinations(&self) -> usize {
+        self.kernel.destinations.len()
+    }
+
     /// The cgroup selectors that a cgroup path satisfies, as sorted indices: cgroups with equal sets share a class.
     pub fn cgroup_set(&self, cgroup: &str) -> Vec<u32> {
         let positions = super::selector::selectors_of(cgroup)

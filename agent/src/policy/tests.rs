@@ -299,6 +299,7 @@ fn a_policy_that_says_nothing_allows_nothing() {
     assert_eq!(outbound(&policy, "a", "10.0.0.2:80"), "deny");
     assert!(policy.inbound(&id("a"), 80).is_closed());
     let kernel = policy.kernel();
+    assert_eq!(policy.destinations(), kernel.destinations.len());
     assert!(kernel.destinations.is_empty() && kernel.verdicts.is_empty() && !kernel.cgroup_classes);
     assert_eq!(policy.preexisting(), Preexisting::Keep);
 }
