@@ -119,7 +119,7 @@ pub struct Timeouts {
 /// How many there may be at a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Connections.
+    /// Connections, those included that are still being made.
     pub connections: usize,
     /// Handshakes.
     pub handshakes: usize,
