@@ -72,7 +72,8 @@ impl Policy {
         self.kernel.clone()
     }
 
-    /// How many destinations the kernel programs know: mesh destinations and the addresses of bypasses.
+    /// How many rows of destinations the kernel programs know: mesh destinations, the addresses of bypasses, and what lies
+    /// between them.
     pub fn destinations(&self) -> usize {
         self.kernel.destinations.len()
     }
