@@ -75,6 +75,8 @@ pub struct Agent {
     pub engine_reason: String,
     /// Data shards.
     pub shards: usize,
+    /// `on`, or `off` and why.
+    pub sandbox: String,
     /// The agent is draining: it takes no new connections.
     pub draining: bool,
 }

@@ -36,7 +36,7 @@ pub struct Config {
     pub shards: Shards,
     /// Who issues the identities of this host.
     pub identity: Provider,
-    /// Bundles of further trust domains; never that of the host's own.
+    /// Bundles of further trust domains; or, while an authority is replaced, the other one of the host's own.
     pub trust: Vec<Trust>,
     /// Where audit records go.
     pub audit: Audit,
@@ -49,11 +49,11 @@ pub struct Config {
 /// Which engine carries records.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EngineChoice {
-    /// What the self-test at start finds to work best.
+    /// The kernel where it passes the self-test at start, otherwise this process.
     Auto,
-    /// Kernel TLS, or the agent does not start.
+    /// The kernel, or the agent does not start.
     Kernel,
-    /// rustls in the agent.
+    /// This process.
     User,
 }
 
@@ -123,7 +123,7 @@ pub struct Timeouts {
 /// How many there may be at a time.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Connections.
+    /// Connections, those included that are still being made.
     pub connections: usize,
     /// Handshakes.
     pub handshakes: usize,

@@ -20,6 +20,7 @@ pub mod units;
 pub mod document;
 pub mod policy;
 pub mod config;
+pub mod cgroup2;
 pub mod intercept;
 pub mod identify;
 pub mod authorize;

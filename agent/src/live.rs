@@ -3,6 +3,10 @@
 //!
 //! *Invariant:* a connection is listed from the moment its bytes can move until its audit record is made.
 
+mod places;
+
+pub use places::{Place, Places};
+
 use crate::audit::{End, Process, Record, Tls};
 use crate::authorize::still_allowed;
 use crate::identify::bundle::{Trust, TrustPath};
@@ -96,18 +100,23 @@ pub struct Refused {
     pub last_reason: String,
 }
 
+/// The list of open connections is kept in so many parts, by flow number, so that shards seldom meet at a lock.
+const PARTS: usize = 32;
+
 /// All of it. Shards write, the control thread reads.
 #[derive(Debug, Default)]
 pub struct Registry {
-    open: Mutex<HashMap<u64, Arc<Live>>>,
+    places: Arc<Places>,
+    open: [Mutex<HashMap<u64, Arc<Live>>>; PARTS],
     refused: Mutex<BTreeMap<&'static str, Refused>>,
     flows: AtomicU64,
 }
 
 impl Registry {
-    /// Counts a flow that begins its walk.
-    pub fn count_flow(&self) {
+    /// Counts a flow that begins its walk, and takes one of `all` places for it. Where none is free, says how many are taken.
+    pub fn begin(&self, all: usize) -> Result<Place, usize> {
         self.flows.fetch_add(1, Ordering::Relaxed);
+        self.places.take(all)
     }
     /// Flows so far.
     pub fn total(&self) -> u64 {
@@ -116,18 +125,25 @@ impl Registry {
     /// Lists a connection until the guard is dropped.
     pub fn enter(self: &Arc<Self>, live: Live) -> Entered {
         let live = Arc::new(live);
-        lock(&self.open).insert(live.flow, live.clone());
+        lock(self.part(live.flow)).insert(live.flow, live.clone());
         Entered { registry: self.clone(), live }
     }
     /// The open connections, by flow number.
     pub fn open(&self) -> Vec<Arc<Live>> {
-        let mut open: Vec<_> = lock(&self.open).values().cloned().collect();
+        let mut open: Vec<_> = Vec::new();
+        for part in &self.open {
+            open.extend(lock(part).values().cloned());
+        }
         open.sort_by_key(|live| live.flow);
         open
     }
     /// How many are open.
     pub fn open_count(&self) -> usize {
-        lock(&self.open).len()
+        self.open.iter().map(|part| lock(part).len()).sum()
+    }
+    fn part(&self, flow: u64) -> &Mutex<HashMap<u64, Arc<Live>>> {
+        let [first, ..] = &self.open;
+        self.open.get((flow % PARTS as u64) as usize).unwrap_or(first)
     }
     /// Ends the connections that this policy would not let pass, and those whose peer's certificate is revoked or comes
     /// from an authority that is trusted no more. Returns how many.
@@ -175,7 +191,7 @@ impl Entered {
 
 impl Drop for Entered {
     fn drop(&mut self) {
-        lock(&self.registry.open).remove(&self.live.flow);
+        lock(self.registry.part(self.live.flow)).remove(&self.live.flow);
     }
 }
 

@@ -56,7 +56,7 @@ pub struct Shared {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// No room was reached: the agent has as many connections as it may have.
-    #[error("{0} connections are open, which is [limits] connections")]
+    #[error("{0} connections are open or under way, which is [limits] connections")]
     TooMany(usize),
     /// The other end was not there in time.
     #[error("the connection was not made within {0:?} ([timeouts] dial)")]
@@ -128,19 +128,14 @@ impl Refusal for Error {
 
 /// Walks one flow through the rooms. Returns when it is over and recorded.
 pub async fn walk(shared: &Shared, dialler: &Dialler, flow: Flow) {
-    shared.registry.count_flow();
+    let place = shared.registry.begin(shared.config.limits.connections);
     let walk = Walk { shared, dialler, policy: shared.policy.load_full() };
     let attempt = Attempt::new(shared, &flow);
-    let open = shared.registry.open_count();
-    if shared.audit.refuses() {
-        attempt.refuse(flow.socket, &Error::AuditUnwritable);
-    } else if open >= shared.config.limits.connections {
-        attempt.refuse(flow.socket, &Error::TooMany(open));
-    } else {
-        match flow.direction {
-            Direction::Outbound => walk.outbound(attempt, flow).await,
-            Direction::Inbound => walk.inbound(attempt, flow).await,
-        }
+    match (place, flow.direction) {
+        _ if shared.audit.refuses() => attempt.refuse(flow.socket, &Error::AuditUnwritable),
+        (Err(taken), _) => attempt.refuse(flow.socket, &Error::TooMany(taken)),
+        (Ok(_place), Direction::Outbound) => walk.outbound(attempt, flow).await,
+        (Ok(_place), Direction::Inbound) => walk.inbound(attempt, flow).await,
     }
 }
 

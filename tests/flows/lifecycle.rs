@@ -1,8 +1,9 @@
 //! Agents that die, come back, reload, rotate and drain.
 
-use lab::policy::{PORT, id};
+use lab::agent::make_authority;
+use lab::policy::{DOMAIN, PORT, id};
 use lab::world::events;
-use lab::{Lab, Policy, Program, Settings, clock, lab, or_skip, skip};
+use lab::{Agent, Lab, Policy, Program, Settings, clock, lab, or_skip, skip};
 use serde_json::Value;
 
 /// A client that holds a connection open and says a line when told to.
@@ -130,6 +131,27 @@ fn release_leaves_the_host_as_it_was() {
     lab.expect_echo(&lab.alpha, "nobody", lab.beta.at(PORT), &[]);
     // Released twice is released.
     mesh.alpha().command(&["release"]).unwrap().good();
+}
+
+#[test]
+fn release_says_that_an_agent_runs_and_which_one() {
+    let lab = lab!();
+    let mesh = or_skip!(lab.only_mesh(&Policy::standard(&lab)));
+    let _server = lab.serve_echo(&lab.beta, "server", &[lab.beta.at(PORT)]);
+    let running = format!("process {}", mesh.alpha().pid());
+    let said = mesh.alpha().command(&["release"]).unwrap().bad();
+    assert!(said.contains("an agent runs") && said.contains("stop it first"), "{said}");
+    assert!(said.contains(&running) && !said.contains("second agent"), "{said}");
+    // Also where the configuration says that locks are elsewhere.
+    let config = std::fs::read_to_string(mesh.alpha().config()).unwrap();
+    let other = lab.file("other.toml", config.replace("/alpha/run\"", "/alpha/run2\""));
+    let place = lab::enter::Place { netns: Some(lab.alpha.netns.clone()), ..Default::default() };
+    let mut command = lab.command_in(place, or_skip!(skip::wimsey()));
+    command.args(["release", "--config"]).arg(other);
+    let said = Program::start(command, "wimsey release").unwrap().outcome().bad();
+    assert!(said.contains("an agent runs"), "{said}");
+    lab.expect_echo(&lab.alpha, "client", lab.beta.at(PORT), &[]);
+    lab.expect_tls(PORT);
 }
 
 #[test]
@@ -280,6 +302,44 @@ fn svids_are_renewed_without_touching_connections() {
 }
 
 #[test]
+fn while_an_authority_is_replaced_both_are_trusted_and_it_is_told() {
+    let lab = lab!();
+    if skip::plain() {
+        return lab::Skip::because("LAB_PLAIN=1 leaves the agent out").announce(lab.test());
+    }
+    let (old, next) = (lab.directory().join("ca"), lab.directory().join("ca-next"));
+    make_authority(&lab, &or_skip!(skip::wimsey()), DOMAIN, &next);
+    let trust = |directory: &std::path::Path| {
+        format!("[[trust]]\ntrust_domain = \"{DOMAIN}\"\nbundle = \"{}/ca.pem\"\n", directory.display())
+    };
+    let of_old = Settings { tables: trust(&next), ..Settings::default() };
+    let of_next = Settings { tables: trust(&old), authority: Some(next), ..Settings::default() };
+    let policy = Policy::standard(&lab);
+    let alpha = or_skip!(Agent::prepare(&lab, &lab.alpha, &policy, &of_old));
+    let beta = or_skip!(Agent::prepare(&lab, &lab.beta, &policy, &of_next));
+    let _server = lab.serve_echo(&lab.beta, "server", &[lab.beta.at(PORT)]);
+    for agent in [&alpha, &beta] {
+        agent.start().unwrap();
+        let bundles = agent.status()["bundles"].clone();
+        assert_eq!((&bundles[0]["trust_domain"], &bundles[0]["anchors"]), (&DOMAIN.into(), &2.into()), "{bundles}");
+        agent.reload(&policy);
+        assert_eq!(agent.log().matches("the policy's own trust domain").count(), 2, "{}", agent.log());
+        let check = agent.command(&["check"]).unwrap();
+        assert!(check.stderr.contains("warning: [[trust]]") && check.stderr.contains(DOMAIN), "{check:#?}");
+        check.good();
+    }
+    lab.expect_echo(&lab.alpha, "client", lab.beta.at(PORT), &[]);
+    // Without the entry the other authority is nobody.
+    let text = std::fs::read_to_string(alpha.config()).unwrap();
+    std::fs::write(alpha.config(), &text[..text.find("[[trust]]").unwrap()]).unwrap();
+    alpha.terminate().unwrap();
+    alpha.start().unwrap();
+    assert!(!alpha.log().contains("own trust domain"), "{}", alpha.log());
+    lab.expect_no_echo(&lab.alpha, "client", lab.beta.at(PORT), &[]);
+    lab.expect_tls(PORT);
+}
+
+#[test]
 fn sigterm_drains_open_connections_and_takes_no_new_ones() {
     let lab = lab!();
     let mesh = or_skip!(lab.only_mesh(&Policy::standard(&lab)));
@@ -355,6 +415,54 @@ fn status_and_connections_say_what_is_going_on() {
 }
 
 #[test]
+fn every_thread_of_a_running_agent_is_in_the_sandbox_and_keeps_few_privileges() {
+    let lab = lab!();
+    let policy = Policy::standard(&lab);
+    let mesh = or_skip!(lab.only_mesh(&policy));
+    let _server = lab.serve_echo(&lab.beta, "server", &[lab.beta.at(PORT)]);
+    lab.expect_echo(&lab.alpha, "client", lab.beta.at(PORT), &[]);
+    for agent in [mesh.alpha(), mesh.beta()] {
+        assert_eq!(agent.status()["agent"]["sandbox"], "on");
+        let text = agent.command(&["status"]).unwrap().good();
+        assert!(text.contains("sandbox    on\n"), "{text}");
+        // DAC_READ_SEARCH, NET_BIND_SERVICE, NET_ADMIN, SYS_PTRACE and BPF.
+        let kept = [2, 10, 12, 19, 39].iter().fold(0_u64, |kept, bit| kept | 1 << bit);
+        let expected = [
+            "Seccomp:\t2".to_owned(),
+            "NoNewPrivs:\t1".to_owned(),
+            "CapInh:\t0000000000000000".to_owned(),
+            "CapAmb:\t0000000000000000".to_owned(),
+            format!("CapEff:\t{kept:016x}"),
+            format!("CapPrm:\t{kept:016x}"),
+            format!("CapBnd:\t{kept:016x}"),
+        ];
+        let threads = std::fs::read_dir(format!("/proc/{}/task", agent.pid())).unwrap();
+        let threads: Vec<String> =
+            threads.map(|thread| std::fs::read_to_string(thread.unwrap().path().join("status")).unwrap()).collect();
+        // Control, audit and at least one shard.
+        assert!(threads.len() >= 3, "{threads:?}");
+        for thread in threads {
+            for line in &expected {
+                assert!(thread.lines().any(|one| one == line), "no {line:?} in:\n{thread}");
+            }
+        }
+    }
+    // What comes after the start: a policy to load, a listener to attest, a program to refuse.
+    let other = policy.clone().workload("third").allow("third-to-server", "third", "server");
+    for agent in [mesh.alpha(), mesh.beta()] {
+        agent.reload(&other);
+    }
+    let _late = lab.serve_echo(&lab.beta, "server", &[lab.beta.at(PORT + 1)]);
+    lab.stranger.within(|| lab::stranger::raw(lab.beta.at(PORT + 1), b"hello")).expect_refused();
+    lab.expect_echo(&lab.alpha, "third", lab.beta.at(PORT), &[]);
+    for agent in [mesh.alpha(), mesh.beta()] {
+        let log = agent.log();
+        assert!(!log.contains("not permitted"), "the agent was refused something that it needs:\n{log}");
+    }
+    lab.expect_tls(PORT);
+}
+
+#[test]
 fn wimsey_run_gives_a_program_a_cgroup_that_policy_can_name() {
     let lab = lab!();
     let name = format!("lab-{}", lab.test().len() + std::process::id() as usize);
@@ -381,6 +489,13 @@ fn wimsey_run_gives_a_program_a_cgroup_that_policy_can_name() {
     mesh.alpha().terminate().unwrap();
     mesh.alpha().command(&["release"]).unwrap().good();
     assert!(!cgroup.exists(), "an empty cgroup stays behind");
+    // The one above it goes as well, unless a program of another test is in there.
+    let above = cgroup.parent().unwrap();
+    let gone = clock::until(clock::seconds(5), || match std::fs::read_dir(above) {
+        Ok(entries) => entries.flatten().any(|entry| entry.path().is_dir()).then_some(()),
+        Err(error) => (error.kind() == std::io::ErrorKind::NotFound).then_some(()),
+    });
+    assert!(gone.is_some(), "{} stays behind", above.display());
     lab.expect_tls(PORT);
 }
 
@@ -473,6 +588,7 @@ fn doctor_tells_what_this_host_can_do() {
     let report = doctor(&["--json"]);
     let report: serde_json::Value = serde_json::from_str(&report).unwrap_or_else(|error| panic!("{error}: {report}"));
     assert!(report.is_object(), "{report}");
+    assert_eq!(report["sandbox"], mesh.alpha().status()["agent"]["sandbox"], "{report:#}");
     // What it would choose is what a running agent has chosen.
     if Settings::default().engine == "auto" {
         assert_eq!(report["auto"]["engine"], mesh.alpha().status()["agent"]["engine"], "{report:#}");

@@ -3,7 +3,7 @@
 use lab::policy::PORT;
 use lab::policy::id;
 use lab::world::{events, pick};
-use lab::{Policy, clock, lab, or_skip};
+use lab::{Policy, Settings, clock, lab, or_skip};
 use std::net::SocketAddr;
 
 #[test]
@@ -28,6 +28,33 @@ fn two_workloads_on_one_host_speak_as_their_identities() {
         }
     }
     lab.expect_no_plaintext();
+}
+
+#[test]
+fn one_connection_more_than_the_limit_is_refused_and_told_until_another_ends() {
+    let lab = lab!();
+    let settings = Settings { tables: "[limits]\nconnections = 2\n".to_owned(), ..Settings::default() };
+    let mesh = or_skip!(lab.only_mesh_with(&Policy::standard(&lab), &settings));
+    let _server = lab.serve_echo(&lab.beta, "server", &[lab.beta.at(PORT)]);
+    let say = format!("send:{}\\n", lab.marker());
+    let open = |_| {
+        let mut client =
+            lab.talk(&lab.alpha, "client", lab.beta.at(PORT), &[], &[&say, "line", "wait", "half-close", "to-end"]);
+        assert_eq!(client.step("line")["text"], lab.marker());
+        client
+    };
+    let [mut first, second] = [(), ()].map(open);
+    lab.expect_no_echo(&lab.alpha, "client", lab.beta.at(PORT), &[]);
+    let record = mesh.alpha().expect_denied(PORT, "too-many-connections");
+    assert!(record["reason"].as_str().is_some_and(|reason| reason.starts_with("2 connections")), "{record}");
+    assert_eq!(mesh.alpha().status()["connections"]["open"], 2);
+    first.say("end").unwrap();
+    first.outcome().good();
+    mesh.alpha().expect_record("the first one", |record| record["decision"] == "allowed");
+    mesh.beta().expect_record("the first one", |record| record["decision"] == "allowed");
+    lab.expect_echo(&lab.alpha, "client", lab.beta.at(PORT), &[]);
+    drop(second);
+    lab.expect_tls(PORT);
 }
 
 #[test]

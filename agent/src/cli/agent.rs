@@ -25,7 +25,7 @@ pub fn release(config: &Path) -> anyhow::Result<ExitCode> {
     } else {
         println!("nothing to release: no kernel programs of Wimsey in this network namespace");
     }
-    super::run::sweep();
+    super::run::sweep_all();
     Ok(ExitCode::SUCCESS)
 }
 

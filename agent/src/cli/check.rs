@@ -14,6 +14,9 @@ pub fn run(path: &Path) -> anyhow::Result<ExitCode> {
     print!("{}", config.print());
     println!("\n{}", policy.decision_table());
     warn(&policy);
+    for line in wimsey::daemon::second_authorities(&config, &policy) {
+        eprintln!("warning: {line}");
+    }
     expectations(&policy)?;
     println!("{}: configuration, authority and policy are sound", path.display());
     Ok(ExitCode::SUCCESS)

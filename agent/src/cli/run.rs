@@ -1,7 +1,7 @@
 //! `wimsey run`: a program in a cgroup of its own, so that a registration entry can name it by `cgroup:/wimsey/NAME`.
 //!
 //! The program replaces this process, so signals, exit code and terminal are its own. Its cgroup stays until it is empty
-//! and the next `wimsey run` or `wimsey release` sweeps it.
+//! and the next `wimsey run` or `wimsey release` sweeps it; `release` takes the one above them as well.
 
 use anyhow::{Context, bail};
 use std::ffi::OsString;
@@ -32,7 +32,7 @@ pub fn run(name: Option<&str>, command: &[OsString]) -> anyhow::Result<ExitCode>
 
 /// Removes the empty cgroups that earlier programs left behind.
 pub fn sweep() {
-    let Ok(entries) = parent().map_err(anyhow::Error::from).and_then(|parent| Ok(std::fs::read_dir(parent)?)) else {
+    let Ok(entries) = parent().and_then(|parent| Ok(std::fs::read_dir(parent)?)) else {
         return;
     };
     for entry in entries.flatten().filter(|entry| entry.path().is_dir()) {
@@ -41,15 +41,24 @@ pub fn sweep() {
     }
 }
 
-fn parent() -> Result<PathBuf, wimsey::intercept::Error> {
-    Ok(wimsey::intercept::cgroup_mount()?.join(PARENT))
+/// Removes these, and the cgroup above them where nothing is left in it.
+pub fn sweep_all() {
+    sweep();
+    if let Ok(parent) = parent() {
+        // Fails where there is none, and while a program of `wimsey run` lives.
+        let _ = std::fs::remove_dir(parent);
+    }
+}
+
+fn parent() -> anyhow::Result<PathBuf> {
+    let mount = wimsey::cgroup2::mount_point().context("cannot read /proc/self/mountinfo")?;
+    Ok(mount.context("no cgroup2 file system is mounted: mount one")?.join(PARENT))
 }
 
 fn enter(cgroup: &Path) -> std::io::Result<()> {
     // Between making and entering it, another sweep may remove an empty cgroup: try again then.
     for _ in 0..16 {
-        std::fs::create_dir_all(cgroup)?;
-        match std::fs::write(cgroup.join("cgroup.procs"), "0") {
+        match std::fs::create_dir_all(cgroup).and_then(|()| std::fs::write(cgroup.join("cgroup.procs"), "0")) {
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
             outcome => return outcome,
         }

@@ -37,14 +37,16 @@ pub fn connections(config: Option<&Path>, json: bool) -> anyhow::Result<ExitCode
 /// Prints what this kernel can do. Fails where no engine would work.
 pub fn doctor(json: bool) -> anyhow::Result<ExitCode> {
     let report = wimsey::offload::selftest::run();
+    let sandbox = wimsey::privilege::probe();
     if json {
         let mut value = serde_json::to_value(&report)?;
         if let Some(fields) = value.as_object_mut() {
             fields.insert("auto".into(), serde_json::to_value(report.verdict())?);
+            fields.insert("sandbox".into(), sandbox.to_string().into());
         }
         println!("{value:#}");
     } else {
-        println!("{report}");
+        println!("{report}\nsandbox: {sandbox}");
     }
     Ok(ExitCode::SUCCESS)
 }
@@ -82,6 +84,7 @@ fn write_status(out: &mut String, status: &Status) -> std::fmt::Result {
         agent.netns, agent.cgroup, agent.shards
     )?;
     writeln!(out, "engine     {} ({})", agent.engine, agent.engine_reason)?;
+    writeln!(out, "sandbox    {}", agent.sandbox)?;
     let policy = &status.policy;
     writeln!(
         out,

@@ -3,7 +3,7 @@
 //! *Invariant:* nothing in the loop waits for a connection, a disk or a peer. Attestation, which may read a large file, runs
 //! beside it and reports back.
 
-use super::{Error, kernel_record, settings, status};
+use super::{Error, kernel_record, settings, status, warn_of_second_authorities};
 use crate::admin::{self, Asked, PreexistingStatus, Request};
 use crate::identify::attest::{AttestError, Attested};
 use crate::identify::embedded::Embedded;
@@ -11,6 +11,7 @@ use crate::identify::provider::Provider;
 use crate::intercept::{Listening, Notice, OldConnection, Programs};
 use crate::pipeline::Shared;
 use crate::policy::{Policy, Preexisting};
+use crate::privilege::Sandbox;
 use crate::relay::Stop;
 use std::collections::HashMap;
 use std::net::SocketAddr;
@@ -27,13 +28,20 @@ const TICK: Duration = Duration::from_secs(10);
 /// How long shards may take to end after their last connection was told to.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 
+/// What was settled at start.
+pub(super) struct Settled {
+    /// Why this engine.
+    pub(super) engine_reason: String,
+    pub(super) shards: usize,
+    pub(super) sandbox: Sandbox,
+}
+
 /// Everything that only the control thread has.
 pub(super) struct Control {
     pub(super) shared: Arc<Shared>,
     pub(super) provider: Arc<Embedded>,
     pub(super) programs: Programs,
-    pub(super) engine_reason: String,
-    pub(super) shards: usize,
+    pub(super) settled: Settled,
     pub(super) started: OffsetDateTime,
     pub(super) policy_loaded: OffsetDateTime,
     /// Why the last reload was refused.
@@ -57,16 +65,14 @@ impl Control {
         shared: Arc<Shared>,
         provider: Arc<Embedded>,
         programs: Programs,
-        engine_reason: String,
-        shards: usize,
+        settled: Settled,
     ) -> Result<Self, Error> {
         let now = OffsetDateTime::now_utc();
         Ok(Self {
             shared,
             provider,
             programs,
-            engine_reason,
-            shards,
+            settled,
             started: now,
             policy_loaded: now,
             reload_refused: None,
@@ -229,6 +235,7 @@ impl Control {
         self.provider.retain(policy.workloads());
         self.shared.policy.store(policy);
         self.policy_loaded = OffsetDateTime::now_utc();
+        warn_of_second_authorities(&self.shared.config, &self.shared.policy.load());
         self.look_at_listeners()?;
         self.look_for_old_connections()
     }

@@ -18,13 +18,13 @@ use crate::identify::embedded::{Bundle, Embedded, EmbeddedError, Settings};
 use crate::intercept::{self, Options, Programs};
 use crate::live::Registry;
 use crate::offload::selftest::{self, Matrix, Verdict};
-use crate::offload::{self, Choice, Preference};
+use crate::offload::{self, Choice};
 use crate::pipeline::Shared;
 use crate::policy::{Policy, Rejected};
-use crate::privilege;
+use crate::privilege::{self, Sandbox};
 use crate::shard;
 use arc_swap::ArcSwap;
-use control::Control;
+use control::{Control, Settled};
 use std::io;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -72,17 +72,21 @@ pub enum Error {
 pub fn run(config: Config) -> Result<(), Error> {
     let files = privilege::raise_file_limit()?;
     let policy = Arc::new(Policy::load(&config.policy_dir)?);
+    warn_of_second_authorities(&config, &policy);
     let provider = Arc::new(Embedded::open(settings(&config, &policy))?);
     let attestor = Arc::new(Attestor::discover()?);
     let matrix = selftest::run();
-    let engine = Choice::from(preference(config.engine), &matrix)?;
-    let reason = reason(preference(config.engine), &matrix);
+    let engine = Choice::from(config.engine, &matrix)?;
+    let reason = reason(config.engine, &matrix);
     let shards = shard_count(config.shards);
     let options =
         Options { run_dir: config.run_dir.clone(), cgroup: config.cgroup.clone().into(), shards, sizes: Vec::new() };
     let mut programs = Programs::load(&options)?;
+    let sandbox = privilege::give_up()?;
+    if let Sandbox::Off { why } = &sandbox {
+        tracing::warn!(why, "the agent runs without its sandbox: whoever takes it over can call all of the kernel");
+    }
     let log = audit::Log::open(&config.audit.path, config.audit.when_full == WhenFull::Refuse)?;
-    privilege::give_up()?;
     let shared = Arc::new(Shared {
         policy: ArcSwap::new(policy.clone()),
         identities: Identities::new(provider.clone(), attestor),
@@ -100,12 +104,13 @@ pub fn run(config: Config) -> Result<(), Error> {
         threads.push(thread.map_err(|source| Error::Host { what: "a shard's thread cannot be started", source })?);
     }
     programs.install(policy)?;
-    tracing::info!(shards, files, engine = engine.engine().name(), reason, "agent is up");
+    tracing::info!(shards, files, engine = engine.engine().name(), reason, %sandbox, "agent is up");
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build();
     let runtime = runtime.map_err(|source| Error::Host { what: "the control runtime cannot be made", source })?;
     let local = LocalSet::new();
     let outcome = runtime.block_on(local.run_until(async {
-        let control = Control::new(shared.clone(), provider, programs, reason, shards)?;
+        let control =
+            Control::new(shared.clone(), provider, programs, Settled { engine_reason: reason, shards, sandbox })?;
         control.run(closing, &threads).await
     }));
     join(threads);
@@ -116,6 +121,26 @@ pub fn run(config: Config) -> Result<(), Error> {
 /// Loads the authority, the trust bundles and the revocation lists as the agent would at start.
 pub fn check_identity(config: &Config, policy: &Policy) -> Result<(), EmbeddedError> {
     Embedded::open(settings(config, policy)).map(drop)
+}
+
+/// What is to be said about `[[trust]]` entries for the policy's own trust domain: one line each. They are how an authority
+/// is replaced, since peers have SVIDs of both for a while; left behind, they let somebody else name this host's workloads.
+pub fn second_authorities(config: &Config, policy: &Policy) -> Vec<String> {
+    let own = policy.trust_domain();
+    let line = |trust: &crate::config::Trust| {
+        format!(
+            "[[trust]] names {own}, the policy's own trust domain: the authorities in {} can issue every identity of it as \
+             well; remove the entry once no peer has an SVID of theirs any more",
+            trust.bundle.display()
+        )
+    };
+    config.trust.iter().filter(|trust| trust.trust_domain == *own).map(line).collect()
+}
+
+fn warn_of_second_authorities(config: &Config, policy: &Policy) {
+    for line in second_authorities(config, policy) {
+        tracing::warn!("{line}");
+    }
 }
 
 /// What the embedded provider is made from.
@@ -133,18 +158,10 @@ fn bundle(trust: &crate::config::Trust) -> Bundle {
     Bundle { trust_domain: trust.trust_domain.clone(), path: trust.bundle.clone(), crl: trust.crl.clone() }
 }
 
-fn preference(engine: EngineChoice) -> Preference {
-    match engine {
-        EngineChoice::Auto => Preference::Auto,
-        EngineChoice::Kernel => Preference::Kernel,
-        EngineChoice::User => Preference::User,
-    }
-}
-
 /// Why this engine, for `wimsey status`.
-fn reason(preference: Preference, matrix: &Matrix) -> String {
-    match (preference, matrix.verdict()) {
-        (Preference::User, _) => "configured".into(),
+fn reason(wanted: EngineChoice, matrix: &Matrix) -> String {
+    match (wanted, matrix.verdict()) {
+        (EngineChoice::User, _) => "configured".into(),
         (_, Verdict::User { why }) => why,
         (_, Verdict::Kernel { rekey: true }) => "this kernel passes the self-test".into(),
         (_, Verdict::Kernel { rekey: false }) => {

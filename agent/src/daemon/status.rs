@@ -74,8 +74,9 @@ pub(super) fn status(control: &Control) -> Status {
             netns: control.programs.netns(),
             cgroup: shared.config.cgroup.clone(),
             engine: shared.engine.engine().name().into(),
-            engine_reason: control.engine_reason.clone(),
-            shards: control.shards,
+            engine_reason: control.settled.engine_reason.clone(),
+            shards: control.settled.shards,
+            sandbox: control.settled.sandbox.to_string(),
             draining: control.draining,
         },
         policy: PolicyStatus {
@@ -84,7 +85,7 @@ pub(super) fn status(control: &Control) -> Status {
             loaded: text(control.policy_loaded),
             refused: control.reload_refused.clone(),
             workloads: policy.workloads().len(),
-            destinations: policy.kernel().destinations.len(),
+            destinations: policy.destinations(),
         },
         audit: AuditStatus {
             path: shared.config.audit.path.clone(),

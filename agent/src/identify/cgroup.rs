@@ -5,7 +5,7 @@
 //!
 //! *Invariant:* nothing here looks at a hierarchy of version 1; where no unified one is mounted, there is an error.
 
-use crate::sys;
+use crate::{cgroup2, sys};
 use rustix::{
     fd::{AsFd, OwnedFd},
     fs::{Mode, OFlags, ResolveFlags, fstat, openat, openat2, readlinkat},
@@ -13,10 +13,9 @@ use rustix::{
 };
 use std::{
     collections::HashMap,
-    ffi::OsString,
     fs::File,
     io::{self, Read},
-    os::unix::ffi::{OsStrExt, OsStringExt},
+    os::unix::ffi::OsStrExt,
     path::{Path, PathBuf},
     sync::{Arc, PoisonError, RwLock},
 };
@@ -35,8 +34,7 @@ pub(crate) struct Hierarchy {
 impl Hierarchy {
     /// Finds where it is mounted.
     pub(crate) fn discover() -> io::Result<Self> {
-        let mountinfo = std::fs::read("/proc/self/mountinfo")?;
-        let mount = parse_mountinfo(&mountinfo).ok_or_else(|| {
+        let mount = cgroup2::mount_point()?.ok_or_else(|| {
             let why = "/proc/self/mountinfo shows no mount of the whole unified cgroup hierarchy: mount -t cgroup2 none \
                        /sys/fs/cgroup";
             io::Error::new(io::ErrorKind::NotFound, why)
@@ -121,64 +119,9 @@ fn below(mount: &Path, full: &[u8]) -> Option<String> {
     path.starts_with('/').then(|| path.to_owned())
 }
 
-/// The mount point of the whole unified hierarchy. Fields are separated by spaces, which the kernel writes as octal
-/// escapes inside of them; the optional fields end with a lone `-` (proc_pid_mountinfo(5)). Of several, the last one was
-/// mounted last and is the one that a path reaches.
-fn parse_mountinfo(text: &[u8]) -> Option<PathBuf> {
-    let mut found = None;
-    for line in text.split(|byte| *byte == b'\n') {
-        let mut fields = line.split(|byte| *byte == b' ');
-        let (Some(root), Some(point)) = (fields.nth(3), fields.next()) else { continue };
-        if root == b"/" && fields.by_ref().any(|field| field == b"-") && fields.next() == Some(b"cgroup2") {
-            found = Some(PathBuf::from(OsString::from_vec(unescape(point))));
-        }
-    }
-    found
-}
-
-fn unescape(field: &[u8]) -> Vec<u8> {
-    let mut plain = Vec::with_capacity(field.len());
-    let mut rest = field;
-    while let Some((first, tail)) = rest.split_first() {
-        rest = tail;
-        match (first, tail) {
-            (b'\\', [a @ b'0'..=b'3', b @ b'0'..=b'7', c @ b'0'..=b'7', after @ ..]) => {
-                plain.push((a - b'0') << 6 | (b - b'0') << 3 | (c - b'0'));
-                rest = after;
-            }
-            _ => plain.push(*first),
-        }
-    }
-    plain
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use proptest::prelude::*;
-
-    #[test]
-    fn the_unified_hierarchy_is_found_wherever_it_is_mounted() {
-        let hybrid = b"32 31 0:29 / /sys/fs/cgroup/cpu rw,relatime - cgroup cgroup rw,cpu\n\
-            41 31 0:38 / /sys/fs/cgroup/unified rw,relatime shared:4 master:1 - cgroup2 cgroup2 rw\n";
-        assert_eq!(parse_mountinfo(hybrid), Some("/sys/fs/cgroup/unified".into()));
-        let odd = b"41 31 0:38 / /a\\040b\\134c rw - cgroup2 none rw\n";
-        assert_eq!(parse_mountinfo(odd), Some("/a b\\c".into()));
-    }
-
-    #[test]
-    fn a_part_of_the_hierarchy_and_a_file_system_that_only_says_cgroup2_are_not_taken() {
-        for text in [
-            "41 31 0:38 /sub /sys/fs/cgroup rw - cgroup2 cgroup2 rw\n",
-            "41 31 0:38 / /sys/fs/cgroup rw - tmpfs cgroup2 rw\n",
-            "41 31 0:38 / /cgroup2 rw cgroup2 - ext4 - cgroup2\n",
-            "41 31 0:38 / /x rw\n",
-            "\n\n",
-            "",
-        ] {
-            assert_eq!(parse_mountinfo(text.as_bytes()), None, "{text:?}");
-        }
-    }
 
     #[test]
     fn paths_count_from_the_root_of_the_hierarchy() {
@@ -209,12 +152,5 @@ mod tests {
         }
         assert!(hierarchy.processes(id).unwrap().contains(&std::process::id()));
         assert_eq!(hierarchy.path_of(u64::MAX - 5).unwrap(), None);
-    }
-
-    proptest! {
-        #[test]
-        fn no_mountinfo_makes_the_parser_panic(text in proptest::collection::vec(any::<u8>(), 0..300)) {
-            let _ = parse_mountinfo(&text);
-        }
     }
 }

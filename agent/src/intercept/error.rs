@@ -38,10 +38,21 @@ pub enum Error {
         error: io::Error,
     },
     /// Somebody else is here.
-    #[error("a second agent on the same network namespace: {lock} is held by another process; stop that one first")]
+    #[error("a second agent on the same network namespace: {lock} is held by {holder}; stop that one first")]
     SecondAgent {
         /// The lock file.
         lock: PathBuf,
+        /// Who holds it.
+        holder: Holder,
+    },
+    /// What is to be released is in use.
+    #[error(
+        "an agent runs in this network namespace ({holder}): stop it first, and then release what it leaves; nothing was \
+         changed"
+    )]
+    AgentRuns {
+        /// The agent.
+        holder: Holder,
     },
     /// The kernel lacks something.
     #[error("this kernel ({running}) has no {hook}: Wimsey needs Linux {since} or later for it")]
@@ -153,6 +164,19 @@ pub enum Error {
     },
 }
 
+/// The process that holds a lock, if the kernel tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Holder(pub Option<u32>);
+
+impl std::fmt::Display for Holder {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        match self.0 {
+            Some(process) => write!(f, "process {process}"),
+            None => write!(f, "another process"),
+        }
+    }
+}
+
 impl Error {
     /// Who dialled the agent instead of a destination, and which of its addresses.
     pub fn stranger(&self) -> Option<(SocketAddr, SocketAddr)> {
@@ -173,6 +197,7 @@ impl Refusal for Error {
             | Self::NoCgroup2
             | Self::BpfFs { .. }
             | Self::SecondAgent { .. }
+            | Self::AgentRuns { .. }
             | Self::HookMissing { .. }
             | Self::Adopt { .. }
             | Self::Map { .. }
@@ -192,6 +217,7 @@ impl Refusal for Error {
             Self::NoSuchCgroup { .. } => "no-such-cgroup",
             Self::BpfFs { .. } => "no-bpffs",
             Self::SecondAgent { .. } => "second-agent",
+            Self::AgentRuns { .. } => "agent-runs",
             Self::HookMissing { .. } => "kernel-hook-missing",
             Self::Rejected { .. } => "kernel-program-rejected",
             Self::Adopt { .. } => "pins-do-not-fit",

@@ -3,8 +3,8 @@
 //! *Invariant:* everything is found, nothing assumed: cgroup2 may be mounted anywhere, and one directory of pins belongs to
 //! one network namespace and one layout of the maps.
 
-use super::error::{During, Error};
-use crate::sys;
+use super::error::{During, Error, Holder};
+use crate::{cgroup2, sys};
 use rustix::{
     fs::{FlockOperation, Mode, OFlags},
     io::Errno,
@@ -44,7 +44,8 @@ impl Host {
     /// Looks around.
     pub fn find() -> Result<Self, Error> {
         capable()?;
-        let cgroup2 = cgroup_mount()?;
+        let cgroup2 =
+            cgroup2::mount_point().during(|| "reading /proc/self/mountinfo".into())?.ok_or(Error::NoCgroup2)?;
         let (netns, netns_inode) = netns()?;
         let probe = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::DGRAM, None)
             .during(|| "making a socket".into())?;
@@ -71,11 +72,7 @@ impl Host {
         let what = || format!("making {}", self.pins.display());
         fs::create_dir_all(&self.pins).during(what)?;
         let directory = fs::File::open(&self.pins).during(what)?;
-        match rustix::fs::flock(&directory, FlockOperation::NonBlockingLockExclusive) {
-            Ok(()) => Ok(directory.into()),
-            Err(Errno::WOULDBLOCK) => Err(Error::SecondAgent { lock: self.pins.clone() }),
-            Err(error) => Err(error).during(|| format!("locking {}", self.pins.display())),
-        }
+        exclusively(directory.into(), &self.pins)
     }
 
     /// Opens a directory of the hierarchy; `/` is its root.
@@ -108,11 +105,43 @@ pub(super) fn lock(run_dir: &Path, netns_inode: u64) -> Result<OwnedFd, Error> {
     let flags = OFlags::CREATE | OFlags::RDWR | OFlags::CLOEXEC | OFlags::NOFOLLOW;
     let lock =
         rustix::fs::open(&path, flags, Mode::RUSR | Mode::WUSR).during(|| format!("opening {}", path.display()))?;
-    match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
-        Ok(()) => Ok(lock),
-        Err(Errno::WOULDBLOCK) => Err(Error::SecondAgent { lock: path }),
+    exclusively(lock, &path)
+}
+
+/// Takes the lock on the pins that an agent with any `run_dir` holds, if there are pins.
+pub(super) fn lock_pins(pins: &Path) -> Result<Option<OwnedFd>, Error> {
+    match fs::File::open(pins) {
+        Ok(directory) => exclusively(directory.into(), pins).map(Some),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        Err(error) => Err(error).during(|| format!("opening {}", pins.display())),
+    }
+}
+
+fn exclusively(file: OwnedFd, path: &Path) -> Result<OwnedFd, Error> {
+    match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
+        Ok(()) => Ok(file),
+        Err(Errno::WOULDBLOCK) => Err(Error::SecondAgent { lock: path.into(), holder: Holder(holder(&file)) }),
         Err(error) => Err(error).during(|| format!("locking {}", path.display())),
     }
+}
+
+/// Which process has locked this file, as far as the kernel tells.
+fn holder(file: &OwnedFd) -> Option<u32> {
+    let found = rustix::fs::fstat(file).ok()?;
+    let (major, minor) = (rustix::fs::major(found.st_dev), rustix::fs::minor(found.st_dev));
+    holder_of(&format!("{major:02x}:{minor:02x}:{}", found.st_ino), &fs::read_to_string("/proc/locks").ok()?)
+}
+
+/// The process behind the lock of a file in proc_locks(5). Those who wait for it have an arrow in front; one of another
+/// process namespace is 0 or less.
+fn holder_of(file: &str, locks: &str) -> Option<u32> {
+    let holder = |line: &str| {
+        let mut fields = line.split_whitespace().skip(1);
+        (fields.next()? == "FLOCK").then_some(())?;
+        let process = fields.nth(2)?.parse().ok().filter(|process| *process > 0);
+        (fields.next()? == file).then_some(process)?
+    };
+    locks.lines().find_map(holder)
 }
 
 /// The error for something that this kernel does not have.
@@ -139,47 +168,25 @@ fn capable() -> Result<(), Error> {
     if missing.is_empty() { Ok(()) } else { Err(Error::Privilege { missing: missing.join(", ") }) }
 }
 
-/// Where the unified cgroup hierarchy is mounted.
-pub fn cgroup_mount() -> Result<PathBuf, Error> {
-    let mounts = fs::read_to_string("/proc/self/mountinfo").during(|| "reading /proc/self/mountinfo".into())?;
-    cgroup2_mount(&mounts).ok_or(Error::NoCgroup2)
-}
-
-/// The mount point of the unified hierarchy, the one that shows most of it first (proc_pid_mountinfo(5)).
-fn cgroup2_mount(mountinfo: &str) -> Option<PathBuf> {
-    let mut found: Vec<(&str, PathBuf)> = mountinfo
-        .lines()
-        .filter_map(|line| {
-            let (mount, kind) = line.split_once(" - ")?;
-            if kind.split(' ').next()? != "cgroup2" {
-                return None;
-            }
-            let mut fields = mount.split(' ').skip(3);
-            Some((fields.next()?, unescape(fields.next()?)))
-        })
-        .collect();
-    found.sort_by_key(|(root, _)| root.len());
-    found.into_iter().next().map(|(_, at)| at)
-}
-
-/// Mount points have their white space written in octal.
-fn unescape(path: &str) -> PathBuf {
-    PathBuf::from(path.replace("\\040", " ").replace("\\011", "\t").replace("\\012", "\n").replace("\\134", "\\"))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
 
     #[test]
-    fn cgroup2_is_found_wherever_it_is_mounted() {
-        let hybrid = "31 23 0:28 / /sys/fs/cgroup rw - tmpfs tmpfs rw,mode=755\n\
-                      32 31 0:29 / /sys/fs/cgroup/cpu rw,relatime - cgroup cgroup rw,cpu\n\
-                      41 31 0:38 / /sys/fs/cgroup/unified rw,relatime shared:9 - cgroup2 cgroup2 rw\n";
-        assert_eq!(cgroup2_mount(hybrid), Some(PathBuf::from("/sys/fs/cgroup/unified")));
-        let odd =
-            "41 31 0:38 /a /srv/inner rw - cgroup2 none rw\n42 31 0:38 / /srv/my\\040cgroups rw - cgroup2 none rw\n";
-        assert_eq!(cgroup2_mount(odd), Some(PathBuf::from("/srv/my cgroups")));
-        assert_eq!(cgroup2_mount("31 23 0:28 / /sys/fs/cgroup rw - tmpfs cgroup2 rw\n"), None);
+    fn the_holder_of_a_lock_is_found_among_others() {
+        let locks = "1: POSIX  ADVISORY  WRITE 11 fe:00:77 0 EOF\n\
+                     2: FLOCK  ADVISORY  WRITE 12 fe:00:78 0 EOF\n\
+                     2: -> FLOCK  ADVISORY  WRITE 13 fe:00:77 0 EOF\n\
+                     3: FLOCK  ADVISORY  WRITE 14 fe:00:77 0 EOF\n\
+                     4: FLOCK  ADVISORY  WRITE -1 00:1c:9 0 EOF\n5: FLOCK\n\n";
+        assert_eq!(holder_of("fe:00:77", locks), Some(14));
+        assert_eq!(holder_of("00:1c:9", locks), None);
+        assert_eq!(holder_of("fe:00:7", locks), None);
+        let folder = tempfile::tempdir().unwrap();
+        let held = lock(folder.path(), 1).unwrap();
+        let Err(Error::SecondAgent { holder, .. }) = lock(folder.path(), 1) else { panic!("it was taken twice") };
+        assert!(holder.0.is_none_or(|holder| holder == std::process::id()), "{holder:?}");
+        drop(held);
+        lock(folder.path(), 1).unwrap();
     }
 }

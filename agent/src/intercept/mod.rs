@@ -28,8 +28,7 @@ mod tables;
 
 pub use control::{Notice, OldConnection, Options, Programs};
 pub use door::{Dialler, Door, Doorway};
-pub use error::Error;
-pub use host::cgroup_mount;
+pub use error::{Error, Holder};
 pub use install::KernelFacts;
 pub use programs::release;
 pub use registry::Listening;

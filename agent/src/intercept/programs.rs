@@ -141,8 +141,14 @@ impl Loaded {
 /// workloads' connections are theirs again, unprotected. Says whether there was anything.
 pub fn release(run_dir: &Path) -> Result<bool, Error> {
     let (_, inode) = host::netns()?;
-    let _lock = host::lock(run_dir, inode)?;
-    remove_pins(&host::pins(inode))
+    let pins = host::pins(inode);
+    let in_use = |error| match error {
+        Error::SecondAgent { holder, .. } => Error::AgentRuns { holder },
+        error => error,
+    };
+    let _lock = host::lock(run_dir, inode).map_err(in_use)?;
+    let _pins_lock = host::lock_pins(&pins).map_err(in_use)?;
+    remove_pins(&pins)
 }
 
 /// Detaches the programs, then lets go of the maps. The connect hooks go first: they rely on all the others.

@@ -4,6 +4,7 @@
 
 use super::selftest::{Matrix, Verdict};
 use crate::{
+    config::EngineChoice,
     handshake::Ciphers,
     refusal::{Culprit, Refusal},
 };
@@ -26,18 +27,6 @@ impl Engine {
             Self::User => "user",
         }
     }
-}
-
-/// What agent.toml asks for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Preference {
-    /// The kernel where it passes the self-test, otherwise this process.
-    #[default]
-    Auto,
-    /// The kernel, or the agent does not start.
-    Kernel,
-    /// This process.
-    User,
 }
 
 /// The engine of this host.
@@ -68,13 +57,13 @@ pub struct Unavailable {
 
 impl Choice {
     /// Chooses, from the matrix of the self-test.
-    pub fn from(preference: Preference, matrix: &Matrix) -> Result<Self, Unavailable> {
-        match (preference, matrix.verdict()) {
-            (Preference::User, _) | (Preference::Auto, Verdict::User { .. }) => Ok(Self::User),
-            (Preference::Auto | Preference::Kernel, Verdict::Kernel { rekey, .. }) => {
+    pub fn from(wanted: EngineChoice, matrix: &Matrix) -> Result<Self, Unavailable> {
+        match (wanted, matrix.verdict()) {
+            (EngineChoice::User, _) | (EngineChoice::Auto, Verdict::User { .. }) => Ok(Self::User),
+            (EngineChoice::Auto | EngineChoice::Kernel, Verdict::Kernel { rekey, .. }) => {
                 Ok(Self::Kernel(Ability { rekey }))
             }
-            (Preference::Kernel, Verdict::User { why }) => Err(Unavailable { why }),
+            (EngineChoice::Kernel, Verdict::User { why }) => Err(Unavailable { why }),
         }
     }
 

@@ -9,7 +9,7 @@ mod kernel;
 pub mod record;
 pub mod selftest;
 
-pub use engine::{Choice, Engine, Preference, Unavailable};
+pub use engine::{Choice, Engine, Unavailable};
 pub(crate) use kernel::KernelKeys;
 pub(crate) use record::{Opener, Sealer};
 
@@ -230,6 +230,7 @@ impl Refusal for Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::EngineChoice;
     use crate::handshake::testing::{World, pair};
     use aya::maps::{Map, MapData, SockMap};
     use tokio::io::AsyncReadExt;
@@ -244,7 +245,7 @@ mod tests {
             eprintln!("SKIPPED (needs a kernel with TLS): a_kernel_that_fails_half_way_leads_to_a_reset_and_never_to_plaintext");
             return;
         }
-        let choice = Choice::from(Preference::Kernel, &selftest::run()).unwrap();
+        let choice = Choice::from(EngineChoice::Kernel, &selftest::run()).unwrap();
         let sessions = World::new().sessions(choice.ciphers()).await;
         // A socket in a sockmap takes up TLS, and then refuses the keys (CVE-2026-93824): as good as any other failure.
         let map = MapData::create(aya_obj::Map::new_from_params(SOCKMAP, 4, 4, 1, 0), "half_way", None).unwrap();

@@ -72,6 +72,12 @@ impl Policy {
         self.kernel.clone()
     }
 
+    /// How many rows of destinations the kernel programs know: mesh destinations, the addresses of bypasses, and what lies
+    /// between them.
+    pub fn destinations(&self) -> usize {
+        self.kernel.destinations.len()
+    }
+
     /// The cgroup selectors that a cgroup path satisfies, as sorted indices: cgroups with equal sets share a class.
     pub fn cgroup_set(&self, cgroup: &str) -> Vec<u32> {
         let positions = super::selector::selectors_of(cgroup)

@@ -219,6 +219,7 @@ fn the_longest_prefix_and_the_exact_port_decide_who_must_answer() {
     }
     assert!(policy.is_mesh("10.0.0.9:9".parse().unwrap()) && !policy.is_mesh("10.0.0.53:53".parse().unwrap()));
     assert_eq!(policy.expected("10.0.0.2:80".parse().unwrap()), Some(&id("web")));
+    assert!(policy.destinations() >= 6 && policy.destinations() == policy.kernel().destinations.len());
 }
 
 #[test]

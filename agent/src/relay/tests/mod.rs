@@ -6,7 +6,7 @@ use crate::{
         Ciphers, Secrets, Session,
         testing::{World, pair},
     },
-    offload::{Choice, Opener, Preference, Sealer, arm, record, selftest},
+    offload::{Choice, Opener, Sealer, arm, record, selftest},
 };
 use std::{
     future::pending,
@@ -33,7 +33,7 @@ fn engine() -> Choice {
         Ok("kernel") => {
             let matrix = selftest::run();
             eprintln!("{matrix}");
-            Choice::from(Preference::Kernel, &matrix).unwrap()
+            Choice::from(crate::config::EngineChoice::Kernel, &matrix).unwrap()
         }
         _ => Choice::User,
     })

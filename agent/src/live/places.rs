@@ -1,0 +1,64 @@
+//! How many connections there may be: each flow takes a place when its walk begins and gives it back at its end.
+//!
+//! *Invariant:* never more places are taken than there are, whatever the number of shards.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+/// Places that are taken.
+#[derive(Debug, Default)]
+pub struct Places {
+    taken: AtomicUsize,
+}
+
+impl Places {
+    /// Takes one of `all` places; where none is free, says how many are taken.
+    pub fn take(self: &Arc<Self>, all: usize) -> Result<Place, usize> {
+        // It guards nothing but itself, so that no order with other memory is needed.
+        let more = |taken: usize| (taken < all).then_some(taken + 1);
+        self.taken.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more)?;
+        Ok(Place { of: self.clone() })
+    }
+}
+
+/// A place, taken until this is dropped.
+#[derive(Debug)]
+pub struct Place {
+    of: Arc<Places>,
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.of.taken.fetch_sub(1, Ordering::Relaxed);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_more_places_are_taken_than_there_are() {
+        let places = Arc::new(Places::default());
+        let held = [places.take(2).unwrap(), places.take(2).unwrap()];
+        assert_eq!(places.take(2).unwrap_err(), 2);
+        drop(held);
+        places.take(1).unwrap();
+        assert_eq!(places.take(0).unwrap_err(), 0);
+    }
+
+    #[test]
+    fn shards_that_come_at_once_get_exactly_as_many_as_there_are() {
+        let places = Arc::new(Places::default());
+        let shards: Vec<_> = (0..8)
+            .map(|_| {
+                let places = places.clone();
+                std::thread::spawn(move || (0..1000).filter_map(|_| places.take(500).ok()).collect::<Vec<_>>())
+            })
+            .collect();
+        let held: Vec<Place> = shards.into_iter().flat_map(|shard| shard.join().unwrap()).collect();
+        assert_eq!(held.len(), 500);
+        drop(held);
+        assert_eq!(places.taken.load(Ordering::Relaxed), 0);
+    }
+}
