@@ -4,6 +4,7 @@
 use lab::policy::PORT;
 use lab::world::{events, pick};
 use lab::{Lab, Policy, Settings, clock, lab, or_skip, skip};
+use std::time::Duration;
 
 const LIMITS: &str = "/proc/sys/net/ipv4/tcp_mem";
 /// Pages: a megabyte and a half for all sockets of the machine.
@@ -57,7 +58,12 @@ fn when_the_memory_for_tcp_runs_out_no_byte_is_wrong_and_nothing_hangs() {
     let before = pressures(&lab);
     let squeeze = Squeeze::begin();
     let clients: Vec<_> = (0..4).map(|_| lab.talk(&lab.alpha, "client", lab.beta.at(PORT), &[], &steps)).collect();
-    // Whole, or ended by a reset once the kernel was seen to be stuck: never in between.
+    // Long enough for the agents to see that the kernel is stuck, not so long that TCP itself backs off for minutes.
+    std::thread::sleep(Duration::from_secs(20));
+    let felt = pressures(&lab) - before;
+    drop(squeeze);
+    assert!(felt > 0, "memory was never short: this shows nothing");
+    // Whole, or ended by a reset: never in between.
     for client in clients {
         let outcome = client.wait(clock::seconds(60)).expect("it ends");
         let said = events(&outcome.stdout);
@@ -68,9 +74,6 @@ fn when_the_memory_for_tcp_runs_out_no_byte_is_wrong_and_nothing_hangs() {
             assert!(matches!(end["error"].as_str(), Some("ECONNRESET" | "EPIPE")), "{end}");
         }
     }
-    let felt = pressures(&lab) - before;
-    drop(squeeze);
-    assert!(felt > 0, "memory was never short: this shows nothing");
     if mesh.protected() {
         for agent in [mesh.alpha(), mesh.beta()] {
             let closed = clock::until(clock::seconds(10), || agent.connections().is_empty().then_some(()));
