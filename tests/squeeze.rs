@@ -38,9 +38,9 @@ fn pressures(lab: &Lab) -> u64 {
 /// A counter of `/proc/net/netstat`, whose lines come in pairs: names, then values.
 fn counter(text: &str, name: &str) -> u64 {
     let lines: Vec<Vec<&str>> = text.lines().map(|line| line.split(' ').collect()).collect();
-    let found = lines.chunks_exact(2).find_map(|pair| {
-        let at = pair[0].iter().position(|word| *word == name)?;
-        pair[1].get(at)?.parse().ok()
+    let found = lines.as_chunks().0.iter().find_map(|[names, values]| {
+        let at = names.iter().position(|word| *word == name)?;
+        values.get(at)?.parse().ok()
     });
     found.unwrap_or_else(|| panic!("no counter {name}"))
 }

@@ -294,8 +294,7 @@ impl<'a> Walk<'a> {
         if !entered.live().is_allowed_by(&self.shared.policy.load(), &trust) {
             entered.live().end(Stop::Revoked);
         }
-        let limits =
-            Limits { idle: rule.and_then(|rule| rule.idle_timeout), stall: self.shared.config.timeouts.stall };
+        let limits = Limits { idle: rule.and_then(|rule| rule.idle_timeout), stall: self.shared.config.timeouts.stall };
         let tally = relay::carry(pipe, &limits, told(stopped), &progress).await;
         attempt.finish(decision, &tally);
     }

@@ -242,7 +242,9 @@ mod tests {
     async fn a_kernel_that_fails_half_way_leads_to_a_reset_and_never_to_plaintext() {
         let chosen = std::env::var("WIMSEY_TEST_ENGINE").is_ok_and(|engine| engine == "kernel");
         if !chosen {
-            eprintln!("SKIPPED (needs a kernel with TLS): a_kernel_that_fails_half_way_leads_to_a_reset_and_never_to_plaintext");
+            eprintln!(
+                "SKIPPED (needs a kernel with TLS): a_kernel_that_fails_half_way_leads_to_a_reset_and_never_to_plaintext"
+            );
             return;
         }
         let choice = Choice::from(EngineChoice::Kernel, &selftest::run()).unwrap();
