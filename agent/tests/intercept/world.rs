@@ -256,7 +256,7 @@ impl World {
 fn patiently<T>(mut attempt: impl FnMut() -> Result<T, Error>) -> Result<T, Error> {
     for _ in 0..200 {
         match attempt() {
-            Err(Error::SecondAgent { .. }) => std::thread::sleep(Duration::from_millis(10)),
+            Err(Error::SecondAgent { .. } | Error::AgentRuns { .. }) => std::thread::sleep(Duration::from_millis(10)),
             done => return done,
         }
     }
