@@ -6,6 +6,7 @@ mod build;
 mod check;
 mod count;
 mod demo;
+mod guests;
 mod initramfs;
 mod run;
 mod setup;

@@ -328,6 +328,13 @@ fn qemu(kernel: &Kernel, job: &Job, image: &Path, mark: &str) -> Command {
     command
 }
 
+/// The files of a kernel, and those of the tree that every guest is prepared with.
+pub fn parts(kernel: &Kernel) -> Vec<String> {
+    let files =
+        [kernel.folder.join("vmlinuz"), root().join("vagrant/provision.sh"), root().join("xtask/src/guest-init.sh")];
+    files.iter().map(|file| file.to_string_lossy().into_owned()).collect()
+}
+
 fn image(kernel: &Kernel, job: &Job) -> Fallible<PathBuf> {
     let mut image = Image::new();
     image.text("/init", 0o755, include_str!("guest-init.sh"));

@@ -1,0 +1,232 @@
+//! The tier `vm`: the lab, the kernel programs' tests and the engine's, in a guest for each kernel, side by side.
+//!
+//! A kernel on which these very programs passed is not asked again by a plain `cargo xtask test`: a guest takes many minutes,
+//! and the same bytes on the same kernel have nothing new to say. It is counted as skipped, with the date; `cargo xtask
+//! test vm` asks again.
+//!
+//! *Invariant:* only a guest without any failure is remembered, and only for exactly the programs that it ran.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Mutex, PoisonError};
+use std::time::{Duration, Instant};
+
+use crate::build::{self, Lab};
+use crate::count::{Count, Reader};
+use crate::run::{Fallible, quiet, work};
+use crate::vm::{self, Job, Kernel};
+
+/// How much slower a guest is than the host: one emulated instruction costs about ten real ones, and guests share the
+/// processors.
+const GUEST_SLOWNESS: u32 = 12;
+/// The longest that the tests of a guest may take. On two idle cores the three kernels take half of it, side by side.
+const GUEST_LIMIT: Duration = Duration::from_secs(50 * 60);
+/// The longest that a guest may say nothing. A test may be long, so this is longer than any.
+const GUEST_SILENCE: Duration = Duration::from_secs(5 * 60);
+
+/// What the guests run.
+pub struct Programs {
+    /// The agent.
+    pub wimsey: PathBuf,
+    /// The lab.
+    pub lab: Lab,
+    /// The agent's own tests.
+    pub own: Vec<(String, PathBuf)>,
+    /// A person's choice of tests.
+    pub filter: Vec<String>,
+}
+
+/// What a guest runs of these test programs; of all others it runs everything. An emulated processor takes ten times as
+/// long, so what no kernel changes is left to the other tiers, and rooms of the lab that are not here run in guests where
+/// a person names them, and are counted as skipped where nobody does.
+const IN_GUESTS: &[(&str, &[&str])] = &[
+    ("wimsey", &["offload::", "relay::", "privilege::"]),
+    ("hostile", &["servers::", "locals::"]),
+    ("host", &["the_oracle"]),
+];
+
+/// The rooms of the lab that guests run by name only.
+const BY_NAME: &[&str] = &["hostile clients::", "hostile inputs::", "hostile disks::"];
+
+/// What became of the tests on a kernel: name of the tier, count, time.
+type Outcome = (String, Fallible<Count>, Duration);
+
+/// Runs the programs on each kernel that the words name, or on the default ones. `again`: also where they passed before.
+pub fn run(words: &[String], programs: &Programs, again: bool) -> Vec<Outcome> {
+    let kernels = match vm::kernels(words) {
+        Ok(kernels) => kernels,
+        Err(failure) => {
+            let reason = failure.to_string().lines().next().unwrap_or("no kernels").to_owned();
+            println!("  {failure}");
+            let wanted: Vec<&str> =
+                if words.is_empty() { vm::DEFAULT.to_vec() } else { words.iter().map(String::as_str).collect() };
+            let skipped = |kernel: &str| Ok(all_skipped(programs, kernel, &reason));
+            return wanted.iter().map(|kernel| (format!("vm {kernel}"), skipped(kernel), Duration::ZERO)).collect();
+        }
+    };
+    let job = match job(programs) {
+        Ok(job) => job,
+        Err(failure) => return vec![("vm".into(), Err(failure), Duration::ZERO)],
+    };
+    // What a guest cannot use of two processors, another one can.
+    let (next, ended) = (AtomicUsize::new(0), Mutex::new(BTreeMap::new()));
+    std::thread::scope(|scope| {
+        for _ in 0..vm::at_once().min(kernels.len()) {
+            scope.spawn(|| {
+                while let Some((number, kernel)) = take(&next, &kernels) {
+                    let began = Instant::now();
+                    let memory = Memory::of(kernel, &job, programs.filter.is_empty());
+                    let count = match memory.as_ref().filter(|_| !again).and_then(Memory::recall) {
+                        Some(skipped) => Ok(skipped),
+                        None => guest(kernel, &job).inspect(|count| memory.iter().for_each(|it| it.keep(count))),
+                    };
+                    let outcome = (format!("vm {}", kernel.release), count, began.elapsed());
+                    ended.lock().unwrap_or_else(PoisonError::into_inner).insert(number, outcome);
+                }
+            });
+        }
+    });
+    ended.into_inner().unwrap_or_else(PoisonError::into_inner).into_values().collect()
+}
+
+/// What passed on a kernel the last time.
+struct Memory {
+    file: PathBuf,
+    series: String,
+    /// Checksums of all that a guest is made from, and its script.
+    key: String,
+}
+
+impl Memory {
+    /// None where it cannot be said what the guest is made from, and where a person chose the tests.
+    fn of(kernel: &Kernel, job: &Job, whole: bool) -> Option<Self> {
+        let files = job.programs.iter().map(|(from, _)| from.to_string_lossy().into_owned()).chain(vm::parts(kernel));
+        let files: Vec<String> = files.collect();
+        let arguments: Vec<&str> = std::iter::once("--").chain(files.iter().map(String::as_str)).collect();
+        let sums = quiet("sha256sum", &arguments).filter(|_| whole)?;
+        let (file, series) = (work("guests").join(&kernel.release), kernel.series());
+        Some(Self { file, series, key: format!("{sums}{}", job.script) })
+    }
+
+    fn recall(&self) -> Option<Count> {
+        let kept = fs::read_to_string(&self.file).ok()?;
+        let (number, key) = kept.split_once('\n')?;
+        let at = quiet("date", &["-r", &self.file.to_string_lossy(), "+%F %R"]).filter(|_| key == self.key)?;
+        let reason = format!("these very programs passed at {}; cargo xtask test vm asks again", at.trim());
+        Some(Count { skipped: vec![(format!("{number} tests on {}", self.series), reason)], ..Count::default() })
+    }
+
+    fn keep(&self, count: &Count) {
+        let _ = fs::remove_file(&self.file);
+        if count.failed.is_empty() {
+            // Without it the guest runs again.
+            let _ = fs::write(&self.file, format!("{}\n{}", count.passed, self.key));
+        }
+    }
+}
+
+fn take<'a, T>(next: &AtomicUsize, all: &'a [T]) -> Option<(usize, &'a T)> {
+    let number = next.fetch_add(1, Ordering::Relaxed);
+    Some((number, all.get(number)?))
+}
+
+fn guest(kernel: &Kernel, job: &Job) -> Fallible<Count> {
+    let mut reader = Reader::default();
+    let verdict = vm::boot(kernel, job, |line| reader.line(line))?;
+    let mut count = reader.end();
+    // The kernels of this tier all have what engine `kernel` needs. Where it was not used, something is broken.
+    let unused = |(_, reason): &(String, String)| reason.contains("engine") || reason.contains("TLS");
+    let (engine, others) = count.skipped.into_iter().partition(unused);
+    count.skipped = others;
+    let failed = |(name, reason): (String, String)| format!("{name}: skipped ({reason})");
+    count.failed.extend(engine.into_iter().map(failed));
+    if let Some(trouble) = &verdict.trouble {
+        count.failed.push(format!("the guest itself: {trouble}"));
+    } else if !verdict.success() && count.failed.is_empty() {
+        count.failed.push(format!("the guest itself: {}", verdict.line()));
+    }
+    if !count.failed.is_empty() {
+        println!("{}\n  whole console: {}", crate::run::tail(&verdict.log, 60), verdict.log.display());
+    }
+    let names = count.skipped.iter_mut().map(|(name, _)| name).chain(&mut count.failed);
+    names.for_each(|name| *name = format!("{name} on {}", kernel.series()));
+    Ok(count)
+}
+
+/// The lab, the kernel programs' tests and the engine's, one program after the other.
+fn job(programs: &Programs) -> Fallible<Job> {
+    let quote = |word: &String| format!(" '{}'", word.replace('\'', "'\\''"));
+    let filter: String = programs.filter.iter().map(quote).collect();
+    let mut script = format!(
+        "export WIMSEY_ENGINE=kernel WIMSEY_TEST_ENGINE=kernel WIMSEY_BIN=/usr/local/bin/wimsey LAB_APP=/lab/lab-app\n\
+         export LAB_SLOW={GUEST_SLOWNESS} RUST_BACKTRACE=0\ncd /tmp\nwimsey doctor\ncode=0\n"
+    );
+    let mut job = Job::new("lab", "");
+    job.programs.push((build::stripped(&programs.wimsey)?, "/usr/local/bin/wimsey".to_owned()));
+    for (name, program) in &programs.lab.programs {
+        job.programs.push((build::stripped(program)?, format!("/lab/{name}")));
+    }
+    let own = programs.own.iter().map(|program| (program, true));
+    for ((name, program), own) in own.chain(programs.lab.tests.iter().map(|program| (program, false))) {
+        job.programs.push((build::stripped(program)?, format!("/lab/test-{name}")));
+        // libtest takes several words as "any of them", so a person's words replace the choice.
+        let choice = IN_GUESTS.iter().find(|(program, _)| program == name).filter(|_| filter.is_empty());
+        if choice.is_some_and(|(_, words)| words.is_empty()) {
+            continue;
+        }
+        let words = choice.map_or_else(|| filter.clone(), |(_, words)| format!(" {}", words.join(" ")));
+        // The lab says past the harness that it skips. What else it says must be seen even when the guest is ended.
+        let output = if own { "--show-output" } else { "--nocapture" };
+        script.push_str(&format!("echo 'Running {name}'\n/lab/test-{name} {output}{words} || code=1\n"));
+    }
+    if filter.is_empty() {
+        for room in BY_NAME {
+            script.push_str(&format!("echo 'SKIPPED (emulated: by name only, cargo xtask test vm -- WORD): {room}'\n"));
+        }
+    }
+    script.push_str("exit $code");
+    job.script = script;
+    job.limit = GUEST_LIMIT;
+    job.silence = GUEST_SILENCE;
+    Ok(job)
+}
+
+/// Every test of the lab, as skipped for one reason.
+fn all_skipped(programs: &Programs, suite: &str, reason: &str) -> Count {
+    let mut count = Count::default();
+    for (_, program) in &programs.lab.tests {
+        let listed = Command::new(program).arg("--list").args(&programs.filter).output();
+        let listed = listed.map(|output| String::from_utf8_lossy(&output.stdout).into_owned()).unwrap_or_default();
+        for name in listed.lines().filter_map(|line| line.strip_suffix(": test")) {
+            count.skipped.push((format!("{name} on {suite}"), reason.to_owned()));
+        }
+    }
+    if count.skipped.is_empty() {
+        count.skipped.push((format!("the lab on {suite}"), reason.to_owned()));
+    }
+    count
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_guest_without_failures_is_remembered_and_only_for_the_same_programs() {
+        let file = std::env::temp_dir().join(format!("wimsey-guests-{}", std::process::id()));
+        let memory = |key: &str| Memory { file: file.clone(), series: "6.1".into(), key: key.into() };
+        let passed = Count { passed: 7, ..Count::default() };
+        let failed = Count { failed: vec!["x on 6.1".into()], ..passed.clone() };
+        assert!(memory("a\nb").recall().is_none());
+        memory("a\nb").keep(&passed);
+        let recalled = memory("a\nb").recall().unwrap();
+        assert_eq!((recalled.passed, recalled.failed.len(), recalled.skipped.len()), (0, 0, 1));
+        assert!(recalled.skipped[0].0.starts_with("7 tests"), "{recalled:?}");
+        assert!(memory("a\nc").recall().is_none());
+        memory("a\nb").keep(&failed);
+        assert!(memory("a\nb").recall().is_none());
+    }
+}
