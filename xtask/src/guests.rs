@@ -22,6 +22,8 @@ use crate::vm::{self, Job, Kernel};
 /// How much slower a guest is than the host: one emulated instruction costs about ten real ones, and guests share the
 /// processors.
 const GUEST_SLOWNESS: u32 = 12;
+/// Bytes of a bulk transfer, before they are divided by the slowness.
+const GUEST_BULK: u32 = 256 << 20;
 /// The longest that the tests of a guest may take. On two idle cores the three kernels take half of it, side by side.
 const GUEST_LIMIT: Duration = Duration::from_secs(50 * 60);
 /// The longest that a guest may say nothing. A test may be long, so this is longer than any.
@@ -42,14 +44,11 @@ pub struct Programs {
 /// What a guest runs of these test programs; of all others it runs everything. An emulated processor takes ten times as
 /// long, so what no kernel changes is left to the other tiers, and rooms of the lab that are not here run in guests where
 /// a person names them, and are counted as skipped where nobody does.
-const IN_GUESTS: &[(&str, &[&str])] = &[
-    ("wimsey", &["offload::", "relay::", "privilege::"]),
-    ("hostile", &["servers::", "locals::"]),
-    ("host", &["the_oracle"]),
-];
+const IN_GUESTS: &[(&str, &[&str])] =
+    &[("wimsey", &["offload::", "relay::", "privilege::"]), ("hostile", &["locals::"]), ("host", &["the_oracle"])];
 
 /// The rooms of the lab that guests run by name only.
-const BY_NAME: &[&str] = &["hostile clients::", "hostile inputs::", "hostile disks::"];
+const BY_NAME: &[&str] = &["hostile clients::", "hostile servers::", "hostile inputs::", "hostile disks::"];
 
 /// What became of the tests on a kernel: name of the tier, count, time.
 type Outcome = (String, Fallible<Count>, Duration);
@@ -162,7 +161,7 @@ fn job(programs: &Programs) -> Fallible<Job> {
     let filter: String = programs.filter.iter().map(quote).collect();
     let mut script = format!(
         "export WIMSEY_ENGINE=kernel WIMSEY_TEST_ENGINE=kernel WIMSEY_BIN=/usr/local/bin/wimsey LAB_APP=/lab/lab-app\n\
-         export LAB_SLOW={GUEST_SLOWNESS} RUST_BACKTRACE=0\ncd /tmp\nwimsey doctor\ncode=0\n"
+         export LAB_SLOW={GUEST_SLOWNESS} LAB_BULK={GUEST_BULK} RUST_BACKTRACE=0\ncd /tmp\nwimsey doctor\ncode=0\n"
     );
     let mut job = Job::new("lab", "");
     job.programs.push((build::stripped(&programs.wimsey)?, "/usr/local/bin/wimsey".to_owned()));
