@@ -92,6 +92,8 @@ impl Reader {
     /// The count, after the last line.
     pub fn end(mut self) -> Count {
         self.lost();
+        // What was said to be skipped outside of any test program.
+        self.settle();
         self.count
     }
 
@@ -210,6 +212,16 @@ mod tests {
              test result: ok. 3 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1s\n",
         );
         assert_eq!(count.line(), "1 passed, 0 failed, 2 skipped");
+    }
+
+    #[test]
+    fn what_is_skipped_outside_of_any_program_is_counted() {
+        let count = read(
+            "Running one\nrunning 2 tests\ntest a ... ok\ntest b ... ok\n\n\
+             test result: ok. 2 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 1s\n\
+             SKIPPED (by name only): a room\nSKIPPED (by name only): another room\n",
+        );
+        assert_eq!(count.line(), "2 passed, 0 failed, 2 skipped");
     }
 
     #[test]

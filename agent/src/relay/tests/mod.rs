@@ -53,10 +53,14 @@ mod life;
 mod smoke;
 mod stream;
 
-/// So many seconds on a fast machine: LAB_SLOW says how much slower this one is, as for the lab.
+/// How much slower this machine is than a fast one, as for the lab.
+fn slowness() -> u32 {
+    std::env::var("LAB_SLOW").ok().and_then(|text| text.parse().ok()).unwrap_or(1)
+}
+
+/// So many seconds on a fast machine.
 fn patience(seconds: u64) -> Duration {
-    let slowness = std::env::var("LAB_SLOW").ok().and_then(|text| text.parse().ok()).unwrap_or(1);
-    Duration::from_secs(seconds) * slowness
+    Duration::from_secs(seconds) * slowness()
 }
 
 /// A relay that runs, with the socket that its application holds.

@@ -148,17 +148,18 @@ async fn a_slow_reader_holds_its_sender_back_and_costs_no_memory() {
         write.shutdown().await.unwrap();
     });
     // Until nothing moves any more.
+    let a_while = Duration::from_millis(300) * slowness();
     let mut before = usize::MAX;
     while before != sent.load(Relaxed) {
         before = sent.load(Relaxed);
-        sleep(Duration::from_millis(300)).await;
+        sleep(a_while).await;
     }
     assert!(before < 64 << 20, "{before} bytes were taken from the sender while nobody read");
     let (polled, moved) = (client.polls.load(Relaxed), client.progress.sent());
-    sleep(Duration::from_millis(300)).await;
+    sleep(a_while).await;
     // What is stuck is asked again after 20 ms, 40 ms, 80 ms and so on from when it last moved.
     let polls = client.polls.load(Relaxed) - polled;
-    assert!(polls < 20, "it waits and does not spin: {polls} times in 300 ms");
+    assert!(polls < 20, "it waits and does not spin: {polls} times in {a_while:?}");
     // A zero window is probed now and then, and takes a little each time.
     assert!(client.progress.sent() - moved < 1 << 20);
     let received = read_to_end(&mut server.application).await;
