@@ -119,12 +119,18 @@ impl Moved {
     }
 }
 
+#[derive(Clone, Copy, Debug)]
+enum Side {
+    Application,
+    Network,
+}
+
 /// Why the flow is awake again.
 enum Woken {
     /// There is something to do.
     Again,
-    /// A socket that is not used any more reports an error.
-    Failed,
+    /// A socket reports an error.
+    Failed(Side),
     /// The deadline has come.
     Late,
     /// The agent wants it to end.
@@ -176,7 +182,7 @@ impl<L: Lane> Flow<L> {
             let deadline = self.deadline(limits, &moved);
             let over = match self.wait(wants, deadline, stop.as_mut(), clock.as_mut()).await {
                 Woken::Again => None,
-                Woken::Failed => self.failure(),
+                Woken::Failed(side) => self.failure(side),
                 Woken::Late => {
                     deadline.and_then(|(_, reason)| reason).filter(|reason| self.is_over(*reason, limits, &moved))
                 }
@@ -378,14 +384,20 @@ impl<L: Lane> Flow<L> {
         {
             clock.as_mut().reset(at);
         }
-        // A socket that is neither read nor written any more may still be reset, and the other program has to know.
-        let mut failed = pin!(async {
-            match (self.up, self.down) {
-                (Half::Open, Half::Closed) => _ = self.network.ready(Interest::ERROR).await,
-                (Half::Closed, Half::Open) => _ = self.application.ready(Interest::ERROR).await,
-                _ => pending().await,
-            }
-        });
+        // A socket that is neither read nor written any more may still be reset, and the other program has to know. One
+        // that is read may fail without having anything to read.
+        let (at_network, at_application) = match (self.up, self.down) {
+            (Half::Open, Half::Closed) => (true, false),
+            (Half::Closed, Half::Open) => (L::FAILS_UNREAD, true),
+            (_, Half::Open) => (L::FAILS_UNREAD, false),
+            _ => (false, false),
+        };
+        let report = async |socket: &TcpStream, wanted: bool| match wanted {
+            true => _ = socket.ready(Interest::ERROR).await,
+            false => pending().await,
+        };
+        let mut network_failed = pin!(report(&self.network, at_network));
+        let mut application_failed = pin!(report(&self.application, at_application));
         let woken = poll_fn(|context| {
             if let Poll::Ready(stop) = stop.as_mut().poll(context) {
                 return Poll::Ready(Woken::Stopped(stop));
@@ -398,8 +410,11 @@ impl<L: Lane> Flow<L> {
             if ready {
                 return Poll::Ready(Woken::Again);
             }
-            if failed.as_mut().poll(context).is_ready() {
-                return Poll::Ready(Woken::Failed);
+            if network_failed.as_mut().poll(context).is_ready() {
+                return Poll::Ready(Woken::Failed(Side::Network));
+            }
+            if application_failed.as_mut().poll(context).is_ready() {
+                return Poll::Ready(Woken::Failed(Side::Application));
             }
             let Some((at, _)) = deadline else { return Poll::Pending };
             if clock.as_mut().poll(context).is_ready() {
@@ -462,17 +477,22 @@ impl<L: Lane> Flow<L> {
         (up, (progress.received(), self.down_pending.left(), self.down))
     }
 
-    /// A socket reported an error while nothing was read from it or written to it.
-    fn failure(&self) -> Option<CloseReason> {
-        let fault = |error: io::Error| Fault::from(error);
-        if self.down == Half::Closed {
-            let error = self.network.take_error().ok().flatten();
-            _ = self.network.try_io(Interest::ERROR, || Err::<(), _>(io::ErrorKind::WouldBlock.into()));
-            error.map(|error| self.network_fault(fault(error)))
-        } else {
-            let error = self.application.take_error().ok().flatten();
-            _ = self.application.try_io(Interest::ERROR, || Err::<(), _>(io::ErrorKind::WouldBlock.into()));
-            error.map(|error| application_fault(fault(error)))
+    /// A socket reported an error. Where it is still read, reading it says which one.
+    fn failure(&mut self, side: Side) -> Option<CloseReason> {
+        let socket = match side {
+            Side::Network => &self.network,
+            Side::Application => &self.application,
+        };
+        _ = socket.try_io(Interest::ERROR, || Err::<(), _>(io::ErrorKind::WouldBlock.into()));
+        match side {
+            Side::Network if self.down == Half::Open => {
+                self.lane.ask_again();
+                None
+            }
+            Side::Network => self.network.take_error().ok().flatten().map(|error| self.network_fault(error.into())),
+            Side::Application => {
+                self.application.take_error().ok().flatten().map(|error| application_fault(error.into()))
+            }
         }
     }
 

@@ -29,12 +29,15 @@ pub(super) struct Kernel {
     asked: bool,
     /// A KeyUpdate is in the socket, and the key that belongs to it is not.
     half_updated: bool,
+    /// The socket has reported an error: since 6.5 (net/tls/tls_strp.c) a header that is none stops the socket with an
+    /// error and without anything to read, so a poll says `EPOLLERR` alone.
+    failed: bool,
 }
 
 impl Kernel {
     pub(super) fn new(keys: Box<KernelKeys>) -> Self {
         let control = Control::new(keys.is_client());
-        Self { keys, control, asked: false, half_updated: false }
+        Self { keys, control, asked: false, half_updated: false, failed: false }
     }
 
     fn control_record(&mut self, network: &TcpStream, content_type: u8, body: &[u8]) -> Result<Then, Fault> {
@@ -65,6 +68,7 @@ impl Kernel {
 
 impl Lane for Kernel {
     const TLS: bool = true;
+    const FAILS_UNREAD: bool = true;
 
     fn outbound(&mut self, application: &TcpStream, batch: Batch, scratch: &mut Scratch) -> Result<Outbound, Fault> {
         plain::Plain.outbound(application, batch, scratch)
@@ -75,12 +79,18 @@ impl Lane for Kernel {
         let room = scratch.bytes.get_mut(..batch.bytes()).unwrap_or_default();
         let mut told = None;
         // A short read says nothing here: data and control records are never mixed in one call.
-        let read = socket::read(network, room.len(), false, || {
+        let length = room.len();
+        let mut receive = || {
             let (length, content_type) =
                 tls::receive_tls_record(network.as_fd(), room, false).map_err(|error| errno(&error))?;
             told = content_type;
             Ok(length)
-        });
+        };
+        let read = if std::mem::take(&mut self.failed) {
+            socket::read_unasked(network, receive)
+        } else {
+            socket::read(network, length, false, &mut receive)
+        };
         let taken = match read.map_err(failure)? {
             Read::Blocked => return Ok(Inbound { bytes: 0, taken: 0, then: Then::Blocked }),
             Read::End if told.is_none() && !is_at_end(network)? => 0,
@@ -141,6 +151,10 @@ impl Lane for Kernel {
 
     fn needs_ticks(&self) -> bool {
         true
+    }
+
+    fn ask_again(&mut self) {
+        self.failed = true;
     }
 }
 

@@ -15,6 +15,9 @@ pub(super) trait Lane {
     /// Does the peer end its stream with close_notify? Otherwise with a FIN.
     const TLS: bool;
 
+    /// May the network's socket fail without having anything to read?
+    const FAILS_UNREAD: bool = false;
+
     /// Takes from the application, and leaves in the scratch what goes to the network.
     fn outbound(&mut self, application: &TcpStream, batch: Batch, scratch: &mut Scratch) -> Result<Outbound, Fault>;
 
@@ -42,6 +45,9 @@ pub(super) trait Lane {
     fn needs_ticks(&self) -> bool {
         false
     }
+
+    /// The network's socket reports an error while it is read: the next [`Lane::inbound`] asks the socket itself.
+    fn ask_again(&mut self) {}
 
     /// The flow waits: memory that is not in use is given back.
     fn rest(&mut self) {}

@@ -42,6 +42,20 @@ pub(super) fn read(
     Ok(outcome)
 }
 
+/// Reads like `read`, but asks the socket itself instead of what is known of its readiness: for sockets that report an
+/// error without saying that they can be read.
+pub(super) fn read_unasked(socket: &TcpStream, read: impl FnOnce() -> Result<usize, Errno>) -> io::Result<Read> {
+    match read() {
+        Ok(0) => Ok(Read::End),
+        Ok(length) => Ok(Read::Bytes(length)),
+        Err(Errno::AGAIN | Errno::INTR) => {
+            attempt(socket.try_io(Interest::READABLE, || Err(ErrorKind::WouldBlock.into())))?;
+            Ok(Read::Blocked)
+        }
+        Err(error) => Err(error.into()),
+    }
+}
+
 /// Writes `length` bytes or fewer, and says how many; 0 where the socket takes none.
 pub(super) fn write(
     socket: &TcpStream,

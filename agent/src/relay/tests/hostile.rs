@@ -62,6 +62,21 @@ async fn what_is_not_a_sealed_record_is_refused_at_its_first_byte() {
 }
 
 #[tokio::test]
+async fn what_is_not_a_record_is_noticed_by_a_relay_at_rest() {
+    for garbage in [&b"HTTP/1.1 200 OK\r\n\r\n"[..], &[23, 3, 3, 0xff, 0xff, 0, 0, 0]] {
+        let (mut relay, mut peer) = against_records().await;
+        peer.send(23, b"good").await;
+        relay.application.read_exact(&mut [0; 4]).await.unwrap();
+        // Nothing is under way, so nothing but the socket itself can wake it.
+        sleep(Duration::from_millis(300)).await;
+        peer.socket.write_all(garbage).await.unwrap();
+        let closed = timeout(patience(5), relay.tally).await.expect("it is noticed").unwrap().closed;
+        assert!(matches!(closed, CloseReason::PeerViolation(_)), "{closed}");
+        assert!(is_reset(&mut relay.application).await);
+    }
+}
+
+#[tokio::test]
 async fn messages_that_have_no_place_after_the_handshake_are_refused() {
     expect(Violation::UnexpectedMessage, 10, |peer| peer.seal(22, &[13, 0, 0, 0])).await;
     expect(Violation::UnexpectedMessage, 10, |peer| peer.seal(22, &[])).await;
