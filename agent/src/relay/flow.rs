@@ -438,6 +438,10 @@ impl<L: Lane> Flow<L> {
     /// Until when to wait, and what it means when nothing has happened by then.
     fn deadline(&self, limits: &Limits, moved: &Moved) -> Option<(Instant, Option<CloseReason>)> {
         let idle = limits.idle.map(|idle| (moved.up.max(moved.down) + idle, Some(CloseReason::Idle)));
+        let (up, down) = (self.up_is_under_way(), !self.down_pending.is_empty());
+        if !up && !down {
+            return idle;
+        }
         let now = Instant::now();
         let stall = |under_way: bool, since: Instant| {
             under_way.then(|| {
@@ -446,7 +450,6 @@ impl<L: Lane> Flow<L> {
                 (if due > now { due } else { now + MAX_TICK }, Some(CloseReason::Stalled))
             })
         };
-        let (up, down) = (self.up_is_under_way(), !self.down_pending.is_empty());
         let tick = (up && self.lane.needs_ticks()).then(|| {
             // As long again as it has been waiting.
             (now + now.duration_since(moved.up).clamp(MIN_TICK, MAX_TICK), None)
