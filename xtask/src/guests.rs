@@ -8,7 +8,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
@@ -28,6 +28,8 @@ const GUEST_BULK: u32 = 256 << 20;
 const GUEST_LIMIT: Duration = Duration::from_secs(50 * 60);
 /// The longest that a guest may say nothing. A test may be long, so this is longer than any.
 const GUEST_SILENCE: Duration = Duration::from_secs(8 * 60);
+/// Lines of a guest's console that are shown from where a test failed.
+const PANIC_LINES: usize = 30;
 
 /// What the guests run.
 pub struct Programs {
@@ -151,11 +153,27 @@ fn guest(kernel: &Kernel, job: &Job) -> Fallible<Count> {
         count.failed.push(format!("the guest itself: {}", verdict.line()));
     }
     if !count.failed.is_empty() {
-        println!("{}\n  whole console: {}", crate::run::tail(&verdict.log, 60), verdict.log.display());
+        let (panics, end) = (panics(&verdict.log), crate::run::tail(&verdict.log, 20));
+        println!("{panics}    ...\n{end}\n  whole console: {}", verdict.log.display());
     }
     let names = count.skipped.iter_mut().map(|(name, _)| name).chain(&mut count.failed);
     names.for_each(|name| *name = format!("{name} on {}", kernel.series()));
     Ok(count)
+}
+
+/// What the tests of a guest said when they failed, indented: each message with the lines after it.
+fn panics(log: &Path) -> String {
+    let text = fs::read(log).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    let (mut shown, mut left) = (String::new(), 0);
+    for line in text.lines() {
+        left = if line.contains("panicked at") { PANIC_LINES } else { left };
+        if left > 0 {
+            shown.push_str(&format!("    {line}\n"));
+            left -= 1;
+        }
+    }
+    shown
 }
 
 /// The lab, the kernel programs' tests and the engine's, one program after the other.
