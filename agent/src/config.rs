@@ -16,7 +16,7 @@ use std::{
     fmt,
     num::NonZeroUsize,
     path::{Path, PathBuf},
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 /// A checked configuration.
@@ -44,6 +44,8 @@ pub struct Config {
     pub timeouts: Timeouts,
     /// How many there may be.
     pub limits: Limits,
+    /// Connections between two agents that are used again.
+    pub sessions: Sessions,
 }
 
 /// Which engine carries records.
@@ -129,6 +131,35 @@ pub struct Limits {
     pub handshakes: usize,
 }
 
+/// Connections between two agents that are used again: whether, how many, how long.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Sessions {
+    /// Whether at all.
+    pub reuse: bool,
+    /// How long an unused one is kept.
+    pub idle: Duration,
+    /// How long after its handshake one is used again.
+    pub age: Duration,
+    /// How often one is used.
+    pub uses: u32,
+    /// Unused ones that a shard keeps for one workload and destination.
+    pub spares: usize,
+}
+
+impl Default for Sessions {
+    fn default() -> Self {
+        let (idle, age) = (Duration::from_secs(30), Duration::from_secs(10 * 60));
+        Self { reuse: true, idle, age, uses: 10_000, spares: 64 }
+    }
+}
+
+impl Sessions {
+    /// May a connection of this age, after so many uses, have another?
+    pub fn allows(&self, since: Instant, uses: u32) -> bool {
+        self.reuse && uses < self.uses && since.elapsed() < self.age
+    }
+}
+
 /// A configuration that is not taken, and everything that is wrong with it: one line each.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("{problems}")]
@@ -184,7 +215,7 @@ impl Config {
     }
 }
 
-const ROOT: [&str; 11] = [
+const ROOT: [&str; 12] = [
     "policy_dir",
     "state_dir",
     "run_dir",
@@ -196,6 +227,7 @@ const ROOT: [&str; 11] = [
     "audit",
     "timeouts",
     "limits",
+    "sessions",
 ];
 const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
@@ -212,6 +244,7 @@ fn read(root: &Table<'_>, problems: &mut Problems) -> Option<Config> {
     let audit = audit(root, problems);
     let timeouts = timeouts(root, problems);
     let limits = limits(root, problems);
+    let sessions = sessions(root, problems);
     Some(Config {
         policy_dir: policy_dir?,
         state_dir: state_dir?,
@@ -224,6 +257,7 @@ fn read(root: &Table<'_>, problems: &mut Problems) -> Option<Config> {
         audit: audit?,
         timeouts: timeouts?,
         limits: limits?,
+        sessions: sessions?,
     })
 }
 
@@ -361,6 +395,26 @@ fn limits(root: &Table<'_>, problems: &mut Problems) -> Option<Limits> {
     Some(Limits { connections: connections?, handshakes: handshakes? })
 }
 
+fn sessions(root: &Table<'_>, problems: &mut Problems) -> Option<Sessions> {
+    let default = Sessions::default();
+    let Some(table) = root.table("sessions", &["reuse", "idle", "age", "uses", "spares"], problems) else {
+        return or_default(root, "sessions", default);
+    };
+    let reuse = match table.boolean("reuse", problems) {
+        Some(reuse) => Some(reuse.value),
+        None => or_default(&table, "reuse", default.reuse),
+    };
+    let idle = duration(&table, "idle", "30s", (Duration::from_secs(1), DAY), problems);
+    let age = duration(&table, "age", "10m", (Duration::from_secs(1), DAY), problems);
+    let mut number = |key, default: u32, most| match table.number(key, 1, most, problems) {
+        Some(number) => u32::try_from(number.value).ok(),
+        None => or_default(&table, key, default),
+    };
+    let uses = number("uses", default.uses, 1 << 30);
+    let spares = number("spares", 64, 1 << 16);
+    Some(Sessions { reuse: reuse?, idle: idle?, age: age?, uses: uses?, spares: usize::try_from(spares?).ok()? })
+}
+
 fn duration(
     table: &Table<'_>,
     key: &'static str,
@@ -421,7 +475,10 @@ impl fmt::Display for Config {
         writeln!(f, "\n[timeouts]\ndial = \"{}\"\nhandshake = \"{}\"", units::print(dial), units::print(handshake))?;
         writeln!(f, "drain = \"{}\"\nstall = \"{}\"", units::print(drain), units::print(stall))?;
         let Limits { connections, handshakes } = self.limits;
-        writeln!(f, "\n[limits]\nconnections = {connections}\nhandshakes = {handshakes}")
+        writeln!(f, "\n[limits]\nconnections = {connections}\nhandshakes = {handshakes}")?;
+        let Sessions { reuse, idle, age, uses, spares } = self.sessions;
+        writeln!(f, "\n[sessions]\nreuse = {reuse}\nidle = \"{}\"\nage = \"{}\"", units::print(idle), units::print(age))?;
+        writeln!(f, "uses = {uses}\nspares = {spares}")
     }
 }
 
@@ -480,6 +537,13 @@ mod tests {
         [limits]
         connections = 65536
         handshakes = 1024
+
+        [sessions]
+        reuse = true
+        idle = "30s"
+        age = "10m"
+        uses = 10000
+        spares = 64
         "#);
     }
 

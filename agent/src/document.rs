@@ -194,6 +194,19 @@ impl<'d> Table<'d> {
         self.values.get(key).map_or_else(|| self.place.clone(), |value| self.lines.place(value.span().start))
     }
 
+    /// The yes or no of a key.
+    pub fn boolean(&self, key: &'static str, problems: &mut Problems) -> Option<At<bool>> {
+        let value = self.values.get(key)?;
+        let place = self.lines.place(value.span().start);
+        match value.get_ref() {
+            DeValue::Boolean(value) => Some(At { place, value: *value }),
+            other => {
+                problems.add(&place, wrong_type(key, "true or false", other), "write true or false, without quotes");
+                None
+            }
+        }
+    }
+
     /// The whole number of a key, between two bounds.
     pub fn number(&self, key: &'static str, least: u64, most: u64, problems: &mut Problems) -> Option<At<u64>> {
         let value = self.values.get(key)?;

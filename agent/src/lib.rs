@@ -27,6 +27,7 @@ pub mod authorize;
 pub mod handshake;
 pub mod offload;
 pub mod relay;
+pub mod reuse;
 pub mod audit;
 pub mod live;
 pub mod pipeline;

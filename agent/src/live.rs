@@ -118,6 +118,10 @@ impl Registry {
         self.flows.fetch_add(1, Ordering::Relaxed);
         self.places.take(all)
     }
+    /// Counts a flow on a connection whose place is taken already.
+    pub fn again(&self) {
+        self.flows.fetch_add(1, Ordering::Relaxed);
+    }
     /// Flows so far.
     pub fn total(&self) -> u64 {
         self.flows.load(Ordering::Relaxed)

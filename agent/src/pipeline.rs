@@ -6,21 +6,29 @@
 //!
 //! *Invariant:* every path out of [`walk`] goes through `Attempt::close`.
 
-use crate::audit::{self, Bytes, Decision, End, Method, Process, Record};
+mod attempt;
+
+pub use attempt::turned_away;
+
+use crate::audit::{self, Decision, Method};
 use crate::authorize::{self, Authorized, Permit};
 use crate::config::Config;
-use crate::handshake::{self, Session, Terms};
+use crate::handshake::{self, Terms};
 use crate::identify::{self, Identities};
-use crate::intercept::{self, Dialler, Direction, Flow};
-use crate::live::{Basis, Live, Registry};
+use crate::intercept::{self, Dialler, Direction, Flow, OriginalDst};
+use crate::live::{Basis, Registry};
 use crate::offload::{self, Choice, Engine, Pipe};
 use crate::policy::{Policy, Rule};
 use crate::refusal::{Culprit, Refusal};
-use crate::relay::{self, Limits, Progress, Stop, Tally};
+use crate::relay::{self, Idle, Left, Limits, Progress, Stop};
+use crate::reuse::{self, Bound, Key, Pool};
 use arc_swap::ArcSwap;
+use attempt::Attempt;
+use std::cell::RefCell;
+use std::collections::HashSet;
+use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
-use time::OffsetDateTime;
+use std::time::{Duration, SystemTime};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::sync::{Semaphore, watch};
@@ -48,9 +56,29 @@ pub struct Shared {
     pub registry: Arc<Registry>,
     /// The audit log.
     pub audit: audit::Sender,
+    /// Told when policy or trust have changed: what was decided before is decided again.
+    pub changed: watch::Sender<()>,
     /// Handshakes that may be under way at once; the others wait, within their own deadline.
     pub handshakes: Semaphore,
 }
+
+/// What the flows of one shard share.
+pub struct Site {
+    /// Makes connections.
+    pub dialler: Dialler,
+    /// Connections to other agents that may be used again.
+    pub pool: RefCell<Pool>,
+    /// Destinations that decline what an agent offers: they are not asked again until the policy changes.
+    pub foreign: RefCell<HashSet<SocketAddr>>,
+    /// True when the agent ends.
+    pub closing: watch::Receiver<bool>,
+}
+
+/// The most destinations that are remembered as foreign.
+const MAX_FOREIGN: usize = 4096;
+
+/// How much longer than the client the server keeps an unused connection, so that it is the client who closes it.
+const SERVER_PATIENCE: u32 = 2;
 
 /// Why a walk ended before the relay did.
 #[derive(Debug, thiserror::Error)]
@@ -79,6 +107,9 @@ pub enum Error {
     /// handshake refused.
     #[error(transparent)]
     Handshake(handshake::Cause),
+    /// A further use of a connection was refused.
+    #[error(transparent)]
+    Reuse(reuse::Unfit),
     /// offload refused.
     #[error(transparent)]
     Offload(offload::Error),
@@ -92,7 +123,7 @@ impl Error {
                 "intercept"
             }
             Self::Identify(_) => "identify",
-            Self::Authorize(_) => "authorize",
+            Self::Authorize(_) | Self::Reuse(_) => "authorize",
             Self::Handshake(_) => "handshake",
             Self::Offload(_) => "offload",
         }
@@ -108,6 +139,7 @@ impl Refusal for Error {
             Self::Authorize(error) => error.culprit(),
             Self::Intercept(error) => error.culprit(),
             Self::Handshake(error) => error.culprit(),
+            Self::Reuse(error) => error.culprit(),
             Self::Offload(error) => error.culprit(),
         }
     }
@@ -121,32 +153,55 @@ impl Refusal for Error {
             Self::Authorize(error) => error.code(),
             Self::Intercept(error) => error.code(),
             Self::Handshake(error) => error.code(),
+            Self::Reuse(error) => error.code(),
             Self::Offload(error) => error.code(),
         }
     }
 }
 
-/// Walks one flow through the rooms. Returns when it is over and recorded.
-pub async fn walk(shared: &Shared, dialler: &Dialler, flow: Flow) {
+/// Walks one flow through the rooms, and inbound what comes after it on the same connection. Returns when all of it is
+/// over and recorded.
+pub async fn walk(shared: &Shared, site: &Site, flow: Flow) {
     let place = shared.registry.begin(shared.config.limits.connections);
-    let walk = Walk { shared, dialler, policy: shared.policy.load_full() };
+    let walk = Walk::new(shared, site);
     let attempt = Attempt::new(shared, &flow);
     match (place, flow.direction) {
         _ if shared.audit.refuses() => attempt.refuse(flow.socket, &Error::AuditUnwritable),
         (Err(taken), _) => attempt.refuse(flow.socket, &Error::TooMany(taken)),
         (Ok(_place), Direction::Outbound) => walk.outbound(attempt, flow).await,
-        (Ok(_place), Direction::Inbound) => walk.inbound(attempt, flow).await,
+        (Ok(_place), Direction::Inbound) => {
+            let ends = (flow.source, flow.destination);
+            let mut left = walk.inbound(attempt, flow).await;
+            while let Some(idle) = match left {
+                Some(left) => left.settle().await,
+                None => None,
+            } {
+                left = Walk::new(shared, site).again(idle, ends).await;
+            }
+        }
     }
 }
 
 /// What one walk goes by: the policy is the one that was in force when it began.
 struct Walk<'a> {
     shared: &'a Shared,
-    dialler: &'a Dialler,
+    site: &'a Site,
     policy: Arc<Policy>,
 }
 
+/// What carries a flow.
+enum Carriage {
+    /// A pipe of its own.
+    Pipe(Pipe),
+    /// A connection that others have used before.
+    Bound(Bound),
+}
+
 impl<'a> Walk<'a> {
+    fn new(shared: &'a Shared, site: &'a Site) -> Self {
+        Self { shared, site, policy: shared.policy.load_full() }
+    }
+
     /// Who is it, and what may it do? `None` where that was answered for good: refused, or carried in plaintext.
     async fn admit(&self, mut attempt: Attempt<'a>, flow: Flow) -> Option<(Attempt<'a>, Permit)> {
         let parties = match identify::identify(flow, &self.policy, &self.shared.identities).await {
@@ -184,15 +239,47 @@ impl<'a> Walk<'a> {
 
     async fn outbound(&self, attempt: Attempt<'a>, flow: Flow) {
         let Some((mut attempt, permit)) = self.admit(attempt, flow).await else { return };
-        match self.meet(&mut attempt, permit).await {
-            Ok(Met { pipe, basis, rule }) => self.carry(attempt, pipe, basis, Some(rule)).await,
-            Err(unmet) => attempt.refuse(unmet.socket, &unmet.error),
+        let key = Key::of(&permit);
+        let met = match self.meet_again(&mut attempt, permit, &key).await {
+            Ok(met) => Ok(met),
+            Err(permit) => self.meet(&mut attempt, permit).await,
+        };
+        let left = match met {
+            Ok(Met { carriage, basis, rule }) => self.carry(attempt, carriage, basis, Some(rule)).await,
+            Err(unmet) => return attempt.refuse(unmet.socket, &unmet.error),
+        };
+        let Some(left) = left else { return };
+        if let Some(idle) = left.settle().await {
+            self.site.pool.borrow_mut().put(&self.policy, key, idle);
+        }
+    }
+
+    /// Over a connection that is there already. Whatever is wrong with it, the flow is as it was.
+    async fn meet_again(&self, attempt: &mut Attempt<'a>, mut permit: Permit, key: &Key) -> Result<Met, Permit> {
+        loop {
+            let idle = self.site.pool.borrow_mut().take(&self.policy, key);
+            let Some(idle) = idle else { return Err(permit) };
+            let (agreement, uses) = (idle.agreement().clone(), idle.uses());
+            // A peer that does not answer is waited for no longer than one that does not accept.
+            match reuse::begin(permit, idle, SystemTime::now(), self.shared.config.timeouts.dial).await {
+                Ok(bound) => {
+                    let rule = bound.rule().clone();
+                    let basis = attempt.agreed(&agreement, uses + 1);
+                    return Ok(Met { carriage: Carriage::Bound(bound), basis, rule });
+                }
+                Err((why, given_back)) => {
+                    tracing::debug!(%why, "a connection was not used again");
+                    permit = given_back;
+                }
+            }
         }
     }
 
     /// Dials and shakes hands; once more with engine `user` where the kernel failed after it had taken up TLS.
     async fn meet(&self, attempt: &mut Attempt<'a>, mut permit: Permit) -> Result<Met, Box<Unmet>> {
         let mut engine = self.shared.engine;
+        let destination = permit.parties().flow.destination.0;
+        let mut offer = self.shared.config.sessions.reuse && !self.site.foreign.borrow().contains(&destination);
         loop {
             let network = match self.dial(&permit.parties().flow).await {
                 Ok(network) => network,
@@ -200,17 +287,22 @@ impl<'a> Walk<'a> {
             };
             let session = {
                 let _turn = self.shared.handshakes.acquire().await;
-                match handshake::connect(permit, network, self.terms(engine)).await {
+                match handshake::connect(permit, network, self.terms(engine, offer)).await {
                     Ok(session) => session,
+                    Err(error) if offer && error.declines_offer() => {
+                        self.remember_as_foreign(destination);
+                        (offer, permit) = (false, error.into_parts().1);
+                        continue;
+                    }
                     Err(error) => {
                         let (error, permit) = attempt.unmet(error);
                         return Err(Unmet::with(error, permit));
                     }
                 }
             };
-            let (basis, rule) = attempt.agreed(&session);
+            let (basis, rule) = (attempt.agreed(session.agreement(), 1), session.rule().clone());
             match offload::arm(session, None, engine) {
-                Ok(pipe) => return Ok(Met { pipe, basis, rule }),
+                Ok(pipe) => return Ok(Met { carriage: Carriage::Pipe(pipe), basis, rule }),
                 Err(error) if error.may_redial() && engine != Choice::User => {
                     tracing::warn!(%error, "dialling again with engine user");
                     engine = Choice::User;
@@ -224,36 +316,115 @@ impl<'a> Walk<'a> {
         }
     }
 
-    async fn inbound(&self, attempt: Attempt<'a>, flow: Flow) {
-        let Some((mut attempt, permit)) = self.admit(attempt, flow).await else { return };
+    fn remember_as_foreign(&self, destination: SocketAddr) {
+        let mut foreign = self.site.foreign.borrow_mut();
+        if foreign.len() >= MAX_FOREIGN {
+            foreign.clear();
+        }
+        foreign.insert(destination);
+    }
+
+    async fn inbound(&self, attempt: Attempt<'a>, flow: Flow) -> Option<Left> {
+        let (mut attempt, permit) = self.admit(attempt, flow).await?;
         if let Some(rule) = permit.permissive().cloned() {
             // A socket that cannot be looked at is one that the handshake will fail on, and say why.
             if !handshake::looks_like_tls(&permit.parties().flow.socket, SILENCE).await.unwrap_or(true) {
                 let parties = permit.into_parties();
                 let basis = Basis::Plaintext { local: parties.workload.id.clone() };
-                return self.plaintext(attempt, parties.flow, basis, Some(rule)).await;
+                self.plaintext(attempt, parties.flow, basis, Some(rule)).await;
+                return None;
             }
         }
         let session = {
             let _turn = self.shared.handshakes.acquire().await;
-            match handshake::accept(permit, self.terms(self.shared.engine)).await {
+            let terms = self.terms(self.shared.engine, self.shared.config.sessions.reuse);
+            match handshake::accept(permit, terms).await {
                 Ok(session) => session,
                 Err(error) => {
                     let (error, permit) = attempt.unmet(error);
                     attempt.refuse(None, &error);
-                    return linger(permit.into_parties().flow.socket).await;
+                    linger(permit.into_parties().flow.socket).await;
+                    return None;
                 }
             }
         };
-        let (basis, rule) = attempt.agreed(&session);
+        let (basis, rule) = (attempt.agreed(session.agreement(), 1), session.rule().clone());
         // Only now does the workload hear of it: whoever is not admitted cannot even make it accept.
         let leg = match self.leg(&session.permit().parties().flow).await {
             Ok(leg) => leg,
-            Err(error) => return attempt.refuse(session.into_permit().into_parties().flow.socket, &error),
+            Err(error) => {
+                attempt.refuse(session.into_permit().into_parties().flow.socket, &error);
+                return None;
+            }
         };
         match offload::arm(session, Some(leg), self.shared.engine) {
-            Ok(pipe) => self.carry(attempt, pipe, basis, Some(rule)).await,
-            Err(error) => attempt.refuse(None, &Error::Offload(error)),
+            Ok(pipe) => self.carry(attempt, Carriage::Pipe(pipe), basis, Some(rule)).await,
+            Err(error) => {
+                attempt.refuse(None, &Error::Offload(error));
+                None
+            }
+        }
+    }
+
+    /// Waits for the next use of a connection, and walks it: who listens, who may come and who the peer is are asked as if
+    /// it were a new one. What is refused ends the connection, and the peer may make a new one and hear why.
+    async fn again(&self, mut idle: Idle, (source, destination): (SocketAddr, OriginalDst)) -> Option<Left> {
+        if !self.is_asked(&mut idle).await {
+            idle.close();
+            return None;
+        }
+        self.shared.registry.again();
+        let walk = Walk::new(self.shared, self.site);
+        let (network, shared) = idle.into_parts();
+        let flow = match self.site.dialler.inbound(network, source, destination) {
+            Ok(flow) => flow,
+            Err(error) => {
+                turned_away(self.shared, Direction::Inbound, &error);
+                return None;
+            }
+        };
+        let attempt = Attempt::new(self.shared, &flow);
+        if self.shared.audit.refuses() {
+            attempt.refuse(flow.socket, &Error::AuditUnwritable);
+            return None;
+        }
+        let (mut attempt, permit) = walk.admit(attempt, flow).await?;
+        let basis = attempt.agreed(shared.agreement(), shared.uses());
+        if let Err(unfit) = reuse::admit(&permit, &shared, SystemTime::now()) {
+            attempt.refuse(permit.into_parties().flow.socket, &Error::Reuse(unfit));
+            return None;
+        }
+        let leg = match walk.leg(&permit.parties().flow).await {
+            Ok(leg) => leg,
+            Err(error) => {
+                attempt.refuse(permit.into_parties().flow.socket, &error);
+                return None;
+            }
+        };
+        match reuse::ready(permit, shared, leg, SystemTime::now()).await {
+            Ok(bound) => {
+                let rule = bound.rule().clone();
+                walk.carry(attempt, Carriage::Bound(bound), basis, Some(rule)).await
+            }
+            Err(unfit) => {
+                attempt.refuse(None, &Error::Reuse(unfit));
+                None
+            }
+        }
+    }
+
+    /// Waits for the client to begin. False: it has closed, or it is time that this side does.
+    async fn is_asked(&self, idle: &mut Idle) -> bool {
+        let sessions = &self.shared.config.sessions;
+        let (mut changed, mut closing) = (self.shared.changed.subscribe(), self.site.closing.clone());
+        if *closing.borrow() || !sessions.allows(idle.agreement().since, idle.uses()) {
+            return false;
+        }
+        tokio::select! {
+            next = idle.next() => next.is_ok(),
+            _ = changed.changed() => false,
+            _ = closing.wait_for(|closing| *closing) => false,
+            () = tokio::time::sleep(sessions.idle * SERVER_PATIENCE) => false,
         }
     }
 
@@ -273,13 +444,23 @@ impl<'a> Walk<'a> {
         };
         attempt.method = Method::Plaintext;
         match pipe {
-            Ok(pipe) => self.carry(attempt, pipe, basis, rule).await,
+            // Nothing is left of a connection without TLS.
+            Ok(pipe) => _ = self.carry(attempt, Carriage::Pipe(pipe), basis, rule).await,
             Err(error) => attempt.refuse(None, &Error::Offload(error)),
         }
     }
 
-    async fn carry(&self, mut attempt: Attempt<'a>, pipe: Pipe, basis: Basis, rule: Option<Arc<Rule>>) {
-        attempt.engine = pipe.engine().map(Engine::name);
+    async fn carry(
+        &self,
+        mut attempt: Attempt<'a>,
+        carriage: Carriage,
+        basis: Basis,
+        rule: Option<Arc<Rule>>,
+    ) -> Option<Left> {
+        attempt.engine = match &carriage {
+            Carriage::Pipe(pipe) => pipe.engine().map(Engine::name),
+            Carriage::Bound(bound) => Some(bound.idle().engine().name()),
+        };
         attempt.rule = rule.as_ref().map(|rule| rule.name.clone());
         let decision = match basis {
             Basis::Mesh { .. } => Decision::Allowed,
@@ -295,12 +476,16 @@ impl<'a> Walk<'a> {
             entered.live().end(Stop::Revoked);
         }
         let limits = Limits { idle: rule.and_then(|rule| rule.idle_timeout), stall: self.shared.config.timeouts.stall };
-        let tally = relay::carry(pipe, &limits, told(stopped), &progress).await;
+        let (tally, left) = match carriage {
+            Carriage::Pipe(pipe) => relay::carry(pipe, &limits, told(stopped), &progress).await,
+            Carriage::Bound(bound) => bound.carry(&limits, told(stopped), &progress).await,
+        };
         attempt.finish(decision, &tally);
+        left
     }
 
     async fn dial(&self, flow: &Flow) -> Result<TcpStream, Error> {
-        let dial = self.dialler.dial(flow.destination.0, flow.dial_from);
+        let dial = self.site.dialler.dial(flow.destination.0, flow.dial_from);
         match tokio::time::timeout(self.shared.config.timeouts.dial, dial).await {
             Ok(outcome) => outcome.map_err(Error::Intercept),
             Err(_) => Err(Error::DialTimeout(self.shared.config.timeouts.dial)),
@@ -308,15 +493,16 @@ impl<'a> Walk<'a> {
     }
 
     async fn leg(&self, flow: &Flow) -> Result<TcpStream, Error> {
-        let leg = self.dialler.leg(flow.destination, flow.source);
+        let leg = self.site.dialler.leg(flow.destination, flow.source);
         match tokio::time::timeout(self.shared.config.timeouts.dial, leg).await {
             Ok(outcome) => outcome.map_err(Error::Intercept),
             Err(_) => Err(Error::DialTimeout(self.shared.config.timeouts.dial)),
         }
     }
 
-    fn terms(&self, engine: Choice) -> Terms {
+    fn terms(&self, engine: Choice, reuse: bool) -> Terms {
         Terms {
+            reuse,
             deadline: tokio::time::Instant::now() + self.shared.config.timeouts.handshake,
             ciphers: engine.ciphers(),
         }
@@ -325,7 +511,7 @@ impl<'a> Walk<'a> {
 
 /// A peer that was reached, and shaken hands with.
 struct Met {
-    pipe: Pipe,
+    carriage: Carriage,
     basis: Basis,
     rule: Arc<Rule>,
 }
@@ -353,37 +539,6 @@ async fn linger(mut socket: TcpStream) {
     let _ = tokio::time::timeout(LINGER, read).await;
 }
 
-/// A connection that came to an agent's listener and is no flow: nobody turned it there.
-pub fn turned_away(shared: &Shared, direction: Direction, error: &intercept::Error) {
-    let Some(source) = error.stranger() else {
-        return tracing::warn!(%error, "a connection was not accepted");
-    };
-    let attempt = Attempt {
-        shared,
-        began: Instant::now(),
-        time: OffsetDateTime::now_utc(),
-        flow: 0,
-        direction,
-        source: End { id: None, address: source.0 },
-        destination: End { id: None, address: source.1 },
-        process: None,
-        method: Method::None,
-        tls: None,
-        engine: None,
-        rule: None,
-    };
-    attempt.close(
-        Decision::Denied,
-        "intercept",
-        Ending {
-            culprit: Some(error.culprit()),
-            code: error.code(),
-            reason: error.to_string(),
-            bytes: Bytes::default(),
-        },
-    );
-}
-
 /// Waits until somebody says stop.
 async fn told(mut stopped: watch::Receiver<Option<Stop>>) -> Stop {
     loop {
@@ -396,146 +551,3 @@ async fn told(mut stopped: watch::Receiver<Option<Stop>>) -> Stop {
     }
 }
 
-/// What is known about an attempt so far: the audit record in the making.
-struct Attempt<'a> {
-    shared: &'a Shared,
-    began: Instant,
-    time: OffsetDateTime,
-    flow: u64,
-    direction: Direction,
-    source: End,
-    destination: End,
-    process: Option<Process>,
-    method: Method,
-    tls: Option<audit::Tls>,
-    engine: Option<&'static str>,
-    rule: Option<Arc<str>>,
-}
-
-impl<'a> Attempt<'a> {
-    fn new(shared: &'a Shared, flow: &Flow) -> Self {
-        Self {
-            shared,
-            began: Instant::now(),
-            time: OffsetDateTime::now_utc(),
-            flow: flow.id,
-            direction: flow.direction,
-            source: End { id: None, address: flow.source },
-            destination: End { id: None, address: flow.destination.0 },
-            process: flow.task.as_ref().map(Process::from),
-            method: Method::None,
-            tls: None,
-            engine: None,
-            rule: None,
-        }
-    }
-
-    fn local(&mut self) -> &mut End {
-        match self.direction {
-            Direction::Outbound => &mut self.source,
-            Direction::Inbound => &mut self.destination,
-        }
-    }
-
-    fn peer(&mut self) -> &mut End {
-        match self.direction {
-            Direction::Outbound => &mut self.destination,
-            Direction::Inbound => &mut self.source,
-        }
-    }
-
-    /// Notes what the handshake came to.
-    fn agreed(&mut self, session: &Session) -> (Basis, Arc<Rule>) {
-        let (local, peer) = (session.permit().parties().workload.id.clone(), session.peer().id.clone());
-        self.peer().id = Some(peer.to_string());
-        self.method = Method::Mtls;
-        self.tls = Some(audit::Tls { group: session.group().to_owned(), cipher: session.cipher().to_owned() });
-        (Basis::Mesh { local, peer, path: session.peer().path.clone() }, session.rule().clone())
-    }
-
-    /// Notes who the peer proved to be although the handshake failed.
-    fn unmet(&mut self, error: handshake::Error) -> (Error, Permit) {
-        self.peer().id = error.peer().map(ToString::to_string);
-        let (cause, permit) = error.into_parts();
-        (Error::Handshake(cause), permit)
-    }
-
-    fn live(&self, basis: Basis, progress: Arc<Progress>, stop: watch::Sender<Option<Stop>>) -> Live {
-        Live {
-            flow: self.flow,
-            direction: self.direction,
-            source: self.source.clone(),
-            destination: self.destination.clone(),
-            basis,
-            rule: self.rule.clone(),
-            tls: self.tls.clone(),
-            engine: self.engine,
-            process: self.process.clone(),
-            since: self.time,
-            progress,
-            stop,
-        }
-    }
-
-    fn close(self, decision: Decision, stage: &'static str, end: Ending) {
-        let record = Record {
-            time: self.time,
-            flow: self.flow,
-            direction: self.direction,
-            protocol: "tcp",
-            decision,
-            source: self.source,
-            destination: self.destination,
-            method: self.method,
-            tls: self.tls,
-            engine: self.engine,
-            rule: self.rule.map(|name| name.to_string()),
-            process: self.process,
-            stage,
-            culprit: end.culprit,
-            code: end.code,
-            reason: end.reason,
-            bytes: end.bytes,
-            duration_ms: u64::try_from(self.began.elapsed().as_millis()).unwrap_or(u64::MAX),
-        };
-        if decision == Decision::Denied {
-            self.shared.registry.count_refused(&record);
-        }
-        self.shared.audit.send(&record);
-    }
-
-    /// Refuses the flow that `socket` was accepted for: whoever is on it gets a reset. Without one, it is closed already.
-    fn refuse(self, socket: impl Into<Option<TcpStream>>, error: &Error) {
-        if let Some(socket) = socket.into() {
-            // A socket that cannot be reset is closed by the drop, and carries no byte either way.
-            let _ = socket.set_zero_linger();
-        }
-        let end = Ending {
-            culprit: Some(error.culprit()),
-            code: error.code(),
-            reason: error.to_string(),
-            bytes: Bytes::default(),
-        };
-        self.close(Decision::Denied, error.stage(), end);
-    }
-
-    fn finish(self, decision: Decision, tally: &Tally) {
-        let end = Ending {
-            culprit: tally.closed.culprit(),
-            code: tally.closed.code(),
-            reason: tally.closed.to_string(),
-            bytes: Bytes { sent: tally.sent, received: tally.received },
-        };
-        // In TLS 1.3 a client has finished before the server judges its certificate: what looked like a session was none.
-        let refused = matches!(tally.closed, relay::CloseReason::PeerRefused(_));
-        self.close(if refused { Decision::Denied } else { decision }, "relay", end);
-    }
-}
-
-/// How an attempt ended.
-struct Ending {
-    culprit: Option<Culprit>,
-    code: &'static str,
-    reason: String,
-    bytes: Bytes,
-}

@@ -3,14 +3,21 @@
 //! *Invariant:* no flow leaves the thread that accepted it, and nothing here is shared but what [`Shared`] holds.
 
 use crate::intercept::{Direction, Door, Doorway, Error};
-use crate::pipeline::{self, Shared};
+use crate::pipeline::{self, Shared, Site};
+use crate::reuse::Pool;
+use std::cell::RefCell;
+use std::collections::HashSet;
+use std::rc::Rc;
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 use tokio::sync::watch;
 use tokio::task::LocalSet;
 
 /// Pause after an accept that failed for want of resources, so that a full table is no busy loop.
 const PAUSE: Duration = Duration::from_millis(20);
+
+/// How often connections that nobody has used again for too long are looked for.
+const SWEEP: Duration = Duration::from_secs(5);
 
 /// Starts the thread of one shard. It ends when `closing` turns true and its last flow is over.
 pub fn start(
@@ -35,16 +42,40 @@ pub fn start(
 
 async fn serve(shared: Arc<Shared>, doorway: Doorway, mut closing: watch::Receiver<bool>) -> Result<(), Error> {
     let door = doorway.open()?;
+    let site = Rc::new(Site {
+        dialler: door.dialler(),
+        pool: RefCell::new(Pool::new(shared.config.sessions)),
+        foreign: RefCell::new(HashSet::new()),
+        closing: closing.clone(),
+    });
     tokio::select! {
-        () = accept(&shared, &door, Direction::Outbound) => {}
-        () = accept(&shared, &door, Direction::Inbound) => {}
+        () = accept(&shared, &site, &door, Direction::Outbound) => {}
+        () = accept(&shared, &site, &door, Direction::Inbound) => {}
+        () = tidy(&shared, &site) => {}
         _ = closing.wait_for(|closing| *closing) => {}
     }
+    site.pool.borrow_mut().close();
     // The door closes here. Flows that are under way have what they need.
     Ok(())
 }
 
-async fn accept(shared: &Arc<Shared>, door: &Door, direction: Direction) {
+/// Closes the connections that wait for another use: all of them when policy or trust change, else what has waited too long.
+async fn tidy(shared: &Shared, site: &Site) {
+    let mut changed = shared.changed.subscribe();
+    loop {
+        match tokio::time::timeout(SWEEP, changed.changed()).await {
+            Ok(Ok(())) => {
+                site.pool.borrow_mut().clear();
+                site.foreign.borrow_mut().clear();
+            }
+            // Nobody will tell any more: the agent ends.
+            Ok(Err(_)) => std::future::pending().await,
+            Err(_) => site.pool.borrow_mut().sweep(Instant::now()),
+        }
+    }
+}
+
+async fn accept(shared: &Arc<Shared>, site: &Rc<Site>, door: &Door, direction: Direction) {
     loop {
         let accepted = match direction {
             Direction::Outbound => door.accept_outbound().await,
@@ -52,8 +83,8 @@ async fn accept(shared: &Arc<Shared>, door: &Door, direction: Direction) {
         };
         match accepted {
             Ok(flow) => {
-                let (shared, dialler) = (shared.clone(), door.dialler());
-                tokio::task::spawn_local(async move { pipeline::walk(&shared, &dialler, flow).await });
+                let (shared, site) = (shared.clone(), site.clone());
+                tokio::task::spawn_local(async move { pipeline::walk(&shared, &site, flow).await });
             }
             Err(error) => {
                 pipeline::turned_away(shared, direction, &error);

@@ -68,6 +68,9 @@ pub struct Tls {
     pub group: String,
     /// Cipher suite.
     pub cipher: String,
+    /// Which connection of the applications on this TLS connection: 1 shook hands, the others came after it.
+    #[serde(rename = "use")]
+    pub number: u32,
 }
 
 /// The local process, as the kernel recorded it.
@@ -181,7 +184,7 @@ pub(crate) mod tests_support {
             source: End { id: Some("spiffe://example.org/curl".into()), address: "10.0.0.1:40000".parse().unwrap() },
             destination: End { id: Some("spiffe://example.org/web".into()), address: "10.0.0.2:80".parse().unwrap() },
             method: Method::Mtls,
-            tls: Some(Tls { group: "X25519MLKEM768".into(), cipher: "TLS13_AES_128_GCM_SHA256".into() }),
+            tls: Some(Tls { group: "X25519MLKEM768".into(), cipher: "TLS13_AES_128_GCM_SHA256".into(), number: 1 }),
             engine: Some("user"),
             rule: Some("curl-to-web".into()),
             process: Some(Process { pid: 4242, uid: 1000, cgroup: 77, comm: "curl".into() }),
@@ -209,7 +212,7 @@ mod tests {
                 r#"{"time":"2026-11-22T05:06:07.000089Z","flow":17,"direction":"outbound","protocol":"tcp","#,
                 r#""decision":"allowed","source":{"id":"spiffe://example.org/curl","address":"10.0.0.1:40000"},"#,
                 r#""destination":{"id":"spiffe://example.org/web","address":"10.0.0.2:80"},"method":"mtls","#,
-                r#""tls":{"group":"X25519MLKEM768","cipher":"TLS13_AES_128_GCM_SHA256"},"engine":"user","#,
+                r#""tls":{"group":"X25519MLKEM768","cipher":"TLS13_AES_128_GCM_SHA256","use":1},"engine":"user","#,
                 r#""rule":"curl-to-web","process":{"pid":4242,"uid":1000,"cgroup":77,"comm":"curl"},"stage":"relay","#,
                 r#""code":"complete","reason":"complete","bytes":{"sent":80,"received":612},"#,
                 r#""duration_ms":12}"#,

@@ -241,6 +241,8 @@ impl Control {
     }
 
     fn revoke(&self, why: &'static str) {
+        // A shard that is gone needs not be told.
+        self.shared.changed.send_replace(());
         let ended = self.shared.registry.revoke(&self.shared.policy.load(), &self.provider.trust());
         if ended > 0 {
             tracing::info!(ended, why, "connections that are no longer allowed were closed");

@@ -93,6 +93,7 @@ pub fn run(config: Config) -> Result<(), Error> {
         engine,
         registry: Arc::new(Registry::default()),
         audit: log.sender(),
+        changed: watch::Sender::new(()),
         handshakes: Semaphore::new(config.limits.handshakes),
         config,
     });

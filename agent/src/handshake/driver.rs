@@ -6,11 +6,12 @@
 use super::{
     Cause,
     secrets::{Schedule, Secrets},
+    settings::REUSE,
 };
 use rustls::{
     client::UnbufferedClientConnection,
     crypto::SupportedKxGroup,
-    server::UnbufferedServerConnection,
+    server::{Acceptor, UnbufferedServerConnection},
     unbuffered::{ConnectionState, EncodeError, InsufficientSizeError, UnbufferedStatus},
 };
 use std::io::{self, ErrorKind};
@@ -33,13 +34,48 @@ pub(super) enum Machine {
 pub(super) struct Finished {
     pub(super) secrets: Secrets,
     pub(super) group: Option<&'static dyn SupportedKxGroup>,
+    /// Both sides know how to use the connection more than once.
+    pub(super) reusable: bool,
+}
+
+/// What has been read before the state machine exists.
+#[derive(Default)]
+pub(super) struct Opening {
+    incoming: Vec<u8>,
+    total: usize,
+}
+
+/// Reads a client's first flight, and says whether it offers [`REUSE`]. rustls refuses a client whose protocols it has none
+/// of (RFC 7301 section 3.2), but inside this TLS are bytes of whatever protocol the workloads speak, so that the offer
+/// has to be known before the server is configured.
+pub(super) async fn hear_offer(network: &TcpStream) -> Result<(Opening, bool), Cause> {
+    let (mut opening, mut acceptor) = (Opening::default(), Acceptor::default());
+    loop {
+        let start = opening.incoming.len();
+        if let Err(cause) = read_record(network, &mut opening.incoming, &mut opening.total).await {
+            leave(network, &mut Vec::new(), &cause).await;
+            return Err(cause);
+        }
+        let mut fresh = opening.incoming.get(start..).unwrap_or_default();
+        while !fresh.is_empty() {
+            acceptor.read_tls(&mut fresh).map_err(Cause::Network)?;
+        }
+        match acceptor.accept() {
+            Ok(None) => {}
+            Ok(Some(accepted)) => {
+                let offers = accepted.client_hello().alpn().is_some_and(|mut offered| offered.any(|name| name == REUSE));
+                return Ok((opening, offers));
+            }
+            // The state machine finds the same, and has the right alert for it.
+            Err(_) => return Ok((opening, false)),
+        }
+    }
 }
 
 /// Shakes hands. On failure the peer has been sent the alert that says why, as far as the socket took it.
-pub(super) async fn run(network: &TcpStream, mut machine: Machine) -> Result<Finished, Cause> {
-    let mut incoming = Vec::new();
+pub(super) async fn run(network: &TcpStream, mut machine: Machine, opening: Opening) -> Result<Finished, Cause> {
+    let Opening { mut incoming, mut total } = opening;
     let mut outgoing = Vec::new();
-    let mut total = 0;
     loop {
         let (discard, step) = machine.step(&mut incoming, &mut outgoing);
         incoming.drain(..discard.min(incoming.len()));
@@ -98,19 +134,21 @@ impl Machine {
     }
 
     fn finish(self) -> Result<Finished, Cause> {
-        let (group, secrets) = match self {
+        let (group, reusable, secrets) = match self {
             Self::Client(machine) => {
                 let group = machine.negotiated_key_exchange_group();
+                let reusable = machine.alpn_protocol() == Some(REUSE);
                 let (secrets, schedule) = machine.dangerous_into_kernel_connection().map_err(Cause::unready)?;
-                (group, Secrets::new(secrets, Schedule::Client(schedule)).map_err(Cause::unready)?)
+                (group, reusable, Secrets::new(secrets, Schedule::Client(schedule)).map_err(Cause::unready)?)
             }
             Self::Server(machine) => {
                 let group = machine.negotiated_key_exchange_group();
+                let reusable = machine.alpn_protocol() == Some(REUSE);
                 let (secrets, schedule) = machine.dangerous_into_kernel_connection().map_err(Cause::unready)?;
-                (group, Secrets::new(secrets, Schedule::Server(schedule)).map_err(Cause::unready)?)
+                (group, reusable, Secrets::new(secrets, Schedule::Server(schedule)).map_err(Cause::unready)?)
             }
         };
-        Ok(Finished { secrets, group })
+        Ok(Finished { secrets, group, reusable })
     }
 }
 

@@ -100,6 +100,11 @@ impl Error {
     pub fn permit(&self) -> &Permit {
         &self.permit
     }
+    /// Did the peer decline because it knows none of the protocols that were offered to it (RFC 7301 section 3.2)? Without
+    /// the offer it may well talk.
+    pub fn declines_offer(&self) -> bool {
+        matches!(self.cause, Cause::Alert(AlertDescription::NoApplicationProtocol))
+    }
     /// Takes it apart.
     pub fn into_parts(self) -> (Cause, Permit) {
         (self.cause, *self.permit)

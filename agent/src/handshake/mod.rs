@@ -1,7 +1,8 @@
 //! handshake: a `Permit` in, a `Session` out. TLS 1.3 with the workload's own SVID, both ends authenticated.
 //!
 //! rustls runs the handshake on records that are read one by one, exactly, so that what the peer sends behind its
-//! Finished stays in the socket for whoever carries the records then. No resumption, no 0-RTT, no SNI, no ALPN.
+//! Finished stays in the socket for whoever carries the records then. No resumption, no 0-RTT, no SNI; ALPN offers another agent
+//! to use the connection more than once, and nothing else.
 //! *Invariant:* a `Session` exists only for a peer that the permit admits, and no byte of an application passes here.
 
 mod detect;
@@ -17,10 +18,14 @@ pub use error::{Cause, Error, alert_name};
 pub use secrets::{Aead, Secrets, Traffic};
 pub use settings::Ciphers;
 
-use crate::{authorize::Permit, policy::Rule};
-use driver::{Finished, Machine};
+use crate::{
+    authorize::Permit,
+    identify::Credential,
+    policy::Rule,
+};
+use driver::{Finished, Machine, Opening};
 use rustls::{client::UnbufferedClientConnection, pki_types::ServerName, server::UnbufferedServerConnection};
-use std::sync::Arc;
+use std::{future::Future, sync::Arc};
 use tokio::{
     net::TcpStream,
     time::{Instant, timeout_at},
@@ -34,6 +39,25 @@ pub struct Terms {
     pub deadline: Instant,
     /// The cipher suites that the engine of this host can carry.
     pub ciphers: Ciphers,
+    /// May the connection be used again, where the peer can do that too?
+    pub reuse: bool,
+}
+
+/// What two ends agreed on: who they proved to be, and how the connection is protected. It stays with the connection.
+#[derive(Debug)]
+pub struct Agreement {
+    /// The credential of this side.
+    pub local: Arc<Credential>,
+    /// The other side, and by which certificate.
+    pub peer: VerifiedPeer,
+    /// The key exchange group, as IANA writes it.
+    pub group: &'static str,
+    /// The cipher suite, as IANA writes it.
+    pub cipher: &'static str,
+    /// Both sides know how to use the connection more than once.
+    pub reusable: bool,
+    /// When that was.
+    pub since: std::time::Instant,
 }
 
 /// A shaken hand: who the peer is, what was agreed, and the secrets of the connection.
@@ -41,10 +65,8 @@ pub struct Session {
     permit: Permit,
     /// Outbound: the connection that was dialled. Inbound: the network is the flow's own socket.
     dialled: Option<TcpStream>,
-    peer: VerifiedPeer,
+    agreement: Arc<Agreement>,
     rule: Arc<Rule>,
-    group: &'static str,
-    cipher: &'static str,
     secrets: Secrets,
 }
 
@@ -52,13 +74,13 @@ pub struct Session {
 pub async fn connect(permit: Permit, network: TcpStream, terms: Terms) -> Result<Session, Error> {
     let judge = judge(&permit, Role::Server);
     let outcome = async {
-        let config = settings::client(&permit.parties().credential, judge.clone(), terms.ciphers)?;
+        let config = settings::client(&permit.parties().credential, judge.clone(), terms.ciphers, terms.reuse)?;
         // The address only fills a required argument: it is not sent (RFC 6066 section 3), and it names nobody (R48).
         let name = ServerName::IpAddress(permit.parties().flow.destination.0.ip().into());
         let machine = UnbufferedClientConnection::new(config, name).map_err(Cause::unready)?;
-        shake(&network, Machine::Client(machine), terms.deadline).await
+        driver::run(&network, Machine::Client(machine), Opening::default()).await
     };
-    match outcome.await {
+    match in_time(&network, terms.deadline, outcome).await {
         Ok(finished) => Session::new(permit, Some(network), &judge, finished),
         Err(cause) => Err(Error::judged(cause, &judge, permit)),
     }
@@ -68,11 +90,14 @@ pub async fn connect(permit: Permit, network: TcpStream, terms: Terms) -> Result
 pub async fn accept(permit: Permit, terms: Terms) -> Result<Session, Error> {
     let judge = judge(&permit, Role::Client);
     let outcome = async {
-        let config = settings::server(&permit.parties().credential, judge.clone(), terms.ciphers)?;
+        let network = &permit.parties().flow.socket;
+        let (opening, offers) = driver::hear_offer(network).await?;
+        let credential = &permit.parties().credential;
+        let config = settings::server(credential, judge.clone(), terms.ciphers, terms.reuse && offers)?;
         let machine = UnbufferedServerConnection::new(config).map_err(Cause::unready)?;
-        shake(&permit.parties().flow.socket, Machine::Server(machine), terms.deadline).await
+        driver::run(network, Machine::Server(machine), opening).await
     };
-    match outcome.await {
+    match in_time(&permit.parties().flow.socket, terms.deadline, outcome).await {
         Ok(finished) => Session::new(permit, None, &judge, finished),
         Err(cause) => Err(Error::judged(cause, &judge, permit)),
     }
@@ -82,10 +107,14 @@ fn judge(permit: &Permit, role: Role) -> Arc<PeerVerifier> {
     PeerVerifier::new(role, permit.parties().trust.clone(), permit.peers().clone())
 }
 
-async fn shake(network: &TcpStream, machine: Machine, deadline: Instant) -> Result<Finished, Cause> {
+async fn in_time(
+    network: &TcpStream,
+    deadline: Instant,
+    handshake: impl Future<Output = Result<Finished, Cause>>,
+) -> Result<Finished, Cause> {
     // Each flight is one write; Nagle would hold the second flight back for an acknowledgement.
     network.set_nodelay(true).map_err(Cause::Network)?;
-    match timeout_at(deadline, driver::run(network, machine)).await {
+    match timeout_at(deadline, handshake).await {
         Ok(outcome) => outcome,
         Err(_) => Err(Cause::Stalled),
     }
@@ -104,16 +133,22 @@ impl Session {
         let (peer, rule) = (admitted.peer.clone(), admitted.rule.clone());
         let group = finished.group.and_then(|group| group.name().as_str()).unwrap_or("unknown");
         let cipher = settings::cipher_name(finished.secrets.suite());
-        Ok(Self { permit, dialled, peer, rule, group, cipher, secrets: finished.secrets })
+        let local = permit.parties().credential.clone();
+        let agreement = Arc::new(Agreement { local, peer, group, cipher, reusable: finished.reusable, since: std::time::Instant::now() });
+        Ok(Self { permit, dialled, agreement, rule, secrets: finished.secrets })
     }
 
     /// The permit that it was made under, with the flow's own socket.
     pub fn permit(&self) -> &Permit {
         &self.permit
     }
+    /// What was agreed on.
+    pub fn agreement(&self) -> &Arc<Agreement> {
+        &self.agreement
+    }
     /// Who is on the other end, by which certificate.
     pub fn peer(&self) -> &VerifiedPeer {
-        &self.peer
+        &self.agreement.peer
     }
     /// The rule that admits the peer.
     pub fn rule(&self) -> &Arc<Rule> {
@@ -121,19 +156,19 @@ impl Session {
     }
     /// The key exchange group, as IANA writes it.
     pub fn group(&self) -> &'static str {
-        self.group
+        self.agreement.group
     }
     /// The cipher suite, as IANA writes it.
     pub fn cipher(&self) -> &'static str {
-        self.cipher
+        self.agreement.cipher
     }
     /// Gives it up: the flow and its socket are what is left.
     pub fn into_permit(self) -> Permit {
         self.permit
     }
     /// Takes it apart, for `offload` alone.
-    pub(crate) fn into_parts(self) -> (Permit, Option<TcpStream>, Secrets) {
-        (self.permit, self.dialled, self.secrets)
+    pub(crate) fn into_parts(self) -> (Permit, Option<TcpStream>, Secrets, Arc<Agreement>) {
+        (self.permit, self.dialled, self.secrets, self.agreement)
     }
 }
 

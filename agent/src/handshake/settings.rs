@@ -59,6 +59,10 @@ impl Ciphers {
     }
 }
 
+/// The protocol of two agents that carry one connection after the other over a TLS connection: docs/SESSIONS.md. Whoever
+/// does not know it passes over it (RFC 7301 section 3.1) and gets one connection of the application, as ever.
+pub(super) const REUSE: &[u8] = b"wimsey/1";
+
 /// A cipher suite's name as IANA writes it.
 pub(super) fn cipher_name(suite: SupportedCipherSuite) -> &'static str {
     match suite.suite() {
@@ -73,6 +77,7 @@ pub(super) fn client(
     credential: &Credential,
     judge: Arc<PeerVerifier>,
     ciphers: Ciphers,
+    reuse: bool,
 ) -> Result<Arc<ClientConfig>, Cause> {
     let own = Arc::new(SingleCertAndKey::from(credential.certified.clone()));
     let mut config = ClientConfig::builder_with_provider(ciphers.provider().clone())
@@ -83,15 +88,21 @@ pub(super) fn client(
         .with_client_cert_resolver(own);
     config.resumption = Resumption::disabled();
     config.enable_sni = false;
+    config.alpn_protocols = protocols(reuse);
     config.enable_early_data = false;
     config.enable_secret_extraction = true;
     Ok(Arc::new(config))
+}
+
+fn protocols(reuse: bool) -> Vec<Vec<u8>> {
+    if reuse { vec![REUSE.to_vec()] } else { Vec::new() }
 }
 
 pub(super) fn server(
     credential: &Credential,
     judge: Arc<PeerVerifier>,
     ciphers: Ciphers,
+    reuse: bool,
 ) -> Result<Arc<ServerConfig>, Cause> {
     let own = Arc::new(SingleCertAndKey::from(credential.certified.clone()));
     let mut config = ServerConfig::builder_with_provider(ciphers.provider().clone())
@@ -100,6 +111,7 @@ pub(super) fn server(
         .with_client_cert_verifier(judge)
         .with_cert_resolver(own);
     config.session_storage = Arc::new(NoServerSessionStorage {});
+    config.alpn_protocols = protocols(reuse);
     config.send_tls13_tickets = 0;
     config.max_early_data_size = 0;
     config.send_half_rtt_data = false;

@@ -124,11 +124,15 @@ impl World {
 
     /// Both ends of one connection, shaken: curl dials web. The applications' sockets are the other ends of the flows.
     pub(crate) async fn sessions(&self, ciphers: Ciphers) -> Sessions {
+        self.sessions_by(terms(ciphers)).await
+    }
+
+    /// The same under other terms.
+    pub(crate) async fn sessions_by(&self, terms: Terms) -> Sessions {
         let (client_application, client_own) = pair().await;
         let (network_client, network_server) = pair().await;
         let client = self.permit(Direction::Outbound, client_own, CURL, WEB);
         let server = self.permit(Direction::Inbound, network_server, WEB, CURL);
-        let terms = terms(ciphers);
         let (client, server) = tokio::join!(connect(client, network_client, terms), accept(server, terms));
         Sessions { client_application, client: client.unwrap(), server: server.unwrap() }
     }
@@ -141,7 +145,7 @@ pub(crate) struct Sessions {
 }
 
 pub(crate) fn terms(ciphers: Ciphers) -> Terms {
-    Terms { deadline: Instant::now() + Duration::from_secs(10), ciphers }
+    Terms { deadline: Instant::now() + Duration::from_secs(10), ciphers, reuse: false }
 }
 
 /// Two ends of a loopback connection.

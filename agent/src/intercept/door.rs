@@ -51,7 +51,6 @@ pub struct Door {
     inbound: Pair<TcpListener>,
     /// Addresses of the inbound listeners: nobody has any business there.
     forbidden: Pair<SocketAddr>,
-    flows: Arc<AtomicU64>,
     dialler: Dialler,
 }
 
@@ -59,6 +58,7 @@ pub struct Door {
 #[derive(Clone, Debug)]
 pub struct Dialler {
     tables: Tables,
+    flows: Arc<AtomicU64>,
 }
 
 impl Doorway {
@@ -81,7 +81,7 @@ impl Doorway {
         let forbidden = self.inbound.addresses().map_err(|error| Error::Accept { error })?;
         let outbound = self.outbound.register().map_err(|error| Error::Accept { error })?;
         let inbound = self.inbound.register().map_err(|error| Error::Accept { error })?;
-        Ok(Door { outbound, inbound, forbidden, flows: self.flows, dialler: Dialler { tables: self.tables } })
+        Ok(Door { outbound, inbound, forbidden, dialler: Dialler { tables: self.tables, flows: self.flows } })
     }
 }
 
@@ -114,7 +114,7 @@ impl Door {
             |from| SocketAddr::new(from.ip(), peer.port()),
         );
         Ok(Flow {
-            id: self.next_id(),
+            id: self.dialler.next_id(),
             direction: Direction::Outbound,
             socket,
             destination: OriginalDst(socket_address(&origin.destination, origin.destination_port)),
@@ -135,7 +135,15 @@ impl Door {
             reset(socket);
             return Err(Error::DirectDial { peer: canonical(peer), at: local });
         }
-        let listener = match self.dialler.tables.listener_for(local) {
+        self.dialler.inbound(socket, canonical(peer), OriginalDst(local))
+    }
+}
+
+impl Dialler {
+    /// A connection from `source` to a listener of this host, on a socket that is here already: who listens there is asked
+    /// now. An error resets the socket.
+    pub fn inbound(&self, socket: TcpStream, source: SocketAddr, destination: OriginalDst) -> Result<Flow, Error> {
+        let listener = match self.tables.listener_for(destination.0) {
             Ok(listener) => listener,
             Err(error) => {
                 reset(socket);
@@ -147,8 +155,8 @@ impl Door {
             id: self.next_id(),
             direction: Direction::Inbound,
             socket,
-            destination: OriginalDst(local),
-            source: canonical(peer),
+            destination,
+            source,
             dial_from: None,
             task: row.map(|row| row.owner).filter(|owner| owner.tgid != 0),
             protected: row.is_none_or(|row| row.mode == LISTENER_PROTECTED),
@@ -160,9 +168,7 @@ impl Door {
     fn next_id(&self) -> u64 {
         self.flows.fetch_add(1, Ordering::Relaxed) + 1
     }
-}
 
-impl Dialler {
     /// Connects to a remote peer. `from` is a flow's `dial_from`: its address is used if the host still has it, its port if
     /// it is free.
     pub async fn dial(&self, to: SocketAddr, from: Option<SocketAddr>) -> Result<TcpStream, Error> {

@@ -15,11 +15,11 @@ pub(crate) use record::{Opener, Sealer};
 
 use crate::{
     authorize::Permit,
-    handshake::{Secrets, Session},
+    handshake::{Agreement, Secrets, Session},
     refusal::{Culprit, Refusal},
 };
 use socket2::{SockRef, TcpKeepalive};
-use std::{fmt, io, time::Duration};
+use std::{fmt, io, sync::Arc, time::Duration};
 use tokio::net::TcpStream;
 
 /// Two sockets and what turns the bytes of one into the bytes of the other.
@@ -27,6 +27,8 @@ pub struct Pipe {
     pub(crate) application: TcpStream,
     pub(crate) network: TcpStream,
     pub(crate) lane: Lane,
+    /// What the two ends agreed on, where the connection may be used again.
+    pub(crate) agreement: Option<Arc<Agreement>>,
 }
 
 /// How the bytes of a pipe are protected on the network.
@@ -53,7 +55,7 @@ pub(crate) struct UserKeys {
 /// the connection cannot be used any further: the error gives the permit back, so that an outbound flow may dial again
 /// with engine `user`.
 pub fn arm(session: Session, dialled: Option<TcpStream>, choice: Choice) -> Result<Pipe, Error> {
-    let (permit, network, mut secrets) = session.into_parts();
+    let (permit, network, mut secrets, agreement) = session.into_parts();
     let wrong = |permit| Error { cause: Cause::Legs, permit: Some(Box::new(permit)) };
     // Keys first: they need the sockets only by reference, and a failure gives the permit back whole.
     let socket = network.as_ref().unwrap_or(&permit.parties().flow.socket);
@@ -75,7 +77,14 @@ pub fn arm(session: Session, dialled: Option<TcpStream>, choice: Choice) -> Resu
         (None, Some(application)) => (application, own),
         (None, None) => return Err(Error { cause: Cause::Legs, permit: None }),
     };
-    Pipe::new(application, network, lane)
+    Pipe::new(application, network, lane, Some(agreement).filter(|agreement| agreement.reusable))
+}
+
+/// Sets up the socket of an application, so that its bytes go on at once and all of them.
+pub(crate) fn prepare(application: &TcpStream) -> io::Result<()> {
+    application.set_nodelay(true)?;
+    // An urgent byte is a byte: without this it would be missing from the stream.
+    SockRef::from(application).set_out_of_band_inline(true)
 }
 
 enum Keyed {
@@ -109,19 +118,22 @@ const KEEPALIVE: TcpKeepalive =
 impl Pipe {
     /// A pipe without protection, for a permissive listener or a named bypass: the caller has recorded it as that.
     pub fn plain(application: TcpStream, network: TcpStream) -> Result<Self, Error> {
-        Self::new(application, network, Lane::Plain)
+        Self::new(application, network, Lane::Plain, None)
     }
 
-    fn new(application: TcpStream, network: TcpStream, lane: Lane) -> Result<Self, Error> {
+    fn new(
+        application: TcpStream,
+        network: TcpStream,
+        lane: Lane,
+        agreement: Option<Arc<Agreement>>,
+    ) -> Result<Self, Error> {
         let prepare = || -> io::Result<()> {
-            application.set_nodelay(true)?;
+            prepare(&application)?;
             network.set_nodelay(true)?;
-            // An urgent byte is a byte: without this it would be missing from the stream.
-            SockRef::from(&application).set_out_of_band_inline(true)?;
             SockRef::from(&network).set_tcp_keepalive(&KEEPALIVE)
         };
         match prepare() {
-            Ok(()) => Ok(Self { application, network, lane }),
+            Ok(()) => Ok(Self { application, network, lane, agreement }),
             Err(error) => {
                 reset(&application);
                 reset(&network);
@@ -258,7 +270,7 @@ mod tests {
         assert!(error.may_redial(), "{error}");
         assert_eq!((error.code(), error.culprit()), ("kernel-tls-failed", Culprit::Host));
         drop(error);
-        let (_permit, network, _secrets) = sessions.client.into_parts();
+        let (_permit, network, ..) = sessions.client.into_parts();
         let heard = network.unwrap().read(&mut [0; 64]).await.map_err(|error| error.kind());
         assert_eq!(heard, Err(io::ErrorKind::ConnectionReset));
     }

@@ -43,6 +43,9 @@ impl ContentType {
     pub const HANDSHAKE: Self = Self(22);
     /// application_data(23).
     pub const APPLICATION_DATA: Self = Self(23);
+    /// A word between two agents that share a connection (docs/SESSIONS.md). The number is far from those that IANA has
+    /// given out, and means this only where both sides agreed on it by ALPN.
+    pub const MARKER: Self = Self(0xb7);
 }
 
 /// What is wrong with a record that arrived.

@@ -3,7 +3,10 @@
 //! *Invariant:* whatever does not move the application's stream is counted, and has an end; nothing that the peer sends
 //! is stored.
 
-use super::Violation;
+use super::{
+    Violation,
+    exchange::{Exchange, LENGTH, Marker, Word},
+};
 use crate::offload::record::ContentType;
 
 /// Records without content in a row.
@@ -29,6 +32,8 @@ pub(super) enum Act {
     CloseNotify,
     /// The peer gives up.
     Fatal(u8),
+    /// A word about the uses of a shared connection.
+    Word(Word),
 }
 
 /// What has been said so far on one connection.
@@ -40,6 +45,8 @@ pub(super) struct Control {
     warnings: u32,
     tickets: u32,
     message: Message,
+    /// Where the connection is shared.
+    exchange: Option<Exchange>,
 }
 
 /// Where in a handshake message the last record ended.
@@ -59,8 +66,28 @@ const NEW_SESSION_TICKET: u8 = 4;
 const KEY_UPDATE: u8 = 24;
 
 impl Control {
-    pub(super) fn new(is_client: bool) -> Self {
-        Self { is_client, empty: 0, key_updates: 0, warnings: 0, tickets: 0, message: Message::Between }
+    /// `shared`: both sides may use the connection more than once.
+    pub(super) fn new(is_client: bool, shared: bool) -> Self {
+        let exchange = shared.then(|| Exchange::new(is_client));
+        Self { is_client, empty: 0, key_updates: 0, warnings: 0, tickets: 0, message: Message::Between, exchange }
+    }
+
+    /// How far the uses of the connection have come, where it is shared.
+    pub(super) fn exchange(&self) -> Option<Exchange> {
+        self.exchange
+    }
+
+    /// The body of the record that says this word, and how far the uses have come when it has been said. None where it
+    /// has no place now.
+    pub(super) fn say(&self, word: Word) -> Option<([u8; LENGTH], Exchange)> {
+        let mut exchange = self.exchange?;
+        let marker = exchange.say(word)?;
+        Some((marker.bytes(), exchange))
+    }
+
+    /// It has been said.
+    pub(super) fn said(&mut self, exchange: Exchange) {
+        self.exchange = Some(exchange);
     }
 
     /// A record of so many bytes of data. It may not cut a handshake message in two (RFC 9846 section 5.1).
@@ -68,6 +95,7 @@ impl Control {
         if self.message != Message::Between {
             return Err(Violation::UnexpectedMessage);
         }
+        self.exchange.map_or(Ok(()), Exchange::hear_data)?;
         if length > 0 {
             self.empty = 0;
             self.key_updates = 0;
@@ -80,12 +108,21 @@ impl Control {
     /// A record of another type.
     pub(super) fn record(&mut self, content_type: ContentType, body: &[u8]) -> Result<Act, Violation> {
         match content_type {
+            ContentType::MARKER if self.exchange.is_some() && self.message == Message::Between => self.marker(body),
             ContentType::ALERT if self.message != Message::Between => Err(Violation::UnexpectedMessage),
             ContentType::ALERT => self.alert(body),
             ContentType::HANDSHAKE if body.is_empty() => Err(Violation::UnexpectedMessage),
             ContentType::HANDSHAKE => self.handshake(body),
             _ => Err(Violation::UnexpectedRecord),
         }
+    }
+
+    fn marker(&mut self, body: &[u8]) -> Result<Act, Violation> {
+        let marker = Marker::parse(body)?;
+        let word = self.exchange.as_mut().ok_or(Violation::UnexpectedRecord)?.hear(marker)?;
+        // A use that begins moves bytes, or ends soon.
+        self.key_updates = 0;
+        Ok(Act::Word(word))
     }
 
     /// One alert fills one record (RFC 9846 section 5.1). Its level says nothing (section 6).
@@ -185,6 +222,7 @@ pub(super) fn is_refusal(description: u8) -> bool {
 mod tests {
     use super::*;
     use Violation::*;
+    use proptest::prelude::*;
 
     const H: ContentType = ContentType::HANDSHAKE;
     const A: ContentType = ContentType::ALERT;
@@ -216,9 +254,10 @@ mod tests {
             (true, ContentType(20), &[1], Err(UnexpectedRecord)),
             (true, ContentType(24), &[1], Err(UnexpectedRecord)),
             (true, ContentType(0), &[], Err(UnexpectedRecord)),
+            (true, ContentType::MARKER, &[3, 0, 0, 0, 1], Err(UnexpectedRecord)),
         ];
         for (is_client, content_type, body, expected) in rows {
-            let got = Control::new(*is_client).record(*content_type, body);
+            let got = Control::new(*is_client, false).record(*content_type, body);
             assert_eq!(got, *expected, "{content_type:?} {body:?}");
         }
     }
@@ -228,7 +267,7 @@ mod tests {
         let mut ticket = vec![4, 0, 1, 0];
         ticket.extend([7; 256]);
         for cut in 1..ticket.len() {
-            let mut control = Control::new(true);
+            let mut control = Control::new(true, false);
             assert_eq!(control.record(H, &ticket[..cut]), Ok(Act::Nothing));
             assert_eq!(control.record(H, &ticket[cut..]), Ok(Act::Nothing));
             assert_eq!(control.data(1), Ok(()), "cut at {cut}");
@@ -241,7 +280,7 @@ mod tests {
     #[test]
     fn a_key_update_may_be_cut_as_well_and_still_counts_once() {
         for cut in 1..5 {
-            let mut control = Control::new(false);
+            let mut control = Control::new(false, false);
             assert_eq!(control.record(H, &KEY_UPDATE_NOT_REQUESTED[..cut]), Ok(Act::Nothing));
             let last = control.record(H, &KEY_UPDATE_NOT_REQUESTED[cut..]);
             assert_eq!(last, Ok(Act::NextKey { answer: false }), "cut at {cut}");
@@ -250,23 +289,45 @@ mod tests {
 
     #[test]
     fn what_moves_nothing_comes_to_an_end() {
-        let mut control = Control::new(true);
+        let mut control = Control::new(true, false);
         assert!((0..1000).any(|_| control.data(0) == Err(Flood)));
-        let mut control = Control::new(true);
+        let mut control = Control::new(true, false);
         assert!((0..1000).all(|n| control.data(n % 2) == Ok(())));
         assert!((0..1000).any(|_| control.record(H, &[24, 0, 0, 1, 1]) == Err(Flood)));
-        let mut control = Control::new(true);
+        let mut control = Control::new(true, false);
         assert!((0..1000).all(|_| control.data(1).is_ok() && control.record(H, &[24, 0, 0, 1, 1]).is_ok()));
         assert!((0..1000).any(|_| control.record(A, &[1, 90]) == Err(Flood)));
         assert!((0..1_000_000).any(|_| control.record(H, &[4, 0, 0, 0]) == Err(Flood)));
-        assert_eq!(Control::new(true).record(H, &[4, 0xff, 0xff, 0xff]), Err(Flood));
+        assert_eq!(Control::new(true, false).record(H, &[4, 0xff, 0xff, 0xff]), Err(Flood));
     }
 
-    proptest::proptest! {
+    #[test]
+    fn data_and_words_of_a_shared_connection_keep_their_order() {
+        const W: ContentType = ContentType::MARKER;
+        let mut control = Control::new(false, true);
+        assert_eq!(control.data(7), Ok(()));
+        assert_eq!(control.record(W, &[3, 0, 0, 0, 1]), Ok(Act::Word(Word::End)));
+        assert_eq!(control.data(1), Err(UnexpectedMessage), "behind the end");
+        assert_eq!(control.data(0), Err(UnexpectedMessage), "not even nothing");
+        assert_eq!(control.record(W, &[1, 0, 0, 0, 2]), Err(UnexpectedMessage), "this side has not ended");
+        let say = |control: &mut Control, word| {
+            let (body, exchange) = control.say(word).unwrap();
+            control.said(exchange);
+            body
+        };
+        assert_eq!(say(&mut control, Word::End), [3, 0, 0, 0, 1]);
+        assert_eq!(control.record(W, &[1, 0, 0, 0, 2]), Ok(Act::Word(Word::Begin)));
+        assert_eq!(control.data(1), Err(UnexpectedMessage), "before it is ready");
+        assert_eq!(say(&mut control, Word::Ready), [2, 0, 0, 0, 2]);
+        assert_eq!(control.data(1), Ok(()));
+        assert_eq!(control.record(W, &[]), Err(Malformed));
+    }
+
+    proptest! {
         #[test]
-        fn no_bytes_whatever_make_it_panic(records in proptest::collection::vec(
-            (0_u8..30, proptest::collection::vec(proptest::num::u8::ANY, 0..40)), 0..20)) {
-            let mut control = Control::new(true);
+        fn no_bytes_whatever_make_it_panic(shared: bool, records in proptest::collection::vec(
+            (prop_oneof![0_u8..30, Just(ContentType::MARKER.0)], proptest::collection::vec(proptest::num::u8::ANY, 0..40)), 0..20)) {
+            let mut control = Control::new(true, shared);
             for (content_type, body) in records {
                 let _ = control.record(ContentType(content_type), &body);
                 let _ = control.data(body.len());

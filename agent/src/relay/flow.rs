@@ -5,9 +5,10 @@
 //! *Invariant:* nothing is read from one socket while the other has not taken what was read before.
 
 use super::{
-    CloseReason, Limits, Progress, Stop,
+    CloseReason, Limits, Progress, Stop, Violation,
     buffers::{Batch, Pending, Scratch, with_scratch},
     control,
+    exchange::Word,
     lane::{Fault, Lane, Outbound, Say, Then},
     plain, socket,
 };
@@ -62,6 +63,17 @@ pub(super) struct Flow<L> {
     /// What ends the flow as soon as `down_pending` is delivered.
     last: Option<Fault>,
     heard: bool,
+    /// The peer can be listened to no further.
+    deaf: bool,
+    /// The peer's application reset this use of a shared connection.
+    aborted: bool,
+}
+
+/// A connection that its application has left, and that another may use.
+pub(super) struct Left<L> {
+    pub(super) network: TcpStream,
+    pub(super) lane: L,
+    pub(super) pending: Pending,
 }
 
 /// How far one direction has come.
@@ -157,6 +169,8 @@ impl<L: Lane> Flow<L> {
             down_batch: Batch::new(),
             last: None,
             heard: false,
+            deaf: false,
+            aborted: false,
         }
     }
 
@@ -165,7 +179,7 @@ impl<L: Lane> Flow<L> {
         limits: &Limits,
         stop: impl Future<Output = Stop>,
         progress: &Progress,
-    ) -> CloseReason {
+    ) -> (CloseReason, Option<Left<L>>) {
         let mut stop = pin!(stop);
         let mut clock = pin!(sleep_until(Instant::now()));
         let mut moved = Moved::now(self.marks(progress));
@@ -192,8 +206,7 @@ impl<L: Lane> Flow<L> {
                 break reason;
             }
         };
-        self.close(reason);
-        reason
+        (reason, self.close(reason))
     }
 
     fn turn(&mut self, scratch: &mut Scratch, progress: &Progress) -> Result<Wants, CloseReason> {
@@ -228,7 +241,8 @@ impl<L: Lane> Flow<L> {
             }
         }
         if self.up == Half::Ended {
-            let said = self.lane.say(&self.network, Say::CloseNotify, &mut self.up_pending);
+            let end = if self.is_shared() { Say::Word(Word::End) } else { Say::CloseNotify };
+            let said = self.lane.say(&self.network, end, &mut self.up_pending);
             if !said.map_err(|fault| self.network_fault(fault))? {
                 wants.network_write = true;
                 return Ok(());
@@ -238,6 +252,8 @@ impl<L: Lane> Flow<L> {
         if self.up == Half::Draining {
             if !self.flush_up()? {
                 wants.network_write = true;
+            } else if self.is_shared() {
+                self.up = Half::Closed;
             } else if self.lane.has_drained(&self.network).map_err(|error| self.network_fault(error.into()))? {
                 end(&self.network);
                 self.up = Half::Closed;
@@ -312,6 +328,7 @@ impl<L: Lane> Flow<L> {
     fn receive(&mut self, scratch: &mut Scratch, progress: &Progress, wants: &mut Wants) -> Result<bool, CloseReason> {
         let arrived = self.lane.inbound(&self.network, self.down_batch, scratch);
         let arrived = arrived.map_err(|fault| self.network_fault(fault))?;
+        self.deaf = matches!(arrived.then, Then::End | Then::Fault(_));
         if arrived.bytes > 0 {
             self.heard = true;
             progress.received.fetch_add(arrived.bytes as u64, Ordering::Relaxed);
@@ -328,7 +345,15 @@ impl<L: Lane> Flow<L> {
             Then::More if delivered && arrived.taken < SMALL => return Ok(true),
             Then::More => wants.more |= delivered,
             Then::Blocked => wants.network_read = delivered,
-            Then::End => self.down = Half::Ended,
+            // The end of the whole connection, in the middle of a use.
+            Then::End if self.is_shared() && delivered => return Err(CloseReason::PeerTruncated),
+            Then::End if self.is_shared() => self.last = Some(Fault::Truncated),
+            Then::End | Then::Word(Word::End) => self.down = Half::Ended,
+            Then::Word(Word::Abort) => {
+                self.aborted = true;
+                return Err(CloseReason::PeerReset);
+            }
+            Then::Word(Word::Begin | Word::Ready) => return Err(CloseReason::PeerViolation(Violation::UnexpectedMessage)),
             Then::Fault(fault) if delivered => return Err(self.network_fault(fault)),
             Then::Fault(fault) => self.last = Some(fault),
         }
@@ -501,27 +526,45 @@ impl<L: Lane> Flow<L> {
 
     fn network_fault(&self, fault: Fault) -> CloseReason {
         match fault {
-            Fault::Io(libc::ECONNRESET | libc::EPIPE | libc::ECONNABORTED) => CloseReason::PeerReset,
-            Fault::Io(number) => CloseReason::PeerLost(number),
-            Fault::Truncated => CloseReason::PeerTruncated,
-            Fault::Violation(violation) => CloseReason::PeerViolation(violation),
             Fault::Alert(alert) if !self.heard && control::is_refusal(alert) => CloseReason::PeerRefused(alert),
-            Fault::Alert(alert) => CloseReason::PeerAlert(alert),
-            Fault::Ours(reason) => reason,
+            fault => network_fault(fault),
         }
     }
 
-    fn close(mut self, reason: CloseReason) {
+    fn is_shared(&self) -> bool {
+        self.lane.exchange().is_some()
+    }
+
+    /// Can the connection be used again, after this use of it has ended in this way?
+    fn can_be_left(&self, reason: CloseReason) -> bool {
+        let Some(exchange) = self.lane.exchange().filter(|_| !self.deaf) else { return false };
+        match reason {
+            CloseReason::Complete => true,
+            // What cannot be said any more, since the stream has ended already, only a reset can say.
+            CloseReason::ApplicationReset | CloseReason::ApplicationLost(_) => exchange.is_ours_open(),
+            CloseReason::PeerReset => self.aborted,
+            _ => false,
+        }
+    }
+
+    fn close(mut self, reason: CloseReason) -> Option<Left<L>> {
+        if self.can_be_left(reason) {
+            if reason != CloseReason::Complete {
+                reset(&self.application);
+            }
+            return Some(Left { network: self.network, lane: self.lane, pending: self.up_pending });
+        }
         if reason == CloseReason::Complete {
             // What comes behind close_notify is ignored (RFC 9846 section 6.1), and must not turn into a reset that
             // overtakes our last bytes.
             socket::discard(&self.network);
-            return;
+            return None;
         }
         reset(&self.application);
         if !(L::TLS && self.tell(reason)) {
             reset(&self.network);
         }
+        None
     }
 
     /// Tells the peer why. False: it could not be told, or need not be.
@@ -540,6 +583,17 @@ impl<L: Lane> Flow<L> {
     }
 }
 
+pub(super) fn network_fault(fault: Fault) -> CloseReason {
+    match fault {
+        Fault::Io(libc::ECONNRESET | libc::EPIPE | libc::ECONNABORTED) => CloseReason::PeerReset,
+        Fault::Io(number) => CloseReason::PeerLost(number),
+        Fault::Truncated => CloseReason::PeerTruncated,
+        Fault::Violation(violation) => CloseReason::PeerViolation(violation),
+        Fault::Alert(alert) => CloseReason::PeerAlert(alert),
+        Fault::Ours(reason) => reason,
+    }
+}
+
 fn application_fault(fault: Fault) -> CloseReason {
     match fault {
         Fault::Io(libc::ECONNRESET | libc::EPIPE | libc::ECONNABORTED) => CloseReason::ApplicationReset,
@@ -551,7 +605,7 @@ fn application_fault(fault: Fault) -> CloseReason {
 }
 
 /// The receiver reads the end of the stream, after everything that is still on its way.
-fn end(socket: &TcpStream) {
+pub(super) fn end(socket: &TcpStream) {
     // Closing is orderly again. If that fails the socket is gone, and its next read or write says so.
     _ = SockRef::from(socket).set_linger(None);
     // A socket that is not connected any more has nobody to tell; its next read or write says so.

@@ -7,6 +7,7 @@ use super::{
     CloseReason, Violation,
     buffers::{Batch, Pending, Scratch},
     control::{Act, Control, KEY_UPDATE_NOT_REQUESTED},
+    exchange::Exchange,
     lane::{Fault, Inbound, Lane, Outbound, Say, Then},
     plain,
     socket::{self, Read},
@@ -35,8 +36,8 @@ pub(super) struct Kernel {
 }
 
 impl Kernel {
-    pub(super) fn new(keys: Box<KernelKeys>) -> Self {
-        let control = Control::new(keys.is_client());
+    pub(super) fn new(keys: Box<KernelKeys>, shared: bool) -> Self {
+        let control = Control::new(keys.is_client(), shared);
         Self { keys, control, asked: false, half_updated: false, failed: false }
     }
 
@@ -53,6 +54,7 @@ impl Kernel {
                 Ok(Then::More)
             }
             Act::CloseNotify => Ok(Then::End),
+            Act::Word(word) => Ok(Then::Word(word)),
             Act::Fatal(alert) => Err(Fault::Alert(alert)),
         }
     }
@@ -131,6 +133,14 @@ impl Lane for Kernel {
         if let Some(body) = what.alert() {
             return Ok(!self.half_updated && self.send_record(network, ContentType::ALERT, &body)?);
         }
+        if let Say::Word(word) = what {
+            let (body, exchange) = self.control.say(word).ok_or(Fault::Io(libc::EPROTO))?;
+            if !self.send_record(network, ContentType::MARKER, &body)? {
+                return Ok(false);
+            }
+            self.control.said(exchange);
+            return Ok(true);
+        }
         if !self.keys.can_rekey() {
             return Err(Fault::Ours(CloseReason::KeysSpent));
         }
@@ -143,6 +153,10 @@ impl Lane for Kernel {
         self.half_updated = false;
         self.asked = false;
         Ok(true)
+    }
+
+    fn exchange(&self) -> Option<Exchange> {
+        self.control.exchange()
     }
 
     fn has_drained(&self, network: &TcpStream) -> io::Result<bool> {

@@ -6,6 +6,7 @@ use super::{
     CloseReason, Violation,
     buffers::{Batch, Pending, Scratch},
     control,
+    exchange::{Exchange, Word},
 };
 use std::{io, ops::Range};
 use tokio::net::TcpStream;
@@ -36,6 +37,11 @@ pub(super) trait Lane {
     /// the network takes nothing now.
     fn say(&mut self, network: &TcpStream, what: Say, pending: &mut Pending) -> Result<bool, Fault>;
 
+    /// How far the uses of the connection have come, where it is shared.
+    fn exchange(&self) -> Option<Exchange> {
+        None
+    }
+
     /// Has everything left this lane, so that the network socket may be shut down?
     fn has_drained(&self, _network: &TcpStream) -> io::Result<bool> {
         Ok(true)
@@ -62,6 +68,8 @@ pub(super) enum Say {
     Alert(u8),
     /// This side's next record comes under its next key.
     KeyUpdate,
+    /// A word about the uses of a shared connection.
+    Word(Word),
 }
 
 impl Say {
@@ -70,7 +78,7 @@ impl Say {
         match self {
             Self::CloseNotify => Some(control::alert(0)),
             Self::Alert(description) => Some(control::alert(description)),
-            Self::KeyUpdate => None,
+            Self::KeyUpdate | Self::Word(_) => None,
         }
     }
 }
@@ -111,6 +119,8 @@ pub(super) enum Then {
     Blocked,
     /// The peer's stream is complete.
     End,
+    /// A word about the uses of a shared connection. What comes behind it is left for the next time.
+    Word(Word),
     /// The connection is over. What came before is delivered first.
     Fault(Fault),
 }

@@ -7,7 +7,9 @@
 
 mod buffers;
 mod control;
+mod exchange;
 mod flow;
+mod idle;
 mod kernel;
 mod lane;
 mod plain;
@@ -15,11 +17,13 @@ mod reason;
 mod socket;
 mod user;
 
+pub use idle::{Idle, Left, Shared};
 pub use reason::{CloseReason, Stop, Violation};
 
 use crate::offload::{Lane, Pipe};
 use flow::Flow;
 use kernel::Kernel;
+use idle::Kept;
 use plain::Plain;
 use std::{
     future::Future,
@@ -73,16 +77,31 @@ pub struct Tally {
     pub closed: CloseReason,
 }
 
-/// Carries the bytes of a pipe until both directions have ended, something breaks, or `stop` says so. Both sockets are
-/// closed when it returns.
-pub async fn carry(pipe: Pipe, limits: &Limits, stop: impl Future<Output = Stop>, progress: &Progress) -> Tally {
-    let Pipe { application, network, lane } = pipe;
-    let closed = match lane {
-        Lane::Plain => Flow::new(application, network, Plain).run(limits, stop, progress).await,
-        Lane::User(keys) => Flow::new(application, network, User::new(keys)).run(limits, stop, progress).await,
-        Lane::Kernel(keys) => Flow::new(application, network, Kernel::new(keys)).run(limits, stop, progress).await,
+/// Carries the bytes of a pipe until both directions have ended, something breaks, or `stop` says so. The application's
+/// socket is closed when it returns, and the network's as well unless it is left for another use.
+pub async fn carry(
+    pipe: Pipe,
+    limits: &Limits,
+    stop: impl Future<Output = Stop>,
+    progress: &Progress,
+) -> (Tally, Option<Left>) {
+    let Pipe { application, network, lane, agreement } = pipe;
+    let shared = agreement.is_some();
+    let kept = match lane {
+        Lane::Plain => {
+            let (closed, _) = Flow::new(application, network, Plain).run(limits, stop, progress).await;
+            return (Tally::of(progress, closed), None);
+        }
+        Lane::User(keys) => Kept::User(User::new(keys, shared)),
+        Lane::Kernel(keys) => Kept::Kernel(Kernel::new(keys, shared)),
     };
-    Tally { sent: progress.sent(), received: progress.received(), closed }
+    idle::run(application, network, kept, agreement, limits, stop, progress).await
+}
+
+impl Tally {
+    fn of(progress: &Progress, closed: CloseReason) -> Self {
+        Self { sent: progress.sent(), received: progress.received(), closed }
+    }
 }
 
 #[cfg(test)]

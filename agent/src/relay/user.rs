@@ -8,6 +8,7 @@ use super::{
     CloseReason, Violation,
     buffers::{Batch, MAX_BATCH, Pending, Scratch},
     control::{Act, Control, KEY_UPDATE_NOT_REQUESTED},
+    exchange::{Exchange, Word},
     lane::{Fault, Inbound, Lane, Outbound, Say, Then},
     plain,
     socket::{self, Read},
@@ -26,6 +27,9 @@ use std::{
 };
 use tokio::net::TcpStream;
 
+/// The most that a peer may have said behind a word: another word, since bytes of an application wait for an answer.
+const MAX_BEHIND: usize = 64;
+
 /// Content shorter than this is moved up to the content before it, so that a batch of small records goes out as one
 /// piece; longer content is cheaper to leave where it is and name in one more element of the vector.
 const SHORT: usize = 2048;
@@ -35,14 +39,16 @@ pub(super) struct User {
     control: Control,
     /// The beginning of a record whose rest has not arrived.
     partial: Vec<u8>,
+    /// `partial` is what came behind a word, and may be a whole record.
+    behind: bool,
     /// The peer asked for a fresh key.
     asked: bool,
 }
 
 impl User {
-    pub(super) fn new(keys: Box<UserKeys>) -> Self {
-        let control = Control::new(keys.secrets.is_client());
-        Self { keys, control, partial: Vec::new(), asked: false }
+    pub(super) fn new(keys: Box<UserKeys>, shared: bool) -> Self {
+        let control = Control::new(keys.secrets.is_client(), shared);
+        Self { keys, control, partial: Vec::new(), behind: false, asked: false }
     }
 
     fn next_receive_key(&mut self) -> Result<(), Fault> {
@@ -70,6 +76,7 @@ impl User {
                 }
                 Ok(Opened::Nothing) => {}
                 Ok(Opened::End) => return (at + length, bytes, Then::End),
+                Ok(Opened::Word(word)) => return (at + length, bytes, Then::Word(word)),
                 Err(fault) => return (at + length, bytes, Then::Fault(fault)),
             }
             at += length;
@@ -90,8 +97,37 @@ impl User {
                 Ok(Opened::Nothing)
             }
             Act::CloseNotify => Ok(Opened::End),
+            Act::Word(word) => Ok(Opened::Word(word)),
             Act::Fatal(alert) => Err(Fault::Alert(alert)),
         }
+    }
+
+    /// Puts the front of a record where the rest of it will be read to, and says how long it is.
+    fn restore(&mut self, scratch: &mut Scratch) -> usize {
+        let before = self.partial.len();
+        if let Some(front) = scratch.bytes.get_mut(..before) {
+            front.copy_from_slice(&self.partial);
+        }
+        self.partial.clear();
+        before
+    }
+
+    /// Opens what has been filled in, and keeps what cannot be opened yet.
+    fn take(&mut self, scratch: &mut Scratch, filled: usize) -> (usize, Then) {
+        let (came, bytes, then) = self.open(scratch, filled);
+        let rest = scratch.bytes.get(came..filled).unwrap_or_default();
+        match then {
+            Then::More => self.partial.extend_from_slice(rest),
+            Then::Word(_) if rest.len() > MAX_BEHIND => {
+                return (bytes, Then::Fault(Violation::UnexpectedMessage.into()));
+            }
+            Then::Word(_) => {
+                self.partial.extend_from_slice(rest);
+                self.behind = !rest.is_empty();
+            }
+            _ => {}
+        }
+        (bytes, then)
     }
 }
 
@@ -99,6 +135,7 @@ enum Opened {
     Data(Range<usize>),
     Nothing,
     End,
+    Word(Word),
 }
 
 /// Adds content to the segments of the scratch.
@@ -139,6 +176,13 @@ impl Lane for User {
 
     fn inbound(&mut self, network: &TcpStream, batch: Batch, scratch: &mut Scratch) -> Result<Inbound, Fault> {
         scratch.segments.clear();
+        if std::mem::take(&mut self.behind) {
+            let filled = self.restore(scratch);
+            let (bytes, then) = self.take(scratch, filled);
+            if bytes > 0 || then != Then::More {
+                return Ok(Inbound { bytes, taken: filled, then });
+            }
+        }
         let before = self.partial.len();
         let want = batch.bytes();
         let room = scratch.bytes.get_mut(before..before + want).unwrap_or_default();
@@ -148,19 +192,9 @@ impl Lane for User {
             Read::End => return Err(Fault::Truncated),
             Read::Bytes(taken) => taken,
         };
-        if let Some(front) = scratch.bytes.get_mut(..before) {
-            front.copy_from_slice(&self.partial);
-        }
-        self.partial.clear();
-        let filled = before + taken;
-        let (came, bytes, then) = self.open(scratch, filled);
-        let then = match then {
-            Then::More => {
-                self.partial.extend_from_slice(scratch.bytes.get(came..filled).unwrap_or_default());
-                if taken < want { Then::Blocked } else { Then::More }
-            }
-            over => over,
-        };
+        let filled = self.restore(scratch) + taken;
+        let (bytes, then) = self.take(scratch, filled);
+        let then = if then == Then::More && taken < want { Then::Blocked } else { then };
         Ok(Inbound { bytes, taken, then })
     }
 
@@ -184,6 +218,12 @@ impl Lane for User {
         if let Some(body) = what.alert() {
             return seal(ContentType::ALERT, &body);
         }
+        if let Say::Word(word) = what {
+            let (body, exchange) = self.control.say(word).ok_or(Fault::Io(libc::EPROTO))?;
+            let said = seal(ContentType::MARKER, &body);
+            self.control.said(exchange);
+            return said;
+        }
         seal(ContentType::HANDSHAKE, &KEY_UPDATE_NOT_REQUESTED)?;
         self.asked = false;
         let traffic = self.keys.secrets.next_transmit().map_err(|_| spent)?;
@@ -191,6 +231,10 @@ impl Lane for User {
         self.keys.sealer = Sealer::new(&traffic).map_err(|_| spent)?;
         self.keys.sealer.set_due(due);
         Ok(true)
+    }
+
+    fn exchange(&self) -> Option<Exchange> {
+        self.control.exchange()
     }
 
     fn rest(&mut self) {

@@ -50,6 +50,7 @@ fn takes_fresh_keys() -> bool {
 mod foreign;
 mod hostile;
 mod life;
+mod shared;
 mod smoke;
 mod stream;
 
@@ -86,7 +87,8 @@ impl Relay {
                 }
             };
             let carried = carry(pipe, &limits, stop, &shown);
-            Counted { inner: pin!(carried), polls: counted }.await
+            let (tally, _) = Counted { inner: pin!(carried), polls: counted }.await;
+            tally
         });
         Self { application, tally, progress, stop, polls }
     }
@@ -142,7 +144,7 @@ struct Peer {
 
 impl Peer {
     fn new(session: Session) -> Self {
-        let (permit, dialled, mut secrets) = session.into_parts();
+        let (permit, dialled, mut secrets, _) = session.into_parts();
         let socket = dialled.unwrap_or_else(|| permit.into_parties().flow.socket);
         let (transmit, receive) = (secrets.next_transmit().unwrap(), secrets.next_receive().unwrap());
         let sealer = Sealer::new(&transmit).unwrap();

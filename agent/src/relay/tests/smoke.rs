@@ -30,8 +30,8 @@ fn on_shards(pipes: Vec<Pipe>) -> Vec<thread::JoinHandle<Tally>> {
             runtime.block_on(async {
                 let application = TcpStream::from_std(application).unwrap();
                 let network = TcpStream::from_std(network).unwrap();
-                let pipe = Pipe { application, network, lane };
-                carry(pipe, &Limits::default(), pending(), &Progress::default()).await
+                let pipe = Pipe { application, network, lane, agreement: None };
+                carry(pipe, &Limits::default(), pending(), &Progress::default()).await.0
             })
         })
     };

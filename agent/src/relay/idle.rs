@@ -1,0 +1,244 @@
+//! A shared connection between two uses: what is left of one, the wait for the next, and how that begins.
+//!
+//! *Invariant:* an [`Idle`] has no byte of any application in it or on its way to it: both streams of its last use have
+//! ended. Whatever goes wrong here ends the connection, and no application has lost a byte by it.
+
+use super::{
+    CloseReason, Limits, Progress, Stop, Tally, Violation,
+    buffers::{Batch, Pending, with_scratch},
+    exchange::Word,
+    flow::{self, Flow, network_fault},
+    kernel::Kernel,
+    lane::{Fault, Lane, Say, Then},
+    socket,
+    user::User,
+};
+use crate::{handshake::Agreement, offload::Engine};
+use std::{future::Future, io, sync::Arc, time::Duration};
+use tokio::{io::Interest, net::TcpStream, time::timeout};
+
+/// How long the peer may take to end a use that this side's application has reset.
+const SETTLE: Duration = Duration::from_secs(5);
+/// ... and how many bytes may still be on their way: what two sockets and a batch hold.
+const SETTLE_BYTES: usize = 32 << 20;
+
+/// The engine's side of a shared connection, without its socket.
+pub struct Shared {
+    kept: Kept,
+    agreement: Arc<Agreement>,
+}
+
+/// A shared connection whose use is over for this side's application, while the peer may not have said so yet.
+pub struct Left {
+    network: TcpStream,
+    pending: Pending,
+    shared: Shared,
+}
+
+/// A shared connection between two uses.
+pub struct Idle {
+    network: TcpStream,
+    shared: Shared,
+}
+
+pub(super) enum Kept {
+    User(User),
+    Kernel(Kernel),
+}
+
+/// The same for both engines.
+macro_rules! with_lane {
+    ($kept:expr, $lane:ident => $body:expr) => {
+        match $kept {
+            Kept::User($lane) => $body,
+            Kept::Kernel($lane) => $body,
+        }
+    };
+}
+
+pub(super) async fn run(
+    application: TcpStream,
+    network: TcpStream,
+    kept: Kept,
+    agreement: Option<Arc<Agreement>>,
+    limits: &Limits,
+    stop: impl Future<Output = Stop>,
+    progress: &Progress,
+) -> (Tally, Option<Left>) {
+    let (closed, left) = match kept {
+        Kept::User(lane) => {
+            let (closed, left) = Flow::new(application, network, lane).run(limits, stop, progress).await;
+            (closed, left.map(|left| (left.network, left.pending, Kept::User(left.lane))))
+        }
+        Kept::Kernel(lane) => {
+            let (closed, left) = Flow::new(application, network, lane).run(limits, stop, progress).await;
+            (closed, left.map(|left| (left.network, left.pending, Kept::Kernel(left.lane))))
+        }
+    };
+    let left = left.zip(agreement).map(|((network, pending, kept), agreement)| Left {
+        network,
+        pending,
+        shared: Shared { kept, agreement },
+    });
+    (Tally::of(progress, closed), left)
+}
+
+impl Left {
+    /// Ends what is still open of the use: says that this side's application is gone, and passes over what comes for it.
+    /// None: the connection is closed.
+    pub async fn settle(self) -> Option<Idle> {
+        let Self { network, mut pending, mut shared } = self;
+        let settled = with_lane!(&mut shared.kept, lane => timeout(SETTLE, settle(&network, lane, &mut pending)).await);
+        matches!(settled, Ok(Ok(()))).then_some(Idle { network, shared })
+    }
+}
+
+impl Idle {
+    /// What its two ends agreed on.
+    pub fn agreement(&self) -> &Arc<Agreement> {
+        &self.shared.agreement
+    }
+
+    /// Who protects its records.
+    pub fn engine(&self) -> Engine {
+        match self.shared.kept {
+            Kept::User(_) => Engine::User,
+            Kept::Kernel(_) => Engine::Kernel,
+        }
+    }
+
+    /// Number of its last use; the handshake began the first.
+    pub fn uses(&self) -> u32 {
+        self.shared.uses()
+    }
+
+    /// The client: begins the next use, and waits until the server's workload has accepted.
+    pub async fn begin(&mut self) -> Result<(), CloseReason> {
+        let Self { network, shared } = self;
+        with_lane!(&mut shared.kept, lane => begin(network, lane).await).map_err(network_fault)
+    }
+
+    /// The server: waits for the next use. Cancel safe. An error is how a connection that is not used again ends.
+    pub async fn next(&mut self) -> Result<(), CloseReason> {
+        let Self { network, shared } = self;
+        with_lane!(&mut shared.kept, lane => expect(network, lane, Word::Begin).await).map_err(network_fault)
+    }
+
+    /// Takes socket and engine apart, for the flow that the next use is.
+    pub(crate) fn into_parts(self) -> (TcpStream, Shared) {
+        (self.network, self.shared)
+    }
+
+    /// Carries a use that has begun, as [`super::carry`] does the first.
+    pub(crate) async fn carry(
+        self,
+        application: TcpStream,
+        limits: &Limits,
+        stop: impl Future<Output = Stop>,
+        progress: &Progress,
+    ) -> (Tally, Option<Left>) {
+        let Self { network, shared: Shared { kept, agreement } } = self;
+        run(application, network, kept, Some(agreement), limits, stop, progress).await
+    }
+
+    /// Ends the connection in order.
+    pub fn close(mut self) {
+        let mut pending = Pending::default();
+        with_lane!(&mut self.shared.kept, lane => {
+            // Whoever cannot be told finds out by the FIN; between two uses that means the same.
+            if let Ok(true) = lane.say(&self.network, Say::CloseNotify, &mut pending) {
+                _ = pending.flush(|bytes| lane.write(&self.network, bytes));
+            }
+        });
+        socket::discard(&self.network);
+        flow::end(&self.network);
+    }
+}
+
+impl Shared {
+    /// What the two ends agreed on.
+    pub(crate) fn agreement(&self) -> &Arc<Agreement> {
+        &self.agreement
+    }
+
+    /// Number of the last use.
+    pub(crate) fn uses(&self) -> u32 {
+        with_lane!(&self.kept, lane => lane.exchange()).map_or(0, |exchange| exchange.number())
+    }
+
+    /// The server: its workload has accepted, over the socket that these belong to.
+    pub(crate) async fn ready(mut self, network: TcpStream) -> Result<Idle, CloseReason> {
+        let mut pending = Pending::default();
+        let said = with_lane!(&mut self.kept, lane => tell(&network, lane, Say::Word(Word::Ready), &mut pending).await);
+        said.map(|()| Idle { network, shared: self }).map_err(network_fault)
+    }
+}
+
+async fn settle<L: Lane>(network: &TcpStream, lane: &mut L, pending: &mut Pending) -> Result<(), Fault> {
+    flush(network, lane, pending).await?;
+    let is = |open: fn(super::exchange::Exchange) -> bool, lane: &L| lane.exchange().is_some_and(open);
+    if is(|exchange| exchange.is_ours_open(), lane) {
+        tell(network, lane, Say::Word(Word::Abort), pending).await?;
+    }
+    let mut late = SETTLE_BYTES;
+    while is(|exchange| exchange.is_theirs_open(), lane) {
+        hear(network, lane, &mut late).await?;
+    }
+    // The last use may have made it large.
+    lane.rest();
+    Ok(())
+}
+
+async fn begin<L: Lane>(network: &TcpStream, lane: &mut L) -> Result<(), Fault> {
+    let mut pending = Pending::default();
+    if lane.owes_key_update() {
+        tell(network, lane, Say::KeyUpdate, &mut pending).await?;
+    }
+    tell(network, lane, Say::Word(Word::Begin), &mut pending).await?;
+    expect(network, lane, Word::Ready).await
+}
+
+/// Waits for this word; data or any other is a violation.
+async fn expect<L: Lane>(network: &TcpStream, lane: &mut L, word: Word) -> Result<(), Fault> {
+    match hear(network, lane, &mut 0).await? {
+        heard if heard == word => Ok(()),
+        _ => Err(Violation::UnexpectedMessage.into()),
+    }
+}
+
+/// Waits for the peer's next word, and passes over at most so many bytes before it. Cancel safe: what has been taken off
+/// the socket is in the lane.
+async fn hear<L: Lane>(network: &TcpStream, lane: &mut L, late: &mut usize) -> Result<Word, Fault> {
+    loop {
+        let arrived = with_scratch(|scratch| lane.inbound(network, Batch::new(), scratch))?;
+        *late = late.checked_sub(arrived.bytes).ok_or(Violation::Flood)?;
+        match arrived.then {
+            Then::Word(word) => return Ok(word),
+            Then::More => tokio::task::yield_now().await,
+            Then::Blocked => {
+                lane.rest();
+                let signs = if L::FAILS_UNREAD { Interest::READABLE | Interest::ERROR } else { Interest::READABLE };
+                if network.ready(signs).await?.is_error() && L::FAILS_UNREAD {
+                    _ = network.try_io(Interest::ERROR, || Err::<(), _>(io::ErrorKind::WouldBlock.into()));
+                    lane.ask_again();
+                }
+            }
+            Then::End => return Err(Fault::Truncated),
+            Then::Fault(fault) => return Err(fault),
+        }
+    }
+}
+
+async fn tell<L: Lane>(network: &TcpStream, lane: &mut L, say: Say, pending: &mut Pending) -> Result<(), Fault> {
+    while !lane.say(network, say, pending)? {
+        network.writable().await?;
+    }
+    flush(network, lane, pending).await
+}
+
+async fn flush<L: Lane>(network: &TcpStream, lane: &mut L, pending: &mut Pending) -> Result<(), Fault> {
+    while !pending.is_empty() && !pending.flush(|bytes| lane.write(network, bytes))? {
+        network.writable().await?;
+    }
+    Ok(())
+}

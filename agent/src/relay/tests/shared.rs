@@ -1,0 +1,276 @@
+//! One connection after the other over one TLS connection: between two relays, and against peers that lie.
+
+use super::*;
+use crate::handshake::testing::terms;
+
+/// One side of a shared connection while a use of it runs. It comes to why that ended, and to what is left.
+struct Use {
+    application: TcpStream,
+    ended: JoinHandle<(CloseReason, Option<Idle>)>,
+}
+
+async fn settled((tally, left): (Tally, Option<Left>)) -> (CloseReason, Option<Idle>) {
+    match left {
+        Some(left) => (tally.closed, left.settle().await),
+        None => (tally.closed, None),
+    }
+}
+
+impl Use {
+    fn first(application: TcpStream, pipe: Pipe) -> Self {
+        let ended = tokio::spawn(async move {
+            settled(carry(pipe, &Limits::default(), pending(), &Progress::default()).await).await
+        });
+        Self { application, ended }
+    }
+
+    async fn next(idle: Idle) -> Self {
+        let (application, own) = pair().await;
+        let ended = tokio::spawn(async move {
+            settled(idle.carry(own, &Limits::default(), pending(), &Progress::default()).await).await
+        });
+        Self { application, ended }
+    }
+
+    async fn end(self) -> (CloseReason, Option<Idle>) {
+        over(self.ended).await
+    }
+}
+
+async fn sessions() -> crate::handshake::testing::Sessions {
+    let reuse = crate::handshake::Terms { reuse: true, ..terms(engine().ciphers()) };
+    World::new().sessions_by(reuse).await
+}
+
+/// Both sides of a shared connection, in its first use.
+async fn shared() -> (Use, Use) {
+    let sessions = sessions().await;
+    let (application, leg) = pair().await;
+    let server = Use::first(application, arm(sessions.server, Some(leg), engine()).unwrap());
+    let client = arm(sessions.client, None, engine()).unwrap();
+    (Use::first(sessions.client_application, client), server)
+}
+
+async fn over(ended: JoinHandle<(CloseReason, Option<Idle>)>) -> (CloseReason, Option<Idle>) {
+    timeout(patience(20), ended).await.expect("the use ends").unwrap()
+}
+
+/// Begins the next use on both sides.
+async fn again(mut client: Idle, mut server: Idle) -> (Use, Use) {
+    let serve = async {
+        server.next().await.unwrap();
+        let (network, shared) = server.into_parts();
+        shared.ready(network).await.unwrap()
+    };
+    let (begun, server) = timeout(patience(20), async { tokio::join!(client.begin(), serve) }).await.unwrap();
+    begun.unwrap();
+    assert_eq!(client.uses(), server.uses());
+    (Use::next(client).await, Use::next(server).await)
+}
+
+/// Sends `bytes` both ways at once, ends both streams, and gives both sides back.
+async fn talk(client: Use, server: Use, bytes: &[u8]) -> (Idle, Idle) {
+    let (mut client, mut server) = (client, server);
+    let half = async |one: &mut TcpStream| {
+        let (mut reader, mut writer) = one.split();
+        let mut heard = Vec::new();
+        let write = async {
+            writer.write_all(bytes).await.unwrap();
+            writer.shutdown().await.unwrap();
+        };
+        let (_, read) = tokio::join!(write, reader.read_to_end(&mut heard));
+        read.unwrap();
+        heard
+    };
+    let both = async { tokio::join!(half(&mut client.application), half(&mut server.application)) };
+    let (at_client, at_server) = timeout(patience(60), both).await.expect("in time");
+    assert!(at_client == bytes && at_server == bytes, "every byte of this use and of no other");
+    let (client, server) = (client.end().await, server.end().await);
+    assert_eq!((client.0, server.0), (CloseReason::Complete, CloseReason::Complete));
+    (client.1.expect("it can be used again"), server.1.expect("it can be used again"))
+}
+
+#[tokio::test]
+async fn one_connection_after_the_other_arrives_whole_and_apart() {
+    let (mut client, mut server) = shared().await;
+    for (number, length) in [64, 0, 1 << 20, 1, 300_000, 16384].into_iter().enumerate() {
+        let (idle_client, idle_server) = talk(client, server, &noise(length, 7 + number as u64)).await;
+        assert_eq!(idle_client.uses() as usize, number + 1);
+        (client, server) = again(idle_client, idle_server).await;
+    }
+}
+
+#[tokio::test]
+async fn a_reset_on_either_side_is_passed_on_and_costs_the_connection_nothing() {
+    let (mut client, mut server) = shared().await;
+    for from_client in [true, false, true, false] {
+        let (gone, mut other) = if from_client { (client, server) } else { (server, client) };
+        let mut first = [0; 4];
+        let mut application = gone.application;
+        application.write_all(b"some").await.unwrap();
+        other.application.read_exact(&mut first).await.unwrap();
+        // What is on its way to the one that is gone must not turn up in the next use.
+        other.application.write_all(&noise(200_000, 3)).await.unwrap();
+        application.set_zero_linger().unwrap();
+        drop(application);
+        assert!(is_reset(&mut other.application).await);
+        drop(other.application);
+        let (gone, other) = (over(gone.ended).await, over(other.ended).await);
+        assert_eq!((gone.0, other.0), (CloseReason::ApplicationReset, CloseReason::PeerReset));
+        let (gone, other) = (gone.1.unwrap(), other.1.unwrap());
+        (client, server) = if from_client { again(gone, other).await } else { again(other, gone).await };
+    }
+    talk(client, server, b"and still whole").await;
+}
+
+#[tokio::test]
+async fn a_half_closed_use_goes_on_in_the_other_direction() {
+    let (client, server) = shared().await;
+    let (idle_client, idle_server) = talk(client, server, b"first").await;
+    let (mut client, mut server) = again(idle_client, idle_server).await;
+    client.application.shutdown().await.unwrap();
+    assert!(read_to_end(&mut server.application).await.is_empty());
+    server.application.write_all(b"still here").await.unwrap();
+    server.application.shutdown().await.unwrap();
+    assert_eq!(read_to_end(&mut client.application).await, b"still here");
+    let (client, server) = (client.end().await, server.end().await);
+    again(client.1.unwrap(), server.1.unwrap()).await;
+}
+
+#[tokio::test]
+async fn a_reset_behind_the_own_end_ends_the_whole_connection() {
+    let (mut client, mut server) = shared().await;
+    client.application.shutdown().await.unwrap();
+    assert!(read_to_end(&mut server.application).await.is_empty());
+    client.application.set_zero_linger().unwrap();
+    drop(client.application);
+    // Only writing finds out.
+    let block = noise(1 << 20, 5);
+    while server.application.write_all(&block).await.is_ok() {}
+    let (closed, left) = over(client.ended).await;
+    assert!(left.is_none() && closed == CloseReason::ApplicationReset, "{closed}");
+    assert!(server.end().await.1.is_none());
+}
+
+#[tokio::test]
+async fn an_idle_connection_that_the_peer_closes_begins_nothing_and_loses_nothing() {
+    let (client, server) = shared().await;
+    let (mut client, server) = talk(client, server, b"bytes").await;
+    server.close();
+    let begun = timeout(patience(20), client.begin()).await.unwrap();
+    assert!(begun.is_err(), "{begun:?}");
+}
+
+#[tokio::test]
+async fn without_the_offer_or_the_answer_a_connection_is_used_once() {
+    let (client, server) = chain(engine().ciphers()).await;
+    drop(client.application);
+    drop(server.application);
+    let sessions = World::new().sessions(engine().ciphers()).await;
+    assert!(!sessions.client.agreement().reusable && !sessions.server.agreement().reusable);
+}
+
+/// A relay as the server of a shared connection, and a client that says what it wants.
+async fn against_client() -> (Use, Peer) {
+    let sessions = sessions().await;
+    let (application, leg) = pair().await;
+    let relay = Use::first(application, arm(sessions.server, Some(leg), engine()).unwrap());
+    (relay, Peer::new(sessions.client))
+}
+
+const WORD: u8 = 0xb7;
+
+#[tokio::test]
+async fn words_and_data_out_of_turn_reset_the_program() {
+    let violations: &[&[(u8, &[u8])]] = &[
+        &[(WORD, &[1, 0, 0, 0, 2])],
+        &[(WORD, &[2, 0, 0, 0, 1])],
+        &[(WORD, &[3, 0, 0, 0, 2])],
+        &[(WORD, &[3, 0, 0, 0])],
+        &[(WORD, &[9, 0, 0, 0, 1])],
+        &[(WORD, &[])],
+        // The end of everything, without the end of this use: somebody may have cut it.
+        &[(21, &[1, 0])],
+    ];
+    for said in violations {
+        let (mut relay, mut peer) = against_client().await;
+        peer.send(23, b"good").await;
+        let mut good = [0; 4];
+        relay.application.read_exact(&mut good).await.unwrap();
+        for (content_type, body) in *said {
+            peer.send(*content_type, body).await;
+        }
+        assert!(is_reset(&mut relay.application).await, "{said:?}");
+        let (closed, left) = relay.end().await;
+        assert!(left.is_none(), "{said:?}: {closed}");
+        assert!(matches!(closed, CloseReason::PeerViolation(_) | CloseReason::PeerTruncated), "{said:?}: {closed}");
+    }
+}
+
+#[tokio::test]
+async fn between_two_uses_nothing_but_the_next_word_is_taken() {
+    let said: &[(u8, &[u8])] = &[
+        (23, b"data that belongs to no use"),
+        (WORD, &[1, 0, 0, 0, 3]),
+        (WORD, &[1, 0, 0, 0, 1]),
+        (WORD, &[3, 0, 0, 0, 1]),
+        (WORD, &[2, 0, 0, 0, 2]),
+        (21, &[1, 0]),
+        (21, &[2, 80]),
+    ];
+    for (content_type, body) in said {
+        let (mut relay, mut peer) = against_client().await;
+        peer.send(WORD, &[3, 0, 0, 0, 1]).await;
+        relay.application.shutdown().await.unwrap();
+        assert!(read_to_end(&mut relay.application).await.is_empty());
+        assert_eq!(peer.receive().await, Some((WORD, vec![3, 0, 0, 0, 1])));
+        let mut idle = relay.end().await.1.expect("it can be used again");
+        peer.send(*content_type, body).await;
+        let next = timeout(patience(10), idle.next()).await.expect("it is noticed");
+        assert!(next.is_err(), "{content_type} {body:?}");
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_says_end_and_begin_in_one_breath_is_heard() {
+    let (mut relay, mut peer) = against_client().await;
+    relay.application.shutdown().await.unwrap();
+    assert_eq!(peer.receive().await, Some((WORD, vec![3, 0, 0, 0, 1])));
+    let mut breath = peer.seal(23, b"last");
+    breath.extend(peer.seal(WORD, &[3, 0, 0, 0, 1]));
+    breath.extend(peer.seal(WORD, &[1, 0, 0, 0, 2]));
+    peer.socket.write_all(&breath).await.unwrap();
+    assert_eq!(read_to_end(&mut relay.application).await, b"last");
+    let mut idle = relay.end().await.1.expect("it can be used again");
+    timeout(patience(10), idle.next()).await.expect("the word is not lost").unwrap();
+    assert_eq!(idle.uses(), 2);
+}
+
+#[tokio::test]
+async fn data_before_the_server_is_ready_belongs_to_that_use_or_ends_the_connection() {
+    let (mut relay, mut peer) = against_client().await;
+    relay.application.shutdown().await.unwrap();
+    peer.send(WORD, &[3, 0, 0, 0, 1]).await;
+    assert!(read_to_end(&mut relay.application).await.is_empty());
+    let mut idle = relay.end().await.1.expect("it can be used again");
+    let mut early = peer.seal(WORD, &[1, 0, 0, 0, 2]);
+    early.extend(peer.seal(23, b"GET /secret"));
+    peer.socket.write_all(&early).await.unwrap();
+    let begun = timeout(patience(10), idle.next()).await.unwrap();
+    begun.unwrap();
+    let (network, shared) = idle.into_parts();
+    let mut relay = Use::next(shared.ready(network).await.unwrap()).await;
+    let mut bytes = [0; 11];
+    let read = timeout(patience(10), relay.application.read_exact(&mut bytes)).await.expect("it is told");
+    assert!(read.is_err() || &bytes == b"GET /secret");
+}
+
+#[tokio::test]
+async fn a_peer_that_never_ends_an_aborted_use_is_given_up() {
+    let (relay, mut peer) = against_client().await;
+    relay.application.set_zero_linger().unwrap();
+    drop(relay.application);
+    assert_eq!(peer.receive().await, Some((WORD, vec![4, 0, 0, 0, 1])));
+    peer.send(23, &[7; 1000]).await;
+    assert!(over(relay.ended).await.1.is_none());
+}

@@ -1,0 +1,145 @@
+//! The idle connections of one shard, by whom they may serve next. The client's side: it alone begins a use.
+//!
+//! *Invariant:* what is here was made under the policy that is in force, is younger than the limits, and there is a bound
+//! on how much of it there is.
+
+use crate::authorize::Permit;
+use crate::config::Sessions;
+use crate::policy::Policy;
+use crate::relay::Idle;
+use std::collections::{HashMap, VecDeque};
+use std::net::{IpAddr, SocketAddr};
+use std::sync::Arc;
+use std::time::Instant;
+
+/// Idle connections of a shard, all together, for so many pairs and destinations with their full number.
+const PAIRS: usize = 64;
+
+/// Whom a connection may serve: the same workload, from the same address of this host, to the same destination. Who is at
+/// that destination is looked at again when it is used.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Key {
+    workload: u32,
+    from: Option<IpAddr>,
+    destination: SocketAddr,
+}
+
+impl Key {
+    /// The key of what this permit allows.
+    pub fn of(permit: &Permit) -> Self {
+        let parties = permit.parties();
+        Self {
+            workload: parties.workload.number,
+            from: parties.flow.dial_from.map(|from| from.ip()),
+            destination: parties.flow.destination.0,
+        }
+    }
+}
+
+/// Idle connections.
+pub struct Pool {
+    limits: Sessions,
+    policy: Option<Arc<Policy>>,
+    spares: HashMap<Key, VecDeque<Spare>>,
+    held: usize,
+    closed: bool,
+}
+
+struct Spare {
+    idle: Idle,
+    since: Instant,
+}
+
+impl Pool {
+    /// An empty one.
+    pub fn new(limits: Sessions) -> Self {
+        Self { limits, policy: None, spares: HashMap::new(), held: 0, closed: false }
+    }
+
+    /// A connection for this key, the one that was used last.
+    pub fn take(&mut self, policy: &Arc<Policy>, key: &Key) -> Option<Idle> {
+        self.follow(policy);
+        let spares = self.spares.get_mut(key)?;
+        let mut found = None;
+        while let (None, Some(spare)) = (&found, spares.pop_back()) {
+            self.held -= 1;
+            if spare.is_good(&self.limits, Instant::now()) {
+                found = Some(spare.idle);
+            } else {
+                spare.idle.close();
+            }
+        }
+        if spares.is_empty() {
+            self.spares.remove(key);
+        }
+        found
+    }
+
+    /// Keeps a connection for whoever comes next. What there is no room or no time left for is closed.
+    pub fn put(&mut self, policy: &Arc<Policy>, key: Key, idle: Idle) {
+        let spare = Spare { idle, since: Instant::now() };
+        let is_other = self.policy.as_ref().is_some_and(|current| !Arc::ptr_eq(current, policy));
+        let is_full = self.held >= self.limits.spares.saturating_mul(PAIRS);
+        if self.closed || is_other || is_full || !spare.is_good(&self.limits, spare.since) {
+            return spare.idle.close();
+        }
+        self.policy = Some(policy.clone());
+        let spares = self.spares.entry(key).or_default();
+        if spares.len() >= self.limits.spares {
+            return spare.idle.close();
+        }
+        spares.push_back(spare);
+        self.held += 1;
+    }
+
+    /// Closes what has been idle for too long, or is too old.
+    pub fn sweep(&mut self, now: Instant) {
+        let limits = self.limits;
+        let mut kept = 0;
+        for spares in self.spares.values_mut() {
+            for spare in std::mem::take(spares) {
+                if spare.is_good(&limits, now) {
+                    spares.push_back(spare);
+                } else {
+                    spare.idle.close();
+                }
+            }
+            kept += spares.len();
+        }
+        self.held = kept;
+        self.spares.retain(|_, spares| !spares.is_empty());
+    }
+
+    /// Closes all of them.
+    pub fn clear(&mut self) {
+        for spare in self.spares.drain().flat_map(|(_, spares)| spares) {
+            spare.idle.close();
+        }
+        (self.held, self.policy) = (0, None);
+    }
+
+    /// Closes all of them, and keeps no more.
+    pub fn close(&mut self) {
+        self.closed = true;
+        self.clear();
+    }
+
+    /// How many there are.
+    pub fn held(&self) -> usize {
+        self.held
+    }
+
+    /// What was made under another policy has to be made again.
+    fn follow(&mut self, policy: &Arc<Policy>) {
+        if self.policy.as_ref().is_some_and(|current| !Arc::ptr_eq(current, policy)) {
+            self.clear();
+        }
+        self.policy.get_or_insert_with(|| policy.clone());
+    }
+}
+
+impl Spare {
+    fn is_good(&self, limits: &Sessions, now: Instant) -> bool {
+        now.saturating_duration_since(self.since) < limits.idle && limits.allows(self.idle.agreement().since, self.idle.uses())
+    }
+}
