@@ -12,6 +12,8 @@ mod streams;
 mod addresses;
 #[path = "flows/neighbours.rs"]
 mod neighbours;
+#[path = "flows/sessions.rs"]
+mod sessions;
 #[path = "flows/foreign.rs"]
 mod foreign;
 #[path = "flows/lifecycle.rs"]

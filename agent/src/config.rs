@@ -477,7 +477,12 @@ impl fmt::Display for Config {
         let Limits { connections, handshakes } = self.limits;
         writeln!(f, "\n[limits]\nconnections = {connections}\nhandshakes = {handshakes}")?;
         let Sessions { reuse, idle, age, uses, spares } = self.sessions;
-        writeln!(f, "\n[sessions]\nreuse = {reuse}\nidle = \"{}\"\nage = \"{}\"", units::print(idle), units::print(age))?;
+        writeln!(
+            f,
+            "\n[sessions]\nreuse = {reuse}\nidle = \"{}\"\nage = \"{}\"",
+            units::print(idle),
+            units::print(age)
+        )?;
         writeln!(f, "uses = {uses}\nspares = {spares}")
     }
 }

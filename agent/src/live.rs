@@ -107,6 +107,7 @@ const PARTS: usize = 32;
 #[derive(Debug, Default)]
 pub struct Registry {
     places: Arc<Places>,
+    waiting: Arc<Places>,
     open: [Mutex<HashMap<u64, Arc<Live>>>; PARTS],
     refused: Mutex<BTreeMap<&'static str, Refused>>,
     flows: AtomicU64,
@@ -118,9 +119,14 @@ impl Registry {
         self.flows.fetch_add(1, Ordering::Relaxed);
         self.places.take(all)
     }
-    /// Counts a flow on a connection whose place is taken already.
-    pub fn again(&self) {
-        self.flows.fetch_add(1, Ordering::Relaxed);
+    /// Takes one of the places for connections that wait for another use: a quarter of `all`, beside those for flows, so that
+    /// what waits never keeps anybody out.
+    pub fn wait(&self, all: usize) -> Option<Place> {
+        self.waiting.take((all / 4).max(1)).ok()
+    }
+    /// How many wait.
+    pub fn waiting_count(&self) -> usize {
+        self.waiting.taken()
     }
     /// Flows so far.
     pub fn total(&self) -> u64 {

@@ -169,17 +169,19 @@ pub async fn walk(shared: &Shared, site: &Site, flow: Flow) {
         _ if shared.audit.refuses() => attempt.refuse(flow.socket, &Error::AuditUnwritable),
         (Err(taken), _) => attempt.refuse(flow.socket, &Error::TooMany(taken)),
         (Ok(_place), Direction::Outbound) => walk.outbound(attempt, flow).await,
-        (Ok(_place), Direction::Inbound) => {
+        (Ok(place), Direction::Inbound) => {
             let ends = (flow.source, flow.destination);
             let mut left = walk.inbound(attempt, flow).await;
-            while let Some(idle) = match left {
-                Some(left) => left.settle().await,
-                None => None,
-            } {
+            drop(place);
+            while let Some(idle) = settled(left).await {
                 left = Walk::new(shared, site).again(idle, ends).await;
             }
         }
     }
+}
+
+async fn settled(left: Option<Left>) -> Option<Idle> {
+    left?.settle().await
 }
 
 /// What one walk goes by: the policy is the one that was in force when it began.
@@ -373,7 +375,7 @@ impl<'a> Walk<'a> {
             idle.close();
             return None;
         }
-        self.shared.registry.again();
+        let place = self.shared.registry.begin(self.shared.config.limits.connections);
         let walk = Walk::new(self.shared, self.site);
         let (network, shared) = idle.into_parts();
         let flow = match self.site.dialler.inbound(network, source, destination) {
@@ -386,6 +388,10 @@ impl<'a> Walk<'a> {
         let attempt = Attempt::new(self.shared, &flow);
         if self.shared.audit.refuses() {
             attempt.refuse(flow.socket, &Error::AuditUnwritable);
+            return None;
+        }
+        if let Err(taken) = place {
+            attempt.refuse(flow.socket, &Error::TooMany(taken));
             return None;
         }
         let (mut attempt, permit) = walk.admit(attempt, flow).await?;
@@ -417,6 +423,7 @@ impl<'a> Walk<'a> {
     async fn is_asked(&self, idle: &mut Idle) -> bool {
         let sessions = &self.shared.config.sessions;
         let (mut changed, mut closing) = (self.shared.changed.subscribe(), self.site.closing.clone());
+        let Some(_place) = self.shared.registry.wait(self.shared.config.limits.connections) else { return false };
         if *closing.borrow() || !sessions.allows(idle.agreement().since, idle.uses()) {
             return false;
         }
@@ -550,4 +557,3 @@ async fn told(mut stopped: watch::Receiver<Option<Stop>>) -> Stop {
         }
     }
 }
-

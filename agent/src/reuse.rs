@@ -88,9 +88,8 @@ pub async fn begin(
     let begun = tokio::time::timeout(patience, idle.begin()).await.unwrap_or(late);
     let prepared = begun.and_then(|()| {
         let socket = &permit.parties().flow.socket;
-        crate::offload::prepare(socket).map_err(|error| {
-            CloseReason::ApplicationLost(error.raw_os_error().unwrap_or(libc::EIO))
-        })
+        crate::offload::prepare(socket)
+            .map_err(|error| CloseReason::ApplicationLost(error.raw_os_error().unwrap_or(libc::EIO)))
     });
     match prepared {
         Ok(()) => Ok(Bound { application: permit.into_parties().flow.socket, idle, rule }),

@@ -63,7 +63,8 @@ pub(super) async fn hear_offer(network: &TcpStream) -> Result<(Opening, bool), C
         match acceptor.accept() {
             Ok(None) => {}
             Ok(Some(accepted)) => {
-                let offers = accepted.client_hello().alpn().is_some_and(|mut offered| offered.any(|name| name == REUSE));
+                let offers =
+                    accepted.client_hello().alpn().is_some_and(|mut offered| offered.any(|name| name == REUSE));
                 return Ok((opening, offers));
             }
             // The state machine finds the same, and has the right alert for it.

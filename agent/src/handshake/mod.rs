@@ -18,11 +18,7 @@ pub use error::{Cause, Error, alert_name};
 pub use secrets::{Aead, Secrets, Traffic};
 pub use settings::Ciphers;
 
-use crate::{
-    authorize::Permit,
-    identify::Credential,
-    policy::Rule,
-};
+use crate::{authorize::Permit, identify::Credential, policy::Rule};
 use driver::{Finished, Machine, Opening};
 use rustls::{client::UnbufferedClientConnection, pki_types::ServerName, server::UnbufferedServerConnection};
 use std::{future::Future, sync::Arc};
@@ -134,7 +130,14 @@ impl Session {
         let group = finished.group.and_then(|group| group.name().as_str()).unwrap_or("unknown");
         let cipher = settings::cipher_name(finished.secrets.suite());
         let local = permit.parties().credential.clone();
-        let agreement = Arc::new(Agreement { local, peer, group, cipher, reusable: finished.reusable, since: std::time::Instant::now() });
+        let agreement = Arc::new(Agreement {
+            local,
+            peer,
+            group,
+            cipher,
+            reusable: finished.reusable,
+            since: std::time::Instant::now(),
+        });
         Ok(Self { permit, dialled, agreement, rule, secrets: finished.secrets })
     }
 

@@ -169,7 +169,11 @@ mod tests {
         }
         fn hear(&mut self, who: usize) -> Option<Word> {
             let marker = self.to[who].pop_front()?;
-            Some(self.ends[who].hear(Marker::parse(&marker.bytes()).unwrap()).expect("what one may say, the other takes"))
+            Some(
+                self.ends[who]
+                    .hear(Marker::parse(&marker.bytes()).unwrap())
+                    .expect("what one may say, the other takes"),
+            )
         }
     }
 

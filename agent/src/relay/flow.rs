@@ -353,7 +353,9 @@ impl<L: Lane> Flow<L> {
                 self.aborted = true;
                 return Err(CloseReason::PeerReset);
             }
-            Then::Word(Word::Begin | Word::Ready) => return Err(CloseReason::PeerViolation(Violation::UnexpectedMessage)),
+            Then::Word(Word::Begin | Word::Ready) => {
+                return Err(CloseReason::PeerViolation(Violation::UnexpectedMessage));
+            }
             Then::Fault(fault) if delivered => return Err(self.network_fault(fault)),
             Then::Fault(fault) => self.last = Some(fault),
         }

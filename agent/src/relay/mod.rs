@@ -22,8 +22,8 @@ pub use reason::{CloseReason, Stop, Violation};
 
 use crate::offload::{Lane, Pipe};
 use flow::Flow;
-use kernel::Kernel;
 use idle::Kept;
+use kernel::Kernel;
 use plain::Plain;
 use std::{
     future::Future,

@@ -140,6 +140,7 @@ impl Pool {
 
 impl Spare {
     fn is_good(&self, limits: &Sessions, now: Instant) -> bool {
-        now.saturating_duration_since(self.since) < limits.idle && limits.allows(self.idle.agreement().since, self.idle.uses())
+        now.saturating_duration_since(self.since) < limits.idle
+            && limits.allows(self.idle.agreement().since, self.idle.uses())
     }
 }

@@ -274,3 +274,110 @@ async fn a_peer_that_never_ends_an_aborted_use_is_given_up() {
     peer.send(23, &[7; 1000]).await;
     assert!(over(relay.ended).await.1.is_none());
 }
+
+/// A random peer with a valid certificate: any number of uses of any content, in any pieces, with fresh keys in between,
+/// and then mostly something that it must not say. `WIMSEY_FUZZ` is how many such peers are tried, 60 if not said.
+#[tokio::test]
+async fn whatever_a_peer_says_each_use_hears_its_own_bytes_or_is_reset() {
+    let peers = std::env::var("WIMSEY_FUZZ").ok().and_then(|text| text.parse().ok()).unwrap_or(60 / slowness().min(12));
+    for seed in 1..=u64::from(peers) {
+        let (relay, peer) = against_client().await;
+        timeout(patience(60), random_peer(relay, peer, Dice(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15))))
+            .await
+            .unwrap_or_else(|_| panic!("seed {seed} hangs"));
+    }
+}
+
+struct Dice(u64);
+
+impl Dice {
+    fn below(&mut self, sides: u64) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        (self.0 >> 11) % sides
+    }
+}
+
+async fn random_peer(mut relay: Use, mut peer: Peer, mut dice: Dice) {
+    for number in 1_u32.. {
+        let (mut wire, mut data) = (Vec::new(), Vec::new());
+        for _ in 0..dice.below(6) {
+            match dice.below(8) {
+                0 => wire.extend(peer.seal(23, b"")),
+                1 if takes_fresh_keys() => {
+                    wire.extend(peer.seal(22, &[24, 0, 0, 1, 0]));
+                    peer.sealer = Sealer::new(&peer.secrets.next_transmit().unwrap()).unwrap();
+                }
+                2 => wire.extend(peer.seal(21, &[1, 90])),
+                _ => {
+                    let length = [1, 7, 600, 5000, 16_384][dice.below(5) as usize];
+                    let piece = noise(length, dice.0 | 1);
+                    wire.extend(peer.seal(23, &piece));
+                    data.extend(piece);
+                }
+            }
+        }
+        let word = |word: u8, number: u32| [&[word][..], &number.to_be_bytes()].concat();
+        let last = match dice.below(12) {
+            0 => Some((WORD, word(4, number))),
+            1 => Some((WORD, word(1, number + 1))),
+            2 => Some((WORD, word(dice.below(256) as u8, dice.below(4) as u32))),
+            3 => Some((WORD, noise(dice.below(9) as usize, dice.0 | 1))),
+            4 => Some((dice.below(256) as u8, noise(dice.below(300) as usize, dice.0 | 1))),
+            5 => Some((21, vec![1, 0])),
+            6 => None,
+            _ => Some((WORD, word(3, number))),
+        };
+        let in_order = last == Some((WORD, word(3, number)));
+        match &last {
+            Some((content_type, body)) => wire.extend(peer.seal(*content_type, body)),
+            None => wire.extend(noise(1 + dice.below(40) as usize, dice.0 | 1)),
+        }
+        // In pieces, so that a record and a word end anywhere.
+        let Peer { socket, .. } = &mut peer;
+        let (mut reader, mut writer) = socket.split();
+        let send = async {
+            let mut rest = &wire[..];
+            while !rest.is_empty() {
+                let (piece, after) = rest.split_at((1 + dice.below(20_000) as usize).min(rest.len()));
+                if writer.write_all(piece).await.is_err() {
+                    break;
+                }
+                tokio::task::yield_now().await;
+                rest = after;
+            }
+            if !in_order {
+                // Nothing comes any more.
+                let _ = writer.shutdown().await;
+            }
+        };
+        let Use { mut application, ended } = relay;
+        let hear = async {
+            let mut heard = Vec::new();
+            let end = application.read_to_end(&mut heard).await;
+            drop(application);
+            (heard, end.is_ok())
+        };
+        let swallow = async {
+            // What the relay says, so that it never waits for room.
+            if in_order { 0 } else { reader.read(&mut [0; 4096]).await.unwrap_or(0) }
+        };
+        let (_, (heard, ended_well), _) = tokio::join!(send, hear, swallow);
+        let (closed, left) = over(ended).await;
+        assert!(data.starts_with(&heard), "use {number}: bytes that are not its own");
+        if !in_order {
+            // An alert or a word may be one that is allowed here; then what follows is a cut.
+            assert!(!ended_well, "use {number}: {last:?} looked like an end ({closed})");
+            return;
+        }
+        assert!(ended_well && heard == data && closed == CloseReason::Complete, "use {number}: {closed}");
+        assert_eq!(peer.receive().await, Some((WORD, word(3, number))));
+        let mut idle = left.expect("it can be used again");
+        peer.send(WORD, &word(1, number + 1)).await;
+        idle.next().await.unwrap();
+        let (network, shared) = idle.into_parts();
+        relay = Use::next(shared.ready(network).await.unwrap()).await;
+        assert_eq!(peer.receive().await, Some((WORD, word(2, number + 1))));
+    }
+}
