@@ -330,12 +330,14 @@ impl Site<'_> {
         self.lab.directory().join(format!("proxy-{}.log", host.name))
     }
 
-    /// The last lines that the proxy of a host said.
+    /// What the proxy of a host said went wrong, or the last that it said.
     fn log(&self, host: &Host) -> String {
         let text = std::fs::read(self.log_file(host)).unwrap_or_default();
         let text = String::from_utf8_lossy(&text).into_owned();
         let lines: Vec<&str> = text.lines().collect();
-        lines[lines.len().saturating_sub(4)..].join(" | ")
+        let wrong = |line: &&&str| ["rror", "ERR", "emerg", "panic", "ALERT"].iter().any(|word| line.contains(word));
+        let told: Vec<&str> = lines.iter().filter(wrong).take(3).copied().collect();
+        if told.is_empty() { lines[lines.len().saturating_sub(3)..].join(" | ") } else { told.join(" | ") }
     }
 
     /// The two proxies, once the first listens.

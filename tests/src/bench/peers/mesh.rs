@@ -81,7 +81,7 @@ pub(super) fn ztunnel(site: &Site<'_>, program: &Path, pooled: bool) -> Result<S
     let workload = |name: &str, host: &Host| {
         format!(
             "- uid: lab//v1/Pod/default/{name}\n  name: {name}\n  namespace: default\n  serviceAccount: {name}\n  \
-             workloadIps: [\"{}\"]\n  protocol: HBONE\n  node: {name}\n  network: \"\"\n",
+             workloadIps: [\"{}\"]\n  protocol: HBONE\n  node: {name}\n  network: \"\"\n  services: {{}}\n",
             host.v4
         )
     };
