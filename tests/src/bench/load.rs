@@ -15,7 +15,7 @@ use serde_json::{Value, json};
 use socket2::{Domain, Protocol, Socket, Type};
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
-use std::os::fd::OwnedFd;
+use std::os::fd::{AsFd, OwnedFd};
 use std::time::{Duration, Instant};
 
 /// Bytes of one write of a bulk flow.
@@ -36,8 +36,17 @@ pub enum Load {
     Connects(usize),
 }
 
+/// What is connected to.
+#[derive(Clone, Copy, Debug)]
+pub struct Target {
+    /// Address.
+    pub to: SocketAddr,
+    /// Put kernel TLS with a fixed key on each socket; the server has to do the same.
+    pub sealed: bool,
+}
+
 /// Does it for so long, on so many threads, and says what came of it.
-pub fn run(load: Load, to: SocketAddr, time: Duration, threads: usize) -> crate::Result<Value> {
+pub fn run(load: Load, to: Target, time: Duration, threads: usize) -> crate::Result<Value> {
     let all = match load {
         Load::Bulk(number) | Load::RoundTrips(_, number) | Load::Connects(number) => number,
     };
@@ -52,7 +61,7 @@ pub fn run(load: Load, to: SocketAddr, time: Duration, threads: usize) -> crate:
                     Load::Bulk(_) => bulk(to, share, time),
                     Load::RoundTrips(size, 1) => round_trips_of_one(to, size, time),
                     Load::RoundTrips(size, _) => round_trips(to, size, share, time),
-                    Load::Connects(_) => connects(to, share, time),
+                    Load::Connects(_) => connects(to.to, share, time),
                 })
             })
             .collect();
@@ -85,8 +94,12 @@ struct Part {
     tenths: Vec<u32>,
 }
 
-fn connect(to: SocketAddr) -> crate::Result<TcpStream> {
+fn connect(target: Target) -> crate::Result<TcpStream> {
+    let to = target.to;
     let stream = TcpStream::connect(to).with_context(|| format!("connect to {to}"))?;
+    if target.sealed {
+        crate::sys::set_fixed_tls(stream.as_fd()).context("TLS of the kernel")?;
+    }
     stream.set_nodelay(true)?;
     crate::dial::limit(&stream, PATIENCE)?;
     Ok(stream)
@@ -107,7 +120,7 @@ fn agree(stream: &mut TcpStream, sent: u64) -> crate::Result<()> {
     Ok(())
 }
 
-fn bulk_of_one(to: SocketAddr, time: Duration) -> crate::Result<Part> {
+fn bulk_of_one(to: Target, time: Duration) -> crate::Result<Part> {
     let mut stream = connect(to)?;
     let block = vec![SINK; BLOCK];
     let began = Instant::now();
@@ -120,7 +133,7 @@ fn bulk_of_one(to: SocketAddr, time: Duration) -> crate::Result<Part> {
     Ok(Part { count: bytes, total: bytes, seconds: began.elapsed().as_secs_f64(), tenths: Vec::new() })
 }
 
-fn bulk(to: SocketAddr, streams: usize, time: Duration) -> crate::Result<Part> {
+fn bulk(to: Target, streams: usize, time: Duration) -> crate::Result<Part> {
     let mut poll = Poll::new()?;
     let mut flows = Vec::new();
     for index in 0..streams {
@@ -186,7 +199,7 @@ impl Tally {
     }
 }
 
-fn round_trips_of_one(to: SocketAddr, size: usize, time: Duration) -> crate::Result<Part> {
+fn round_trips_of_one(to: Target, size: usize, time: Duration) -> crate::Result<Part> {
     let mut stream = connect(to)?;
     let (message, mut answer) = (vec![b'x'; size], vec![0; size]);
     let mut tally = Tally::new();
@@ -199,7 +212,7 @@ fn round_trips_of_one(to: SocketAddr, size: usize, time: Duration) -> crate::Res
     Ok(tally.end())
 }
 
-fn round_trips(to: SocketAddr, size: usize, connections: usize, time: Duration) -> crate::Result<Part> {
+fn round_trips(to: Target, size: usize, connections: usize, time: Duration) -> crate::Result<Part> {
     let message = vec![b'x'; size];
     let mut buffer = vec![0; size];
     let mut poll = Poll::new()?;
@@ -302,7 +315,7 @@ fn connects(to: SocketAddr, at_once: usize, time: Duration) -> crate::Result<Par
 }
 
 /// 64 bytes there and back on one connection, within two seconds.
-pub fn attempt_once(to: SocketAddr) -> crate::Result<()> {
+pub fn attempt_once(to: Target) -> crate::Result<()> {
     let mut stream = connect(to)?;
     crate::dial::limit(&stream, Duration::from_secs(2))?;
     let (message, mut answer) = ([b'x'; 64], [0; 64]);
@@ -313,7 +326,7 @@ pub fn attempt_once(to: SocketAddr) -> crate::Result<()> {
 }
 
 /// Opens so many connections, uses each once, says `held`, and keeps them until standard input ends.
-pub fn hold(to: SocketAddr, number: usize) -> crate::Result<()> {
+pub fn hold(to: Target, number: usize) -> crate::Result<()> {
     let mut streams = Vec::with_capacity(number);
     for index in 0..number {
         let mut stream = connect(to).with_context(|| format!("connection {index}"))?;

@@ -43,6 +43,7 @@ pub struct Peer {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Kind {
     Plain,
+    Sealed,
     HaproxyTcp,
     Stunnel { resumed: bool },
     Nginx { resumed: bool },
@@ -63,6 +64,7 @@ pub fn all() -> Vec<Peer> {
     };
     vec![
         peer("plain", false, Kind::Plain),
+        peer("ktls-own", false, Kind::Sealed),
         peer("haproxy-tcp", false, Kind::HaproxyTcp),
         peer("wireguard", false, Kind::Wireguard),
         peer("stunnel", false, Kind::Stunnel { resumed: false }),
@@ -84,6 +86,11 @@ pub fn all() -> Vec<Peer> {
 }
 
 impl Peer {
+    /// Client and server do kernel TLS on their own sockets: what a relay's kernel TLS is compared to.
+    pub fn sealed(&self) -> bool {
+        self.kind == Kind::Sealed
+    }
+
     /// Name and engine, for people.
     pub fn title(&self) -> String {
         match self.engine {
@@ -187,6 +194,15 @@ pub fn start(peer: &Peer, layout: &Layout, given: &Given, authority: &Authority)
     }
 }
 
+/// Can this kernel do TLS on a socket?
+fn probe_tls() -> Result<(), Absent> {
+    use std::os::fd::AsFd;
+    let listener = std::net::TcpListener::bind("127.0.0.1:0")?;
+    let stream = std::net::TcpStream::connect(listener.local_addr()?)?;
+    let done = crate::sys::set_fixed_tls(stream.as_fd());
+    done.map_err(|error| Absent::Skipped(format!("the kernel has no TLS: {error}")))
+}
+
 /// What a panic said.
 pub fn said(panic: &(dyn Any + Send)) -> String {
     let text = panic.downcast_ref::<String>().cloned();
@@ -196,7 +212,7 @@ pub fn said(panic: &(dyn Any + Send)) -> String {
 fn try_start(peer: &Peer, layout: &Layout, given: &Given, authority: &Authority) -> Result<Chain, Absent> {
     // Asked before anything is made.
     let program = match peer.kind {
-        Kind::Plain | Kind::Wireguard | Kind::Wimsey { .. } => None,
+        Kind::Plain | Kind::Sealed | Kind::Wireguard | Kind::Wimsey { .. } => None,
         Kind::HaproxyTcp | Kind::Haproxy { .. } => Some(given.program("haproxy")?),
         Kind::Stunnel { .. } => Some(given.program("stunnel4")?),
         Kind::Nginx { .. } => Some(given.program("nginx")?),
@@ -205,6 +221,9 @@ fn try_start(peer: &Peer, layout: &Layout, given: &Given, authority: &Authority)
         Kind::Ghostunnel => Some(given.program("ghostunnel")?),
     };
     let program = program.as_deref().unwrap_or(Path::new(""));
+    if peer.sealed() {
+        probe_tls()?;
+    }
     let lab: &'static Lab = Box::leak(Box::new(Lab::open_unwatched("bench")?));
     let cgroups = [
         ("client", &layout.client),
@@ -224,14 +243,12 @@ fn try_start(peer: &Peer, layout: &Layout, given: &Given, authority: &Authority)
         }
     }
     let site = Site { lab, layout, authority };
-    let server = Some(site.server());
+    let server = Some(site.server(peer.sealed()));
     let started = match peer.kind {
-        Kind::Plain => Ok(Started {
-            to: lab.beta.at(PORT),
-            proxies: ["proxy-alpha", "proxy-beta"],
-            kept: Vec::new(),
-            note: "no proxy at all".to_owned(),
-        }),
+        Kind::Plain => Ok(site.direct("no proxy at all")),
+        Kind::Sealed => {
+            Ok(site.direct("no proxy; kernel TLS under a fixed key on the programs' own sockets, no handshake"))
+        }
         Kind::HaproxyTcp => classic::haproxy_tcp(&site, program),
         Kind::Haproxy { resumed } => classic::haproxy(&site, program, resumed),
         Kind::Stunnel { resumed } => classic::stunnel(&site, program, resumed),
@@ -266,7 +283,8 @@ impl Chain {
 
     /// Runs `lab-app` as the client.
     pub fn client(&self, words: &[&str]) -> crate::Result<Program> {
-        Ok(self.lab.run(&self.lab.alpha, "client", &[&["lab-app"], words].concat()))
+        let sealed: &[&str] = if self.peer.sealed() { &["--sealed", "yes"] } else { &[] };
+        Ok(self.lab.run(&self.lab.alpha, "client", &[&["lab-app"], words, sealed].concat()))
     }
 
     /// Ends the server and gives its port to another program, until that one is dropped.
@@ -277,9 +295,17 @@ impl Chain {
 }
 
 impl Site<'_> {
-    fn server(&self) -> Program {
+    /// The client connects to the server, and nothing stands between them.
+    fn direct(&self, note: &str) -> Started {
+        let proxies = ["proxy-alpha", "proxy-beta"];
+        Started { to: self.lab.beta.at(PORT), proxies, kept: Vec::new(), note: note.to_owned() }
+    }
+
+    fn server(&self, sealed: bool) -> Program {
         let (listen, threads) = (format!("[::]:{PORT}"), self.layout.server.len().to_string());
-        self.lab.serve(&self.lab.beta, "server", &["bench-server", "--listen", &listen, "--threads", &threads])
+        let words = ["bench-server", "--listen", &listen, "--threads", &threads];
+        let sealed: &[&str] = if sealed { &["--sealed", "yes"] } else { &[] };
+        self.lab.serve(&self.lab.beta, "server", &[&words, sealed].concat())
     }
 
     /// Where the client's proxy listens.

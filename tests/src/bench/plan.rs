@@ -30,6 +30,8 @@ pub struct Plan {
     pub cores: Vec<usize>,
     /// Processors' worth of time that others may take during a measurement.
     pub tolerance: f64,
+    /// Time is virtual: one processor, nothing disturbs, rounds are perturbed, and the object goes to standard output.
+    pub emulated: bool,
     /// Where the one object goes.
     pub json: Option<PathBuf>,
     /// Where the plots and the table go.
@@ -74,6 +76,7 @@ lab-bench [option...]
   --idle N             idle connections of each of three steps of the memory measurement (700; quick: 300)
   --cores N,N          processors that a proxy gets, one set of rounds for each (1, 2, 4 ... all; quick: 1)
   --tolerance T        processors' worth of time that other programs may take during a measurement (0.08)
+  --virtual            in a guest whose clock counts instructions: perturbed rounds, rows to standard output
   --json FILE          host and rows, as one object
   --out FOLDER         table and plots (target/bench)";
 
@@ -90,12 +93,17 @@ impl Plan {
             idle: 0,
             cores: Vec::new(),
             tolerance: 0.08,
+            emulated: false,
             json: None,
             out: PathBuf::from("target/bench"),
         };
         while let Some(word) = words.next() {
             if word == "--quick" {
                 plan.quick = true;
+                continue;
+            }
+            if word == "--virtual" {
+                plan.emulated = true;
                 continue;
             }
             let value = words.next().with_context(|| format!("{word} wants a value\n{USAGE}"))?;
@@ -130,6 +138,9 @@ impl Plan {
             (chosen, _) => chosen,
         };
         (plan.rounds, plan.idle) = (pick(plan.rounds, 5, 3), pick(plan.idle, 700, 300));
+        if plan.emulated {
+            plan.tolerance = f64::INFINITY;
+        }
         if plan.seconds <= 0.0 {
             plan.seconds = if plan.quick { 1.5 } else { 3.0 };
         }
@@ -161,6 +172,13 @@ impl Plan {
 
     /// What is measured of a peer. Beyond the first number of processors, what more processors could change.
     pub fn loads(&self, peer: &Peer, first: bool) -> Vec<Load> {
+        let mut loads = self.all_loads(peer, first);
+        // There is no handshake in it, so its connections would say nothing.
+        loads.retain(|load| !(peer.sealed() && matches!(load, Load::Connects(_))));
+        loads
+    }
+
+    fn all_loads(&self, peer: &Peer, first: bool) -> Vec<Load> {
         if peer.variant && !self.only.iter().any(|name| name == peer.name) {
             return vec![Load::Connects(16)];
         }

@@ -12,17 +12,18 @@ use anyhow::Context;
 use rustix::event::epoll;
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
+use std::os::fd::{AsFd, OwnedFd};
 
 /// Bytes that are read at once.
-const READ: usize = 1 << 20;
+const READ: usize = 256 * 1024;
 /// Reads of one connection before another one gets its turn.
 const TURNS: usize = 8;
 /// What a `GET` is answered with; its body has the 64 bytes of a round trip.
 const PAGE: &[u8] = b"HTTP/1.1 200 OK\r\nContent-Length: 64\r\nContent-Type: text/plain\r\n\r\n\
                       xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx";
 
-/// Serves on all these addresses with so many threads, for ever.
-pub fn run(addresses: &[SocketAddr], threads: usize) -> crate::Result<()> {
+/// Serves on all these addresses with so many threads, for ever; `sealed` with kernel TLS under a fixed key.
+pub fn run(addresses: &[SocketAddr], threads: usize, sealed: bool) -> crate::Result<()> {
     let mut listeners = Vec::new();
     for address in addresses {
         let listener = dial::listen(*address).with_context(|| format!("listen on {address}"))?;
@@ -31,7 +32,8 @@ pub fn run(addresses: &[SocketAddr], threads: usize) -> crate::Result<()> {
         listeners.push(listener);
     }
     std::thread::scope(|scope| {
-        let started: Vec<_> = (0..threads.max(1)).map(|_| scope.spawn(|| Loop::new(&listeners)?.run())).collect();
+        let started: Vec<_> =
+            (0..threads.max(1)).map(|_| scope.spawn(|| Loop::new(&listeners, sealed)?.run())).collect();
         for thread in started {
             thread.join().map_err(|_| anyhow::anyhow!("a thread panicked"))??;
         }
@@ -58,26 +60,27 @@ struct Connection {
 struct Loop<'a> {
     poll: Poll,
     listeners: &'a [TcpListener],
+    sealed: bool,
     /// By number of the socket.
     connections: Vec<Option<Connection>>,
     buffer: Vec<u8>,
 }
 
 impl<'a> Loop<'a> {
-    fn new(listeners: &'a [TcpListener]) -> crate::Result<Self> {
+    fn new(listeners: &'a [TcpListener], sealed: bool) -> crate::Result<Self> {
         let poll = Poll::new()?;
         for listener in listeners {
             poll.add(listener, number(listener), Flags::IN | Flags::EXCLUSIVE)?;
         }
-        Ok(Self { poll, listeners, connections: Vec::new(), buffer: vec![0; READ] })
+        Ok(Self { poll, listeners, sealed, connections: Vec::new(), buffer: vec![0; READ] })
     }
 
     fn run(mut self) -> crate::Result<()> {
-        let Self { poll, listeners, connections, buffer } = &mut self;
+        let Self { poll, listeners, sealed, connections, buffer } = &mut self;
         loop {
             poll.wait(None, |epoll, ready| {
                 if let Some(listener) = listeners.iter().find(|listener| number(*listener) == ready.number) {
-                    return accept(epoll, listener, connections);
+                    return accept(epoll, listener, *sealed, connections);
                 }
                 let Some(slot) = connections.get_mut(ready.number) else { return Ok(()) };
                 let Some(connection) = slot else { return Ok(()) };
@@ -91,8 +94,9 @@ impl<'a> Loop<'a> {
 }
 
 fn accept(
-    epoll: &std::os::fd::OwnedFd,
+    epoll: &OwnedFd,
     listener: &TcpListener,
+    sealed: bool,
     connections: &mut Vec<Option<Connection>>,
 ) -> crate::Result<()> {
     loop {
@@ -103,6 +107,9 @@ fn accept(
             Err(error) if error.kind() == io::ErrorKind::ConnectionAborted => continue,
             Err(error) => return Err(error).context("accept"),
         };
+        if sealed {
+            crate::sys::set_fixed_tls(stream.as_fd()).context("TLS of the kernel")?;
+        }
         if stream.set_nonblocking(true).and_then(|()| stream.set_nodelay(true)).is_err() {
             continue;
         }
@@ -117,7 +124,7 @@ fn accept(
 
 impl Connection {
     /// False when the connection is over.
-    fn turn(&mut self, epoll: &std::os::fd::OwnedFd, ready: Ready, buffer: &mut [u8]) -> io::Result<bool> {
+    fn turn(&mut self, epoll: &OwnedFd, ready: Ready, buffer: &mut [u8]) -> io::Result<bool> {
         if !self.pending.is_empty() {
             if !ready.flags.contains(Flags::OUT) {
                 return Ok(!ready.flags.intersects(Flags::ERR | Flags::HUP));
@@ -164,7 +171,7 @@ impl Connection {
         Ok(true)
     }
 
-    fn send(&mut self, epoll: &std::os::fd::OwnedFd, bytes: &[u8]) -> io::Result<()> {
+    fn send(&mut self, epoll: &OwnedFd, bytes: &[u8]) -> io::Result<()> {
         let mut left = bytes;
         while !left.is_empty() {
             match (&self.stream).write(left) {

@@ -4,7 +4,7 @@
 //! up after the tests; everything else is a test program, whose results are JSON lines on standard output.
 
 use anyhow::{Context, bail};
-use lab::bench::load::Load;
+use lab::bench::load::{Load, Target};
 use lab::dial::{self, How};
 use lab::script::{self, Step};
 use lab::{bench, enter, janitor, servers};
@@ -34,8 +34,8 @@ const USAGE: &str = "usage: lab-app VERB [--OPTION VALUE]... [STEP]...
   borrow --socket PATH --to ADDRESS STEP...
   udp-echo --listen ADDRESS
   udp-talk --to ADDRESS [--connected yes] --text TEXT
-  bench-server --listen ADDRESS... --threads N
-  load --kind bulk|round-trips|connects --to ADDRESS --connections N [--size BYTES] --seconds S --threads N
+  bench-server --listen ADDRESS... --threads N [--sealed yes]
+  load --kind bulk|round-trips|connects --to ADDRESS --connections N [--size BYTES] --seconds S --threads N [--sealed yes]
   load --kind hold --to ADDRESS --connections N
   load --kind try --to ADDRESS
 HOW: blocking nonblocking fastopen fastopen-connect io-uring mptcp
@@ -130,7 +130,9 @@ fn run() -> anyhow::Result<bool> {
             let text = arguments.text("text").unwrap_or_default();
             servers::udp_talk(arguments.to()?, arguments.text("connected").is_some(), text)?;
         }
-        "bench-server" => bench::serve::run(&listen()?, arguments.one("threads")?)?,
+        "bench-server" => {
+            bench::serve::run(&listen()?, arguments.one("threads")?, arguments.text("sealed").is_some())?;
+        }
         "load" => load(&arguments)?,
         other => bail!("no verb is called {other}\n{USAGE}"),
     }
@@ -139,7 +141,7 @@ fn run() -> anyhow::Result<bool> {
 
 /// One measurement's load, or connections to hold, or a single try.
 fn load(arguments: &Arguments) -> anyhow::Result<()> {
-    let to = arguments.to()?;
+    let to = Target { to: arguments.to()?, sealed: arguments.text("sealed").is_some() };
     let kind: String = arguments.one("kind")?;
     let number = || arguments.one("connections");
     let load = match kind.as_str() {

@@ -14,6 +14,10 @@ use std::collections::BTreeMap;
 use std::process::ExitCode;
 use std::time::Instant;
 
+/// Around the object on the console of a guest.
+const BEGIN: &str = "bench-object-begin";
+const END: &str = "bench-object-end";
+
 fn main() -> ExitCode {
     if std::env::args().any(|word| word == "--help") {
         println!("{USAGE}");
@@ -53,7 +57,7 @@ struct Run {
 
 impl Run {
     fn new(plan: Plan) -> Self {
-        let deadline = plan.quick.then(|| Instant::now() + QUICK);
+        let deadline = (plan.quick && !plan.emulated).then(|| Instant::now() + QUICK);
         Self {
             plan,
             report: Report::default(),
@@ -130,12 +134,16 @@ impl Run {
                     // Another one begins each round.
                     let chain = &chains[(step + round) % chains.len()];
                     if self.plan.loads(&chain.peer, first).contains(&load) {
+                        if self.plan.emulated {
+                            // Otherwise each round would be the one before, instruction for instruction.
+                            std::thread::sleep(std::time::Duration::from_micros(1013 * (round as u64 + 1)));
+                        }
                         self.one(chain, load, layout, first);
                     }
                 }
             }
         }
-        if first {
+        if first && !self.plan.emulated {
             self.beside(&mut chains);
         }
     }
@@ -225,6 +233,7 @@ impl Run {
         let others = lab::bench::stats::sorted(&self.others);
         let typical = lab::bench::stats::percentile(&others, 0.5);
         let facts = [
+            ("virtual_time", json!(self.plan.emulated)),
             ("layouts", json!(self.layouts)),
             ("rounds", json!(self.plan.rounds)),
             ("seconds", json!(self.plan.seconds)),
@@ -264,6 +273,11 @@ impl Run {
             text += &format!("failed: {failure}\n");
         }
         println!("\n{text}");
+        let object = json!({ "host": host, "rows": self.report.rows() });
+        if self.plan.emulated {
+            println!("{BEGIN}\n{object:#}\n{END}");
+            return Ok(());
+        }
         let out = &self.plan.out;
         std::fs::create_dir_all(out).with_context(|| format!("make {}", out.display()))?;
         let write = |name: &str, text: &str| {
@@ -279,7 +293,6 @@ impl Run {
             let done = command.status();
             anyhow::ensure!(done.is_ok_and(|status| status.success()), "rsvg-convert does not make a picture");
         }
-        let object = json!({ "host": host, "rows": self.report.rows() });
         write("bench.json", &format!("{object:#}\n"))?;
         if let Some(path) = &self.plan.json {
             std::fs::write(path, format!("{object:#}\n")).with_context(|| format!("write {}", path.display()))?;
