@@ -25,6 +25,8 @@ pub struct Place {
     pub user: Option<(u32, u32)>,
     /// Limit of open files; none: as it is.
     pub files: Option<u64>,
+    /// Numbers of the processors it may run on; none: as it is.
+    pub processors: Option<Vec<usize>>,
 }
 
 /// A command that goes to the place and becomes the program; arguments can be added to it.
@@ -42,6 +44,10 @@ pub fn command(program: &Path, place: &Place) -> Result<Command, Skip> {
     }
     if let Some(files) = place.files {
         command.arg(format!("--files={files}"));
+    }
+    if let Some(processors) = &place.processors {
+        let numbers: Vec<String> = processors.iter().map(usize::to_string).collect();
+        command.arg(format!("--processors={}", numbers.join(",")));
     }
     command.arg("--").arg(program);
     Ok(command)
@@ -66,6 +72,13 @@ pub fn become_program(arguments: impl Iterator<Item = OsString>) -> crate::Resul
                 let limit = Some(value.parse()?);
                 let limit = rustix::process::Rlimit { current: limit, maximum: limit };
                 rustix::process::setrlimit(rustix::process::Resource::Nofile, limit)?;
+            }
+            "--processors" => {
+                let mut set = rustix::thread::CpuSet::new();
+                for number in value.split(',') {
+                    set.set(number.parse()?);
+                }
+                rustix::thread::sched_setaffinity(None, &set).with_context(|| format!("run on processors {value}"))?;
             }
             other => anyhow::bail!("unknown argument {other}"),
         }

@@ -4,8 +4,9 @@
 
 use anyhow::Context;
 use rcgen::{
-    CertificateParams, CertificateRevocationListParams, DistinguishedName, ExtendedKeyUsagePurpose, IsCa, Issuer,
-    KeyIdMethod, KeyPair, KeyUsagePurpose, RevokedCertParams, SanType, SerialNumber, string::Ia5String,
+    CertificateParams, CertificateRevocationListParams, CertificateSigningRequestParams, DistinguishedName,
+    ExtendedKeyUsagePurpose, IsCa, Issuer, KeyIdMethod, KeyPair, KeyUsagePurpose, RevokedCertParams, SanType,
+    SerialNumber, string::Ia5String,
 };
 use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, pem::PemObject};
 use std::path::Path;
@@ -40,6 +41,8 @@ impl Svid {
 pub struct Terms {
     /// URI SANs.
     pub uris: Vec<String>,
+    /// DNS SANs.
+    pub names: Vec<String>,
     /// Valid from, relative to now.
     pub from: Duration,
     /// Valid until, relative to now.
@@ -56,6 +59,7 @@ impl Default for Terms {
     fn default() -> Self {
         Self {
             uris: Vec::new(),
+            names: Vec::new(),
             from: Duration::minutes(-5),
             until: Duration::hours(1),
             usages: vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth],
@@ -108,6 +112,9 @@ impl Mint {
         for uri in &terms.uris {
             params.subject_alt_names.push(SanType::URI(Ia5String::try_from(uri.as_str())?));
         }
+        for name in &terms.names {
+            params.subject_alt_names.push(SanType::DnsName(Ia5String::try_from(name.as_str())?));
+        }
         params.not_before = OffsetDateTime::now_utc() + terms.from;
         params.not_after = OffsetDateTime::now_utc() + terms.until;
         params.extended_key_usages.clone_from(&terms.usages);
@@ -123,6 +130,17 @@ impl Mint {
             certificate_pem: certificate.pem(),
             key_pem: key.serialize_pem(),
         })
+    }
+
+    /// The certificate, in PEM, that answers a request (PKCS #10, PEM), with the names that the request asks for.
+    pub fn sign(&self, request: &str) -> crate::Result<String> {
+        let mut request = CertificateSigningRequestParams::from_pem(request)?;
+        let params = &mut request.params;
+        params.not_before = OffsetDateTime::now_utc() - Duration::minutes(5);
+        params.not_after = OffsetDateTime::now_utc() + Duration::hours(12);
+        params.extended_key_usages = vec![ExtendedKeyUsagePurpose::ServerAuth, ExtendedKeyUsagePurpose::ClientAuth];
+        params.key_usages = vec![KeyUsagePurpose::DigitalSignature];
+        Ok(request.signed_by(&self.issuer)?.pem())
     }
 
     /// A list, in PEM, that revokes these serial numbers, good until then relative to now.

@@ -13,6 +13,7 @@ use crate::skip::{self, Skip};
 use crate::wire::{Capture, Wire};
 use anyhow::Context;
 use serde_json::Value;
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -69,7 +70,8 @@ pub struct Lab {
     directory: PathBuf,
     files: Option<Kept>,
     marker: String,
-    _slot: Slot,
+    pinned: Mutex<BTreeMap<String, Vec<usize>>>,
+    _slot: Option<Slot>,
 }
 
 impl Lab {
@@ -80,14 +82,14 @@ impl Lab {
         Self::make(test, true)
     }
 
-    /// The same without a capture, for measurements.
+    /// The same without a capture, and not counted among those that may be open at once: for measurements.
     pub fn open_unwatched(name: &'static str) -> Result<Self, Skip> {
         probe()?;
         Self::make(name, false)
     }
 
     fn make(test: &'static str, watched: bool) -> Result<Self, Skip> {
-        let slot = Slot::take();
+        let slot = watched.then(Slot::take);
         let mount = cgroup2().ok_or_else(|| Skip::because("no cgroup2 mounted"))?;
         match Self::build(test, mount, slot, watched) {
             Ok(lab) => Ok(lab),
@@ -95,7 +97,7 @@ impl Lab {
         }
     }
 
-    fn build(test: &'static str, mount: PathBuf, slot: Slot, watched: bool) -> crate::Result<Self> {
+    fn build(test: &'static str, mount: PathBuf, slot: Option<Slot>, watched: bool) -> crate::Result<Self> {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let pid = std::process::id();
@@ -145,6 +147,7 @@ impl Lab {
             directory,
             files: Some(files),
             marker: format!("PLAINTEXT-MARKER-{pid:08x}-{number:06x}"),
+            pinned: Mutex::default(),
             _slot: slot,
         })
     }
@@ -195,7 +198,18 @@ impl Lab {
 
     /// Where programs of this cgroup on this host run.
     pub fn place(&self, host: &Host, cgroup: &str) -> enter::Place {
-        enter::Place { netns: Some(host.netns.clone()), cgroup: Some(self.cgroup(cgroup)), ..enter::Place::default() }
+        let processors = self.pinned.lock().unwrap_or_else(PoisonError::into_inner).get(cgroup).cloned();
+        let (netns, cgroup) = (Some(host.netns.clone()), Some(self.cgroup(cgroup)));
+        // A program that was given its processors is measured: it may have as many connections as it likes.
+        let most = || rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum.unwrap_or(65536).min(65536);
+        let files = processors.as_ref().map(|_| most());
+        enter::Place { netns, cgroup, files, processors, ..enter::Place::default() }
+    }
+
+    /// From now on, programs of this cgroup start on these processors.
+    pub fn pin(&self, cgroup: &str, processors: &[usize]) {
+        let mut pinned = self.pinned.lock().unwrap_or_else(PoisonError::into_inner);
+        pinned.insert(cgroup.to_owned(), processors.to_vec());
     }
 
     /// A command somewhere else.

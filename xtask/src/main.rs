@@ -2,6 +2,7 @@
 //!
 //! *Invariant:* CI runs these verbs and nothing else, so what passes here passes there.
 
+mod bench;
 mod build;
 mod check;
 mod count;
@@ -31,7 +32,9 @@ cargo xtask <verb>
                             name has the word
   vm [kernel...] [-- cmd]   boot Debian kernels in QEMU (a suite, a version such as 6.12, or newest) and run a command
   policy <dir...>           check policies and run their [[expect]] cases
-  bench [figures] [-- ...]  the benchmarks of benches/, or the lab's figures against plain TCP and nginx
+  bench [option...]         the benchmarking lab: plain TCP, relays, proxies, Wimsey, interleaved; --quick, --only PEER,PEER,
+                            --peer ztunnel=FILE, --cores N,N, --json FILE; all of them: target/release/lab-bench --help
+  bench micro [-- word]     the benchmarks of benches/
   help                      this
 
 Each verb brings what it needs first; what is there already is left alone. Logs: target/xtask/logs";
@@ -65,39 +68,11 @@ fn verb(words: &[String]) -> Fallible {
         "test" => test::verb(rest, after),
         "vm" => vm::verb(rest, after),
         "policy" => check::policy(rest),
-        "bench" => bench(rest, after),
+        "bench" => bench::verb(rest, after),
         "help" | "--help" | "-h" => {
             println!("{HELP}");
             Ok(())
         }
         other => Err(format!("no verb {other}\n\n{HELP}").into()),
     }
-}
-
-/// The benchmarks of `benches/`, and the lab's figures: the same traffic plain, through Wimsey and through nginx.
-fn bench(words: &[String], filter: &[String]) -> Fallible {
-    setup::ensure(&[Need::Toolchain])?;
-    let show = |line: &str| {
-        println!("{line}");
-        true
-    };
-    let (label, command) = match words {
-        [] => {
-            let mut command = setup::cargo(&["bench", "-p", "wimsey-benches", "--"]);
-            command.args(filter);
-            ("benchmarks", command)
-        }
-        [word] if word == "figures" => {
-            setup::ensure(&[Need::Lab])?;
-            build::agent()?;
-            let build = setup::cargo(&["build", "--release", "-p", "lab", "--bins"]);
-            run::step("lab, release").run(build)?;
-            let mut command = run::merged(run::root().join("target/release/lab-figures"));
-            command.args(filter).current_dir(run::root());
-            ("figures", command)
-        }
-        _ => return Err("usage: cargo xtask bench [figures] [-- word]".into()),
-    };
-    let ended = run::step(label).unshown().each_line(show).watch(command)?;
-    if ended.success() { Ok(()) } else { Err(format!("{label}: {}", ended.how()).into()) }
 }

@@ -33,6 +33,8 @@ pub enum Need {
     Check,
     /// Programs for the network namespaces.
     Lab,
+    /// Peers, other load generators and what draws plots.
+    Bench,
     /// QEMU and what fills a guest.
     Vm,
 }
@@ -50,11 +52,18 @@ const LAB_PACKAGES: &[&str] = &[
     "openssl",
     "util-linux",
 ];
+const BENCH_PACKAGES: &[&str] =
+    &["haproxy", "stunnel4", "nftables", "wireguard-tools", "iperf3", "wrk", "librsvg2-bin", "python3", "python3-pip"];
 const VM_PACKAGES: &[&str] =
     &["qemu-system-x86", "busybox-static", "dash", "kmod", "xz-utils", "binutils", "apt", "dpkg"];
 
 /// Packages whose services Debian would start, and enable, on installation.
-const SERVICES: &[(&str, &str)] = &[("nginx-light", "nginx.service"), ("redis-server", "redis-server.service")];
+const SERVICES: &[(&str, &str)] = &[
+    ("nginx-light", "nginx.service"),
+    ("redis-server", "redis-server.service"),
+    ("haproxy", "haproxy.service"),
+    ("stunnel4", "stunnel4.service"),
+];
 
 /// Brings what is missing; the error names each missing piece with the command that brings it.
 pub fn ensure(needs: &[Need]) -> Fallible {
@@ -65,6 +74,7 @@ pub fn ensure(needs: &[Need]) -> Fallible {
             Need::Build => packages(BUILD_PACKAGES).and_then(|()| bpf_linker()),
             Need::Check => cargo_deny(),
             Need::Lab => packages(LAB_PACKAGES),
+            Need::Bench => packages(BENCH_PACKAGES),
             Need::Vm => packages(VM_PACKAGES),
         };
         if let Err(failure) = brought {

@@ -139,6 +139,9 @@ pub struct Job {
     pub silence: Duration,
     /// Processors of the guest.
     pub processors: u32,
+    /// The guest's clock counts instructions, a nanosecond each, and what chance would decide is decided before: the same
+    /// guest does the same twice, whatever the host does meanwhile.
+    pub virtual_time: bool,
 }
 
 impl Job {
@@ -152,6 +155,7 @@ impl Job {
             limit: Duration::from_secs(900),
             silence: Duration::from_secs(240),
             processors: 2,
+            virtual_time: false,
         }
     }
 }
@@ -307,21 +311,21 @@ fn qemu(kernel: &Kernel, job: &Job, image: &Path, mark: &str) -> Command {
     let mut command = merged("setpriv");
     command.args(["--pdeathsig", "KILL", "qemu-system-x86_64"]);
     // Plain "max" offers cmpxchg16b, whose emulation crashed one boot in three of 6.12.
-    command.args([
-        "-accel",
-        "tcg,thread=multi",
-        "-cpu",
-        "max,-cx16",
-        "-m",
-        &MEMORY_MB.to_string(),
-        "-smp",
-        &job.processors.to_string(),
-    ]);
+    if job.virtual_time {
+        // Each step of `rep movsb` counts as an instruction: without it, copies do not cost more than they would.
+        command.args(["-accel", "tcg,thread=single", "-cpu", "max,-cx16,-erms,-fsrm,-rdrand,-rdseed", "-smp", "1"]);
+        command.args(["-icount", "shift=0,sleep=off", "-rtc", "base=2024-01-01T00:00:00,clock=vm", "-seed", "1"]);
+    } else {
+        let processors = job.processors.to_string();
+        command.args(["-accel", "tcg,thread=multi", "-cpu", "max,-cx16", "-smp", &processors]);
+    }
+    command.args(["-m", &MEMORY_MB.to_string()]);
     command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio"]);
     command.arg("-kernel").arg(kernel.folder.join("vmlinuz")).arg("-initrd").arg(image);
     // The emulated processors are slow and share the host: the kernel's own alarms get more time, as xtask has its own.
+    let still = if job.virtual_time { "nokaslr norandmaps " } else { "" };
     let line = format!(
-        "console=ttyS0 panic=-1 loglevel=5 random.trust_cpu=on tsc=reliable watchdog_thresh=60 \
+        "{still}console=ttyS0 panic=-1 loglevel=5 random.trust_cpu=on tsc=reliable watchdog_thresh=60 \
          rcupdate.rcu_cpu_stall_timeout=120 mitigations=off wimsey.mark={mark}"
     );
     command.arg("-append").arg(line);

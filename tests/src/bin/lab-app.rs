@@ -4,6 +4,7 @@
 //! up after the tests; everything else is a test program, whose results are JSON lines on standard output.
 
 use anyhow::{Context, bail};
+use lab::bench::load::{Load, Target};
 use lab::dial::{self, How};
 use lab::script::{self, Step};
 use lab::{bench, enter, janitor, servers};
@@ -33,9 +34,10 @@ const USAGE: &str = "usage: lab-app VERB [--OPTION VALUE]... [STEP]...
   borrow --socket PATH --to ADDRESS STEP...
   udp-echo --listen ADDRESS
   udp-talk --to ADDRESS [--connected yes] --text TEXT
-  throughput --to ADDRESS --seconds S
-  round-trips --to ADDRESS --connections N --seconds S
-  connects --to ADDRESS --connections N --seconds S
+  bench-server --listen ADDRESS... --threads N [--sealed yes]
+  load --kind bulk|round-trips|connects --to ADDRESS --connections N [--size BYTES] --seconds S --threads N [--sealed yes]
+  load --kind hold --to ADDRESS --connections N
+  load --kind try --to ADDRESS
 HOW: blocking nonblocking fastopen fastopen-connect io-uring mptcp
 STEP: send:TEXT line read:N to-end half-close reset close sleep:MS pattern:N both:N slowly:N:BYTES:MS fill:MS echo wait names";
 
@@ -128,18 +130,30 @@ fn run() -> anyhow::Result<bool> {
             let text = arguments.text("text").unwrap_or_default();
             servers::udp_talk(arguments.to()?, arguments.text("connected").is_some(), text)?;
         }
-        "throughput" => script::say(&bench::throughput(arguments.to()?, arguments.seconds()?)?),
-        "round-trips" => {
-            let number = arguments.one("connections")?;
-            script::say(&bench::round_trips(arguments.to()?, number, arguments.seconds()?)?);
+        "bench-server" => {
+            bench::serve::run(&listen()?, arguments.one("threads")?, arguments.text("sealed").is_some())?;
         }
-        "connects" => {
-            let number = arguments.one("connections")?;
-            script::say(&bench::connects(arguments.to()?, number, arguments.seconds()?)?);
-        }
+        "load" => load(&arguments)?,
         other => bail!("no verb is called {other}\n{USAGE}"),
     }
     Ok(true)
+}
+
+/// One measurement's load, or connections to hold, or a single try.
+fn load(arguments: &Arguments) -> anyhow::Result<()> {
+    let to = Target { to: arguments.to()?, sealed: arguments.text("sealed").is_some() };
+    let kind: String = arguments.one("kind")?;
+    let number = || arguments.one("connections");
+    let load = match kind.as_str() {
+        "bulk" => Load::Bulk(number()?),
+        "round-trips" => Load::RoundTrips(arguments.one("size")?, number()?),
+        "connects" => Load::Connects(number()?),
+        "hold" => return bench::load::hold(to, number()?),
+        "try" => return bench::load::attempt_once(to),
+        other => bail!("no load is called {other}\n{USAGE}"),
+    };
+    script::say(&bench::load::run(load, to, arguments.seconds()?, arguments.one("threads")?)?);
+    Ok(())
 }
 
 /// Connects and runs a script.
