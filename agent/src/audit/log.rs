@@ -21,6 +21,9 @@ use std::time::Duration;
 const QUEUE: usize = 65_536;
 /// How much is written at once.
 const BATCH: usize = 256 * 1024;
+/// Pause between two writes. A line that comes alone is written at once; where they come in thousands, waking the thread
+/// for each would cost more than writing it.
+const PAUSE: Duration = Duration::from_millis(5);
 /// Pause between two attempts after a failed write.
 const RETRY: Duration = Duration::from_secs(1);
 
@@ -165,7 +168,7 @@ impl Writer {
             }
             match self.write() {
                 Ok(()) if stopping => return,
-                Ok(()) => {}
+                Ok(()) => std::thread::sleep(PAUSE),
                 // Nothing more can be done for these lines, and the process has to end.
                 Err(_) if stopping => {
                     self.health.lost.fetch_add(self.lines, Ordering::Relaxed);

@@ -61,7 +61,8 @@ impl Pool {
         self.follow(policy);
         let spares = self.spares.get_mut(key)?;
         let mut found = None;
-        while let (None, Some(spare)) = (&found, spares.pop_back()) {
+        while found.is_none() {
+            let Some(spare) = spares.pop_back() else { break };
             self.held -= 1;
             if spare.is_good(&self.limits, Instant::now()) {
                 found = Some(spare.idle);
