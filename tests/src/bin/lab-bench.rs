@@ -120,12 +120,20 @@ impl Run {
         if first {
             self.memory(&chains);
         }
-        for round in 0..self.plan.rounds {
+        // In a guest, the first round warms it up: caches of the kernel fill, connections of agents come to be.
+        let warm_ups = usize::from(self.plan.emulated);
+        for round in 0..self.plan.rounds + warm_ups {
             if round > 0 && self.late() {
                 println!("time is up after {round} rounds");
                 break;
             }
-            println!("round {} of {}", round + 1, self.plan.rounds);
+            let counted = round >= warm_ups;
+            println!(
+                "round {} of {}{}",
+                round + 1 - warm_ups.min(round),
+                self.plan.rounds,
+                if counted { "" } else { ": warm-up" }
+            );
             let mut order: Vec<Load> = chains.iter().flat_map(|chain| self.plan.loads(&chain.peer, first)).collect();
             order.sort_unstable();
             order.dedup();
@@ -138,7 +146,7 @@ impl Run {
                             // Otherwise each round would be the one before, instruction for instruction.
                             std::thread::sleep(std::time::Duration::from_micros(1013 * (round as u64 + 1)));
                         }
-                        self.one(chain, load, layout, first);
+                        self.one(chain, load, layout, first, counted);
                     }
                 }
             }
@@ -166,7 +174,7 @@ impl Run {
         }
     }
 
-    fn one(&mut self, chain: &Chain, load: Load, layout: &Layout, first: bool) {
+    fn one(&mut self, chain: &Chain, load: Load, layout: &Layout, first: bool, counted: bool) {
         let peer = &chain.peer;
         let title = peer.title();
         let sample = measure::sample(chain, load, self.plan.seconds, self.plan.tolerance, self.deadline);
@@ -174,6 +182,9 @@ impl Run {
             Ok(sample) => sample,
             Err(error) => return self.fail(&title, &format!("{load:?}"), &format!("{error:#}")),
         };
+        if !counted {
+            return;
+        }
         *self.discarded.entry(title.clone()).or_default() += sample.discarded;
         self.others.push(sample.others);
         let mut note = String::new();
