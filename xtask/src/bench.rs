@@ -45,7 +45,10 @@ fn lab(words: &[String]) -> Fallible {
     let build = setup::cargo(&["build", "--release", "-p", "lab", "--bins"]);
     step("lab, release").run(build)?;
     let mut command = merged(root().join("target/release/lab-bench"));
-    command.args(words).current_dir(root());
+    command.args(words);
+    if !words.iter().any(|word| word == "--out") {
+        command.arg("--out").arg(root().join("target/bench"));
+    }
     if !words.iter().any(|word| word.starts_with("envoy=")) {
         match envoy() {
             Ok(path) => command.arg("--peer").arg(format!("envoy={}", path.display())),

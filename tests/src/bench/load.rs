@@ -16,6 +16,7 @@ use socket2::{Domain, Protocol, Socket, Type};
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpStream};
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
 /// Bytes of one write of a bulk flow.
@@ -46,25 +47,37 @@ pub struct Target {
 }
 
 /// Does it for so long, on so many threads, and says what came of it.
-pub fn run(load: Load, to: Target, time: Duration, threads: usize) -> crate::Result<Value> {
+///
+/// When every connection has been used once, so that no handshake is left to do, `began` is called; the clock starts when
+/// it comes back.
+pub fn run(
+    load: Load,
+    to: Target,
+    time: Duration,
+    threads: usize,
+    began: impl FnOnce() -> crate::Result<()>,
+) -> crate::Result<Value> {
     let all = match load {
         Load::Bulk(number) | Load::RoundTrips(_, number) | Load::Connects(number) => number,
     };
     let threads = threads.clamp(1, all.max(1));
+    let gate = Gate { primed: Barrier::new(threads + 1), go: Barrier::new(threads + 1) };
+    let gate = &gate;
     let mut parts = std::thread::scope(|scope| {
         let started: Vec<_> = (0..threads)
             .map(|thread| {
                 // The first ones take what is left over.
                 let share = all / threads + usize::from(thread < all % threads);
                 scope.spawn(move || match load {
-                    Load::Bulk(1) => bulk_of_one(to, time),
-                    Load::Bulk(_) => bulk(to, share, time),
-                    Load::RoundTrips(size, 1) => round_trips_of_one(to, size, time),
-                    Load::RoundTrips(size, _) => round_trips(to, size, share, time),
-                    Load::Connects(_) => connects(to.to, share, time),
+                    Load::Bulk(1) => bulk_of_one(to, time, gate),
+                    Load::Bulk(_) => bulk(to, share, time, gate),
+                    Load::RoundTrips(size, 1) => round_trips_of_one(to, size, time, gate),
+                    Load::RoundTrips(size, _) => round_trips(to, size, share, time, gate),
+                    Load::Connects(_) => connects(to.to, share, time, gate),
                 })
             })
             .collect();
+        gate.open(began)?;
         let ended =
             started.into_iter().map(|thread| thread.join().map_err(|_| anyhow::anyhow!("a thread panicked"))?);
         ended.collect::<crate::Result<Vec<Part>>>()
@@ -83,6 +96,29 @@ pub fn run(load: Load, to: Target, time: Duration, threads: usize) -> crate::Res
             "p50": percentile(&micros, 0.5), "p99": percentile(&micros, 0.99),
         }),
     })
+}
+
+/// Where the threads wait for each other, and for the word to begin.
+struct Gate {
+    primed: Barrier,
+    go: Barrier,
+}
+
+impl Gate {
+    /// In a thread: its connections are ready or have failed, and it waits for the word.
+    fn pass<T>(&self, prime: impl FnOnce() -> crate::Result<T>) -> crate::Result<T> {
+        let primed = prime();
+        self.primed.wait();
+        self.go.wait();
+        primed
+    }
+
+    fn open(&self, began: impl FnOnce() -> crate::Result<()>) -> crate::Result<()> {
+        self.primed.wait();
+        let told = began();
+        self.go.wait();
+        told
+    }
 }
 
 /// What one thread did. `total` counts what came before the clock ran as well: it cost processor time too.
@@ -109,6 +145,17 @@ fn tenths(since: Instant) -> u32 {
     u32::try_from(since.elapsed().as_nanos() / 100).unwrap_or(u32::MAX)
 }
 
+/// A connection of a bulk flow that the sink has answered on, once, so that it is really there.
+fn sink(to: Target) -> crate::Result<TcpStream> {
+    let mut stream = connect(to)?;
+    stream.write_all(&[SINK])?;
+    agree(&mut stream, PRIMED - 1)?;
+    Ok(stream)
+}
+
+/// Bytes that it took.
+const PRIMED: u64 = 2;
+
 /// Ends a bulk flow: the other end says how much it got.
 fn agree(stream: &mut TcpStream, sent: u64) -> crate::Result<()> {
     stream.set_nonblocking(false)?;
@@ -120,8 +167,8 @@ fn agree(stream: &mut TcpStream, sent: u64) -> crate::Result<()> {
     Ok(())
 }
 
-fn bulk_of_one(to: Target, time: Duration) -> crate::Result<Part> {
-    let mut stream = connect(to)?;
+fn bulk_of_one(to: Target, time: Duration, gate: &Gate) -> crate::Result<Part> {
+    let mut stream = gate.pass(|| sink(to))?;
     let block = vec![SINK; BLOCK];
     let began = Instant::now();
     let mut bytes = 0;
@@ -129,18 +176,19 @@ fn bulk_of_one(to: Target, time: Duration) -> crate::Result<Part> {
         stream.write_all(&block)?;
         bytes += block.len() as u64;
     }
-    agree(&mut stream, bytes)?;
+    agree(&mut stream, bytes + PRIMED)?;
     Ok(Part { count: bytes, total: bytes, seconds: began.elapsed().as_secs_f64(), tenths: Vec::new() })
 }
 
-fn bulk(to: Target, streams: usize, time: Duration) -> crate::Result<Part> {
+fn bulk(to: Target, streams: usize, time: Duration, gate: &Gate) -> crate::Result<Part> {
     let mut poll = Poll::new()?;
-    let mut flows = Vec::new();
-    for index in 0..streams {
-        let stream = connect(to)?;
+    let mut flows = gate.pass(|| {
+        let sinks = (0..streams).map(|_| Ok((sink(to)?, 0_u64)));
+        sinks.collect::<crate::Result<Vec<_>>>()
+    })?;
+    for (index, (stream, _)) in flows.iter().enumerate() {
         stream.set_nonblocking(true)?;
-        poll.add(&stream, index, Flags::OUT)?;
-        flows.push((stream, 0_u64));
+        poll.add(stream, index, Flags::OUT)?;
     }
     let block = vec![SINK; BLOCK];
     let began = Instant::now();
@@ -158,7 +206,7 @@ fn bulk(to: Target, streams: usize, time: Duration) -> crate::Result<Part> {
     }
     let mut count = 0;
     for (stream, bytes) in &mut flows {
-        agree(stream, *bytes)?;
+        agree(stream, *bytes + PRIMED)?;
         count += *bytes;
     }
     Ok(Part { count, total: count, seconds: began.elapsed().as_secs_f64(), tenths: Vec::new() })
@@ -199,8 +247,18 @@ impl Tally {
     }
 }
 
-fn round_trips_of_one(to: Target, size: usize, time: Duration) -> crate::Result<Part> {
+/// A connection on which 64 bytes have gone there and back.
+fn used_once(to: Target) -> crate::Result<TcpStream> {
     let mut stream = connect(to)?;
+    let (message, mut answer) = ([b'x'; 64], [0; 64]);
+    stream.write_all(&message)?;
+    stream.read_exact(&mut answer)?;
+    ensure!(answer == message, "another's bytes came back");
+    Ok(stream)
+}
+
+fn round_trips_of_one(to: Target, size: usize, time: Duration, gate: &Gate) -> crate::Result<Part> {
+    let mut stream = gate.pass(|| used_once(to))?;
     let (message, mut answer) = (vec![b'x'; size], vec![0; size]);
     let mut tally = Tally::new();
     while !tally.over(time) {
@@ -212,16 +270,17 @@ fn round_trips_of_one(to: Target, size: usize, time: Duration) -> crate::Result<
     Ok(tally.end())
 }
 
-fn round_trips(to: Target, size: usize, connections: usize, time: Duration) -> crate::Result<Part> {
+fn round_trips(to: Target, size: usize, connections: usize, time: Duration, gate: &Gate) -> crate::Result<Part> {
     let message = vec![b'x'; size];
     let mut buffer = vec![0; size];
     let mut poll = Poll::new()?;
-    let mut flows = Vec::new();
-    for index in 0..connections {
-        let stream = connect(to)?;
+    let mut flows = gate.pass(|| {
+        let streams = (0..connections).map(|_| Ok((used_once(to)?, Instant::now(), 0)));
+        streams.collect::<crate::Result<Vec<_>>>()
+    })?;
+    for (index, (stream, ..)) in flows.iter().enumerate() {
         stream.set_nonblocking(true)?;
-        poll.add(&stream, index, Flags::IN)?;
-        flows.push((stream, Instant::now(), 0));
+        poll.add(stream, index, Flags::IN)?;
     }
     for (stream, began, _) in &mut flows {
         *began = Instant::now();
@@ -277,7 +336,8 @@ fn attempt(epoll: &OwnedFd, to: SocketAddr, slots: &mut Vec<Option<Attempt>>) ->
     Ok(())
 }
 
-fn connects(to: SocketAddr, at_once: usize, time: Duration) -> crate::Result<Part> {
+fn connects(to: SocketAddr, at_once: usize, time: Duration, gate: &Gate) -> crate::Result<Part> {
+    gate.pass(|| Ok(()))?;
     let (message, mut buffer) = ([b'x'; 64], [0; 64]);
     let mut poll = Poll::new()?;
     let mut slots: Vec<Option<Attempt>> = Vec::new();
@@ -314,26 +374,16 @@ fn connects(to: SocketAddr, at_once: usize, time: Duration) -> crate::Result<Par
     Ok(tally.end())
 }
 
-/// 64 bytes there and back on one connection, within two seconds.
+/// 64 bytes there and back on one connection.
 pub fn attempt_once(to: Target) -> crate::Result<()> {
-    let mut stream = connect(to)?;
-    crate::dial::limit(&stream, Duration::from_secs(2))?;
-    let (message, mut answer) = ([b'x'; 64], [0; 64]);
-    stream.write_all(&message)?;
-    stream.read_exact(&mut answer)?;
-    ensure!(answer == message, "another's bytes came back");
-    Ok(())
+    used_once(to).map(drop)
 }
 
 /// Opens so many connections, uses each once, says `held`, and keeps them until standard input ends.
 pub fn hold(to: Target, number: usize) -> crate::Result<()> {
     let mut streams = Vec::with_capacity(number);
     for index in 0..number {
-        let mut stream = connect(to).with_context(|| format!("connection {index}"))?;
-        let (message, mut answer) = ([b'x'; 64], [0; 64]);
-        stream.write_all(&message)?;
-        stream.read_exact(&mut answer).with_context(|| format!("answer {index}"))?;
-        streams.push(stream);
+        streams.push(used_once(to).with_context(|| format!("connection {index}"))?);
     }
     crate::script::say(&json!({ "step": "held", "connections": number }));
     io::copy(&mut io::stdin().lock(), &mut io::sink())?;

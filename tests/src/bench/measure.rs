@@ -140,14 +140,35 @@ fn measure(chain: &Chain, load: Load, seconds: f64) -> crate::Result<(Vec<Figure
     let (number, size, time) = (number.to_string(), size.to_string(), seconds.to_string());
     let threads = chain.threads.to_string();
     let words = ["load", "--kind", kind, "--to", &to, "--connections", &number, "--size", &size, "--seconds", &time];
-    let before = Reading::take(chain);
-    let outcome = chain.client(&[&words[..], &["--threads", &threads]].concat())?.wait(clock::seconds(90))?;
-    let after = Reading::take(chain);
+    let mut program = chain.client(&[&words[..], &["--threads", &threads]].concat())?;
+    if let Err(error) = program.line(clock::seconds(30), |line| line.starts_with("READY")) {
+        let said = program.stderr();
+        return Err(if said.is_empty() { error } else { anyhow::anyhow!("{}", said.trim()) });
+    }
+    let (before, wire) = (Reading::take(chain), on_the_wire(chain));
+    program.say("go")?;
+    let outcome = program.wait(clock::seconds(90))?;
+    let (after, wire) = (Reading::take(chain), on_the_wire(chain) - wire);
     ensure!(outcome.status.success(), "{}", outcome.stderr.trim());
-    let answer: Value = serde_json::from_str(outcome.stdout.trim()).context("the load generator's answer")?;
+    let answer: Value = serde_json::from_str(outcome.stdout.lines().last().unwrap_or_default())
+        .context("the load generator's answer")?;
     let used =
         Used { user: after.proxies.user - before.proxies.user, system: after.proxies.system - before.proxies.system };
-    Ok((figures(load, &answer, used, !chain.proxies.is_empty())?, others(&before, &after)))
+    let mut figures = figures(load, &answer, used, !chain.proxies.is_empty())?;
+    if let (Load::Connects(_), Some(total)) = (load, answer["total"].as_f64()) {
+        // Shows what a connection weighs, handshake and tickets included, and whether it was pooled.
+        figures.push(("conn_wire".to_owned(), "B", wire / total));
+    }
+    Ok((figures, others(&before, &after)))
+}
+
+/// Bytes that the server's host has sent and received, whole frames, by its link's counters.
+fn on_the_wire(chain: &Chain) -> f64 {
+    let text = chain.lab.beta.within(|| std::fs::read_to_string("/proc/thread-self/net/dev")).unwrap_or_default();
+    let line = text.lines().find_map(|line| line.trim().strip_prefix("eth0:"));
+    let fields: Vec<f64> = line.unwrap_or_default().split_whitespace().map_while(|word| word.parse().ok()).collect();
+    // Received bytes come first, sent ones ninth.
+    fields.first().unwrap_or(&0.0) + fields.get(8).unwrap_or(&0.0)
 }
 
 /// What a load's answer and the processor time mean, by the names that rows have.
@@ -219,7 +240,10 @@ pub fn memory(chain: &Chain, number: usize) -> crate::Result<Vec<Figure>> {
     let pause = || std::thread::sleep(Duration::from_millis(700));
     pause();
     let rest = resident(chain);
-    let mut figures = vec![("rss_idle".to_owned(), "MB", rest / 1e6)];
+    let mut figures = Vec::new();
+    if !chain.proxies.is_empty() {
+        figures.push(("rss_idle".to_owned(), "MB", rest / 1e6));
+    }
     let (mut held, mut last, mut last_kernel) = (Vec::new(), rest, kernel_memory());
     for _ in 0..3 {
         let (to, count) = (chain.to.to_string(), number.to_string());

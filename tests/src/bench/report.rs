@@ -97,10 +97,10 @@ impl Report {
         Some(median(&series.values)).filter(|value| value.is_finite())
     }
 
-    /// The main table: absolute, then in units of what `plain` and `ztunnel` did in this run, then who is best.
+    /// The main table: absolute, then in units of what `plain`, `ztunnel` and `ktls-own` did in this run, then who is best.
     pub fn table(&self) -> String {
         let mut text = self.grid("absolute", None);
-        for base in ["plain", "ztunnel"] {
+        for base in ["plain", "ztunnel", "ktls-own"] {
             if self.peers().iter().any(|peer| peer == base) {
                 text += &self.grid(&format!("ratio to {base}"), Some(base));
             }

@@ -152,7 +152,14 @@ fn load(arguments: &Arguments) -> anyhow::Result<()> {
         "try" => return bench::load::attempt_once(to),
         other => bail!("no load is called {other}\n{USAGE}"),
     };
-    script::say(&bench::load::run(load, to, arguments.seconds()?, arguments.one("threads")?)?);
+    let (time, threads) = (arguments.seconds()?, arguments.one("threads")?);
+    // Whoever measures reads its meters between the two.
+    let began = || {
+        servers::ready("primed");
+        std::io::stdin().read_line(&mut String::new())?;
+        Ok(())
+    };
+    script::say(&bench::load::run(load, to, time, threads, began)?);
     Ok(())
 }
 

@@ -120,31 +120,50 @@ impl Run {
         if first {
             self.memory(&chains);
         }
-        for round in 0..self.plan.rounds {
+        // In a guest, the first round warms it up: caches of the kernel fill, connections of agents come to be.
+        let warm_ups = usize::from(self.plan.emulated);
+        for round in 0..self.plan.rounds + warm_ups {
             if round > 0 && self.late() {
                 println!("time is up after {round} rounds");
                 break;
             }
-            println!("round {} of {}", round + 1, self.plan.rounds);
-            let mut order: Vec<Load> = chains.iter().flat_map(|chain| self.plan.loads(&chain.peer, first)).collect();
-            order.sort_unstable();
-            order.dedup();
-            for load in order {
-                for step in 0..chains.len() {
-                    // Another one begins each round.
-                    let chain = &chains[(step + round) % chains.len()];
-                    if self.plan.loads(&chain.peer, first).contains(&load) {
-                        if self.plan.emulated {
-                            // Otherwise each round would be the one before, instruction for instruction.
-                            std::thread::sleep(std::time::Duration::from_micros(1013 * (round as u64 + 1)));
-                        }
-                        self.one(chain, load, layout, first);
-                    }
-                }
-            }
+            let counted = round >= warm_ups;
+            println!(
+                "round {} of {}{}",
+                round + 1 - warm_ups.min(round),
+                self.plan.rounds,
+                if counted { "" } else { ": warm-up" }
+            );
+            self.round(&chains, layout, round, first, counted);
         }
         if first && !self.plan.emulated {
             self.beside(&mut chains);
+        }
+    }
+
+    /// Every load on every peer, once.
+    fn round(&mut self, chains: &[Chain], layout: &Layout, round: usize, first: bool, counted: bool) {
+        let mut order: Vec<Load> = chains.iter().flat_map(|chain| self.plan.loads(&chain.peer, first)).collect();
+        order.sort_unstable();
+        order.dedup();
+        for load in order {
+            // The first round is done whole, so that there is something to show.
+            if round > 0 && self.late() {
+                println!("time is up within round {}", round + 1);
+                return;
+            }
+            for step in 0..chains.len() {
+                // Another one begins each round.
+                let chain = &chains[(step + round) % chains.len()];
+                if !self.plan.loads(&chain.peer, first).contains(&load) {
+                    continue;
+                }
+                if self.plan.emulated {
+                    // Otherwise each round would be the one before, instruction for instruction.
+                    std::thread::sleep(std::time::Duration::from_micros(1013 * (round as u64 + 1)));
+                }
+                self.one(chain, load, layout, first, counted);
+            }
         }
     }
 
@@ -152,7 +171,7 @@ impl Run {
         println!("memory, with 3 times {} idle connections", self.plan.idle);
         for chain in chains {
             let peer = &chain.peer;
-            if peer.variant {
+            if self.plan.loads(peer, true) == [Load::Connects(16)] {
                 continue;
             }
             match measure::memory(chain, self.plan.idle) {
@@ -166,7 +185,7 @@ impl Run {
         }
     }
 
-    fn one(&mut self, chain: &Chain, load: Load, layout: &Layout, first: bool) {
+    fn one(&mut self, chain: &Chain, load: Load, layout: &Layout, first: bool, counted: bool) {
         let peer = &chain.peer;
         let title = peer.title();
         let sample = measure::sample(chain, load, self.plan.seconds, self.plan.tolerance, self.deadline);
@@ -174,6 +193,9 @@ impl Run {
             Ok(sample) => sample,
             Err(error) => return self.fail(&title, &format!("{load:?}"), &format!("{error:#}")),
         };
+        if !counted {
+            return;
+        }
         *self.discarded.entry(title.clone()).or_default() += sample.discarded;
         self.others.push(sample.others);
         let mut note = String::new();
@@ -195,7 +217,8 @@ impl Run {
     /// The same flows by programs that are not ours: iperf3 and wrk, at the end.
     fn beside(&mut self, chains: &mut [Chain]) {
         let time = format!("{}", self.plan.seconds.ceil());
-        for round in 0..self.plan.rounds.min(3) {
+        let rounds = self.plan.rounds.min(if self.plan.quick { 1 } else { 3 });
+        for round in 0..rounds {
             for chain in chains.iter().filter(|chain| !chain.peer.variant) {
                 if self.late() {
                     return;
@@ -217,7 +240,7 @@ impl Run {
                 return;
             }
             let (name, engine, title) = (chain.peer.name, chain.peer.engine, chain.peer.title());
-            match measure::iperf(chain, &time, self.plan.rounds.min(3)) {
+            match measure::iperf(chain, &time, rounds) {
                 Ok(values) => {
                     println!("  {title}: iperf3_1 {values:.2?} Gb/s");
                     values.into_iter().for_each(|value| self.report.add(name, engine, "iperf3_1", "Gb/s", value));

@@ -24,7 +24,8 @@ pub(super) fn start(site: &Site<'_>, program: &Path, resumed: bool) -> Result<St
         "name": "tls",
         "typed_config": {
             "@type": "type.googleapis.com/envoy.extensions.transport_sockets.tls.v3.UpstreamTlsContext",
-            "max_session_keys": u32::from(resumed),
+            // A TLS 1.3 session is used once: as many as there are connections on their way.
+            "max_session_keys": if resumed { 100 } else { 0 },
             "sni": server.name,
             "common_tls_context": common(&client, &id("server")),
         },
