@@ -10,7 +10,7 @@
 use super::{
     cgroup::Hierarchy,
     digest::Digests,
-    process::{Executable, Process, StartTime, is_gone},
+    process::{Executable, Ids, Process, StartTime, is_gone},
 };
 use crate::{
     policy::{Ambiguous, Evidence, Policy, Workload},
@@ -21,7 +21,7 @@ use std::{
     collections::HashMap,
     fmt, io,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::{Duration, Instant},
 };
 use wimsey_common::Task;
@@ -33,6 +33,26 @@ pub struct Attestor {
     digests: Digests,
     /// Owners of listening sockets that no program recorded, by socket cookie, for a moment.
     found: Mutex<HashMap<u64, (u32, StartTime, Instant)>>,
+    /// Processes that dialled a moment ago, by their number.
+    verified: Mutex<HashMap<u32, Verified>>,
+}
+
+/// How long what was found out about a process that dials holds without another look at it.
+const HOLDS: Duration = Duration::from_millis(100);
+/// How long the owner of a listening socket does.
+const OWNER_HOLDS: Duration = Duration::from_secs(1);
+/// Processes of which that is remembered. Each holds two descriptors.
+const VERIFIED: usize = 256;
+
+/// A process whose ids and cgroup were seen to be those that the kernel had recorded.
+#[derive(Clone, Debug)]
+struct Verified {
+    process: Arc<Process>,
+    /// uid, gid and cgroup.
+    recorded: (u32, u32, u64),
+    ids: Ids,
+    cgroup: Option<Arc<str>>,
+    at: Instant,
 }
 
 /// What was found out about a process, for the audit line and for people.
@@ -172,13 +192,20 @@ impl Attestor {
             return Err(AttestError::PidNamespace(namespace.display().to_string()));
         }
         let hierarchy = Hierarchy::discover().map_err(AttestError::Hierarchy)?;
-        Ok(Self { hierarchy, digests: Digests::default(), found: Mutex::default() })
+        Ok(Self { hierarchy, digests: Digests::default(), found: Mutex::default(), verified: Mutex::default() })
     }
 
     /// The process that dialled. It has to be there still, in the same cgroup and with the same ids: what is recorded
     /// alone is not enough for a connection that somebody waits for.
+    ///
+    /// Where no entry asks for more than the kernel recorded, what was verified of a process holds for a tenth of a second, as long as
+    /// it lives and its next connections are recorded with the same ids and cgroup: the record is made in the process's own
+    /// context, so what is verified besides is only that nothing has changed since.
     pub async fn dialler(&self, task: &Task, registry: &dyn Registry) -> Result<Attested, AttestError> {
         let mut facts = self.recorded(task);
+        if let Some(attested) = self.recall(task, &facts, registry)? {
+            return Ok(attested);
+        }
         let process = pin(task, &facts)?;
         let ids = process.ids().map_err(|error| failed(error, &facts))?;
         if (ids.real_uid, ids.real_gid) != (task.uid, task.gid) {
@@ -187,7 +214,42 @@ impl Attestor {
         }
         facts.cgroup = Some(self.check_cgroup(&process, task.cgroup, &facts)?);
         let gathered = Gathered::new(ids.uid(), ids.gid(), facts.cgroup.clone());
-        self.examine(&process, gathered, facts, registry).await
+        let attested = self.examine(&process, gathered, facts, registry).await?;
+        self.remember(task, process, ids, attested.facts.cgroup.clone());
+        Ok(attested)
+    }
+
+    /// The answer for a process that was verified a moment ago, where it depends on nothing that only a look at the process
+    /// can tell.
+    fn recall(&self, task: &Task, facts: &Facts, registry: &dyn Registry) -> Result<Option<Attested>, AttestError> {
+        let known = lock(&self.verified).get(&task.tgid).cloned();
+        let recorded = (task.uid, task.gid, task.cgroup);
+        let is_fresh = |known: &Verified| known.recorded == recorded && known.at.elapsed() < HOLDS;
+        let Some(known) = known.filter(|known| is_fresh(known) && !known.process.start().is_after(task.at)) else {
+            return Ok(None);
+        };
+        if !known.process.is_alive().map_err(|error| failed(error, facts))? {
+            // Its number may belong to another by now, whom nobody has looked at.
+            lock(&self.verified).remove(&task.tgid);
+            return Ok(None);
+        }
+        let facts = Facts { cgroup: known.cgroup.clone(), ..facts.clone() };
+        match Gathered::new(known.ids.uid(), known.ids.gid(), known.cgroup).decide(registry, &facts)? {
+            Decision::Final(Some(workload)) => Ok(Some(Attested { workload: Some(workload), facts })),
+            Decision::Final(None) | Decision::Needs(_) => Ok(None),
+        }
+    }
+
+    fn remember(&self, task: &Task, process: Process, ids: Ids, cgroup: Option<Arc<str>>) {
+        let recorded = (task.uid, task.gid, task.cgroup);
+        let verified = Verified { process: Arc::new(process), recorded, ids, cgroup, at: Instant::now() };
+        let mut all = lock(&self.verified);
+        if all.len() >= VERIFIED {
+            all.retain(|_, verified| verified.at.elapsed() < HOLDS);
+        }
+        if all.len() < VERIFIED {
+            all.insert(task.tgid, verified);
+        }
     }
 
     /// The owner of a listening socket: whoever bound it.
@@ -322,10 +384,9 @@ impl Attestor {
     /// The oldest process on this host that holds a socket. Looking at every process takes milliseconds, so the answer
     /// holds for a second, as long as that process lives.
     async fn find(&self, cookie: u64) -> Option<Process> {
-        const HOLDS: Duration = Duration::from_secs(1);
         const REMEMBERED: usize = 1024;
         let known = self.found.lock().unwrap_or_else(PoisonError::into_inner).get(&cookie).copied();
-        if let Some((pid, start, _)) = known.filter(|(_, _, at)| at.elapsed() < HOLDS)
+        if let Some((pid, start, _)) = known.filter(|(_, _, at)| at.elapsed() < OWNER_HOLDS)
             && let Ok(Some(process)) = Process::pin(pid)
             && process.start() == start
         {
@@ -474,6 +535,11 @@ async fn oldest_holder(processes: Vec<u32>, cookie: u64) -> Option<Process> {
         pinned.filter(|process| process.holds_socket(cookie).unwrap_or(false)).min_by_key(Process::start)
     };
     tokio::task::spawn_blocking(search).await.ok().flatten()
+}
+
+/// A panic of another thread while it held the lock leaves a list that is still a list.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn failed(error: io::Error, facts: &Facts) -> AttestError {
@@ -643,6 +709,28 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn what_was_verified_a_moment_ago_does_not_outlive_the_process_nor_cover_other_facts() {
+        let Some(attestor) = attestor() else { return };
+        let mut process = Waiting::new();
+        let task = task(&attestor, process.0.id());
+        let entry = Ask(|evidence: &dyn Evidence| evidence.uid().is_some());
+        for _ in 0..2 {
+            assert!(attestor.dialler(&task, &entry).await.unwrap().workload.is_some());
+        }
+        assert_eq!(lock(&attestor.verified).len(), 1);
+        let moved = Task { uid: task.uid + 1, ..task };
+        assert_eq!(attestor.dialler(&moved, &entry).await.unwrap_err().code(), "ids-changed");
+        let moved = Task { cgroup: task.cgroup + 1, ..task };
+        assert_eq!(attestor.dialler(&moved, &entry).await.unwrap_err().code(), "cgroup-moved");
+        // Recorded before this process began: it was another one of that number.
+        let before = Task { at: 1, ..task };
+        assert_eq!(attestor.dialler(&before, &entry).await.unwrap_err().code(), "pid-reused");
+        process.end();
+        assert_eq!(attestor.dialler(&task, &entry).await.unwrap_err().code(), "process-died");
+        assert!(lock(&attestor.verified).is_empty());
+    }
+
+    #[tokio::test]
     async fn a_dialler_that_dies_while_it_is_attested_is_refused() {
         let Some(attestor) = attestor() else { return };
         let process = Mutex::new(Waiting::new());
@@ -695,6 +783,10 @@ mod tests {
         let inside = Ask(|evidence: &dyn Evidence| evidence.cgroup() == Some(&first.path));
         assert!(attestor.dialler(&task, &inside).await.unwrap().workload.is_some());
         second.take(&process);
+        // What it dials from there is recorded so, and refused at once; what was recorded before, a moment later.
+        let record = Task { cgroup: attestor.hierarchy.id_of(&second.path).unwrap().unwrap(), at: boottime(), ..task };
+        assert!(attestor.dialler(&record, &inside).await.unwrap().workload.is_none());
+        tokio::time::sleep(HOLDS).await;
         let error = attestor.dialler(&task, &inside).await.unwrap_err();
         assert_eq!(error.code(), "cgroup-moved");
         assert!(error.to_string().contains(&second.path), "{error}");
