@@ -29,6 +29,7 @@ pub mod offload;
 pub mod relay;
 pub mod audit;
 pub mod live;
+pub mod turns;
 pub mod pipeline;
 pub mod shard;
 pub mod admin;

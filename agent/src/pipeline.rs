@@ -10,20 +10,21 @@ use crate::audit::{self, Bytes, Decision, End, Method, Process, Record};
 use crate::authorize::{self, Authorized, Permit};
 use crate::config::Config;
 use crate::handshake::{self, Session, Terms};
-use crate::identify::{self, Identities};
+use crate::identify::{self, Identities, Parties};
 use crate::intercept::{self, Dialler, Direction, Flow};
 use crate::live::{Basis, Live, Registry};
 use crate::offload::{self, Choice, Engine, Pipe};
 use crate::policy::{Policy, Rule};
 use crate::refusal::{Culprit, Refusal};
 use crate::relay::{self, Limits, Progress, Stop, Tally};
+use crate::turns::{self, Party, Turns};
 use arc_swap::ArcSwap;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 use time::OffsetDateTime;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 
 /// How long a permissive listener waits for a client's first byte before it takes the silence for a plaintext protocol in
 /// which the server speaks first.
@@ -49,7 +50,7 @@ pub struct Shared {
     /// The audit log.
     pub audit: audit::Sender,
     /// Handshakes that may be under way at once; the others wait, within their own deadline.
-    pub handshakes: Semaphore,
+    pub turns: Arc<Turns>,
 }
 
 /// Why a walk ended before the relay did.
@@ -76,6 +77,9 @@ pub enum Error {
     /// intercept could not connect to the other end.
     #[error(transparent)]
     Intercept(intercept::Error),
+    /// It was not this handshake's turn.
+    #[error(transparent)]
+    Turn(turns::Error),
     /// handshake refused.
     #[error(transparent)]
     Handshake(handshake::Cause),
@@ -93,7 +97,7 @@ impl Error {
             }
             Self::Identify(_) => "identify",
             Self::Authorize(_) => "authorize",
-            Self::Handshake(_) => "handshake",
+            Self::Turn(_) | Self::Handshake(_) => "handshake",
             Self::Offload(_) => "offload",
         }
     }
@@ -107,6 +111,7 @@ impl Refusal for Error {
             Self::Identify(error) => error.culprit(),
             Self::Authorize(error) => error.culprit(),
             Self::Intercept(error) => error.culprit(),
+            Self::Turn(error) => error.culprit(),
             Self::Handshake(error) => error.culprit(),
             Self::Offload(error) => error.culprit(),
         }
@@ -120,6 +125,7 @@ impl Refusal for Error {
             Self::Identify(error) => error.code(),
             Self::Authorize(error) => error.code(),
             Self::Intercept(error) => error.code(),
+            Self::Turn(error) => error.code(),
             Self::Handshake(error) => error.code(),
             Self::Offload(error) => error.code(),
         }
@@ -199,8 +205,13 @@ impl<'a> Walk<'a> {
                 Err(error) => return Err(Unmet::with(error, permit)),
             };
             let session = {
-                let _turn = self.shared.handshakes.acquire().await;
-                match handshake::connect(permit, network, self.terms(engine)).await {
+                let terms = self.terms(engine);
+                let party = Party::Workload(permit.parties().workload.id.clone());
+                let _turn = match self.shared.turns.take(party, terms.deadline).await {
+                    Ok(turn) => turn,
+                    Err(error) => return Err(Unmet::with(Error::Turn(error), permit)),
+                };
+                match handshake::connect(permit, network, terms).await {
                     Ok(session) => session,
                     Err(error) => {
                         let (error, permit) = attempt.unmet(error);
@@ -235,8 +246,19 @@ impl<'a> Walk<'a> {
             }
         }
         let session = {
-            let _turn = self.shared.handshakes.acquire().await;
-            match handshake::accept(permit, self.terms(self.shared.engine)).await {
+            let terms = self.terms(self.shared.engine);
+            // Whoever has said nothing yet takes nobody's turn.
+            let spoke = handshake::speaks(&permit.parties().flow.socket, terms.deadline).await;
+            let Parties { flow, workload, .. } = permit.parties();
+            let party = Party::peer(flow.source.ip(), workload.id.clone());
+            let _turn = match spoke {
+                true => match self.shared.turns.take(party, terms.deadline).await {
+                    Ok(turn) => Some(turn),
+                    Err(error) => return attempt.refuse(permit.into_parties().flow.socket, &Error::Turn(error)),
+                },
+                false => None,
+            };
+            match handshake::accept(permit, terms).await {
                 Ok(session) => session,
                 Err(error) => {
                     let (error, permit) = attempt.unmet(error);

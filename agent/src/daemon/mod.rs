@@ -23,12 +23,13 @@ use crate::pipeline::Shared;
 use crate::policy::{Policy, Rejected};
 use crate::privilege::{self, Sandbox};
 use crate::shard;
+use crate::turns::Turns;
 use arc_swap::ArcSwap;
 use control::{Control, Settled};
 use std::io;
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use tokio::task::LocalSet;
 
 /// Why the agent does not start, or did not go on.
@@ -93,7 +94,7 @@ pub fn run(config: Config) -> Result<(), Error> {
         engine,
         registry: Arc::new(Registry::default()),
         audit: log.sender(),
-        handshakes: Semaphore::new(config.limits.handshakes),
+        turns: Turns::new(config.limits.handshakes, config.limits.waiting),
         config,
     });
     // Shards first: from the moment that the policy is in the kernel's maps, connections come.
