@@ -40,7 +40,7 @@ fn files(connections: usize) -> u64 {
 /// All at once; with time enough all of them are served.
 fn burst(lab: &Lab, number: usize) {
     lab.capture_heads();
-    let settings = Settings { tables: "[timeouts]\ndial = \"1m\"\nhandshake = \"15s\"\n".into(), ..Settings::default() };
+    let settings = Settings { tables: "[timeouts]\ndial = \"1m\"\nhandshake = \"1m\"\n".into(), ..Settings::default() };
     let mesh = or_skip!(lab.mesh_with(&Policy::standard(lab), &settings));
     let _server = server(lab, number);
     let mut crowd = crowd(lab, "client", number, number);
@@ -61,6 +61,7 @@ fn burst(lab: &Lab, number: usize) {
 fn a_burst_beyond_the_queue_is_refused_by_name_and_leaves_room_for_others() {
     let _alone = alone();
     let lab = lab!();
+    lab.capture_many();
     let tables = "[limits]\nhandshakes = 8\nwaiting = 100\n[timeouts]\nhandshake = \"1m\"\n";
     let settings = Settings { tables: tables.into(), ..Settings::default() };
     let policy = Policy::standard(&lab).workload("third").allow("third-to-server", "third", "server");
@@ -128,9 +129,13 @@ fn idle(lab: &Lab, number: usize, rest: Duration) {
     warm_up(lab, &mesh);
     let (own, kernel) = (agents.map(anonymous), kernel_memory());
     let mut crowd = crowd(lab, "client", number, 64);
-    let line = crowd.line(clock::seconds(1000), |line| line.contains("crowd")).unwrap();
-    println!("{line}");
-    let came: Value = serde_json::from_str(&line).unwrap();
+    // In an emulated guest it takes long, and whoever is silent for long is taken for dead.
+    let line = (0..clock::seconds(1000).as_secs() / 60).find_map(|_| {
+        let line = crowd.line(Duration::from_secs(60), |line| line.contains("crowd"));
+        println!("{}", line.as_deref().unwrap_or("not all of them are there yet"));
+        line.ok()
+    });
+    let came: Value = serde_json::from_str(&line.expect("connections are made")).unwrap();
     assert_eq!(came["served"].as_u64(), Some(number as u64), "{came}");
     // Each connection is six sockets on this machine: the programs have one each, the agents two each.
     let kernel = kernel_memory().saturating_sub(kernel) / 3 / number as u64;
@@ -149,7 +154,8 @@ fn idle(lab: &Lab, number: usize, rest: Duration) {
             assert!(own <= MOST_OWN && own + kernel <= MOST, "{own} and {kernel} bytes for each idle connection");
         }
         // What the agent does now and then for itself, and nothing for any connection.
-        assert!(switches < 200 && busy < 200, "{busy} ms and {switches} switches in {rest:?}");
+        let few = number.max(3000) as u64 / 10;
+        assert!(switches < few && busy < few, "{busy} ms and {switches} switches in {rest:?}");
     }
     crowd.say("use").unwrap();
     crowd.line(clock::seconds(300), |line| line.contains("used")).unwrap();

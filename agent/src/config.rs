@@ -350,7 +350,7 @@ fn timeouts(root: &Table<'_>, problems: &mut Problems) -> Option<Timeouts> {
 }
 
 fn limits(root: &Table<'_>, problems: &mut Problems) -> Option<Limits> {
-    let default = Limits { connections: 65_536, handshakes: 1024, waiting: 16_384 };
+    let default = Limits { connections: 65_536, handshakes: 256, waiting: 16_384 };
     let Some(table) = root.table("limits", &["connections", "handshakes", "waiting"], problems) else {
         return or_default(root, "limits", default);
     };
@@ -482,7 +482,7 @@ mod tests {
 
         [limits]
         connections = 65536
-        handshakes = 1024
+        handshakes = 256
         waiting = 16384
         "#);
     }
@@ -509,7 +509,7 @@ mod tests {
             [timeouts]\ndrain = \"0s\"\n[limits]\nconnections = 5\n";
         let config = Config::parse("agent.toml", text).unwrap();
         assert_eq!(config.shards, Shards::Exactly(NonZeroUsize::new(3).unwrap()));
-        assert_eq!(config.limits, Limits { connections: 5, handshakes: 1024, waiting: 16_384 });
+        assert_eq!(config.limits, Limits { connections: 5, handshakes: 256, waiting: 16_384 });
         assert_eq!(Config::parse("agent.toml", &config.print()), Ok(config));
     }
 

@@ -33,7 +33,8 @@ pub fn run(crowd: Crowd) -> crate::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     let local = LocalSet::new();
     let began = Instant::now();
-    let mut outcomes = runtime.block_on(local.run_until(open(crowd.to, crowd.connections, crowd.at_once, crowd.marker.clone())));
+    let mut outcomes =
+        runtime.block_on(local.run_until(open(crowd.to, crowd.connections, crowd.at_once, crowd.marker.clone())));
     outcomes.sort_by_key(|outcome| outcome.at);
     let mut refused: BTreeMap<String, usize> = BTreeMap::new();
     let (mut streams, mut at, mut took) = (Vec::new(), Vec::new(), Vec::new());

@@ -83,8 +83,10 @@ const PROGRAMS: &[&str] = &[
 /// Programs without which a guest can still do its job.
 const OPTIONAL: &[&str] = &["strace", "redis-benchmark", "bash"];
 
-/// Memory of a guest, in MiB.
-const MEMORY_MB: usize = 2048;
+/// Memory of a guest, in MiB, unless `GUEST_MEMORY_MB` says otherwise: 50,000 connections need four times as much.
+fn memory_mb() -> usize {
+    std::env::var("GUEST_MEMORY_MB").ok().and_then(|text| text.parse().ok()).unwrap_or(2048)
+}
 
 /// Text on the console that means that the kernel is in trouble.
 const TROUBLE: &[&str] = &[
@@ -244,7 +246,7 @@ pub fn at_once() -> usize {
     let memory = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let free =
         memory.lines().find_map(|line| line.strip_prefix("MemAvailable:")?.split_whitespace().next()?.parse().ok());
-    let room = free.map_or(1, |kilobytes: usize| kilobytes / 1024 / (MEMORY_MB + MEMORY_MB / 4));
+    let room = free.map_or(1, |kilobytes: usize| kilobytes / 1024 / (memory_mb() + memory_mb() / 4));
     room.clamp(1, processors + 1)
 }
 
@@ -313,7 +315,7 @@ fn qemu(kernel: &Kernel, job: &Job, image: &Path, mark: &str) -> Command {
         "-cpu",
         "max,-cx16",
         "-m",
-        &MEMORY_MB.to_string(),
+        &memory_mb().to_string(),
         "-smp",
         &job.processors.to_string(),
     ]);

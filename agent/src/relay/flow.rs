@@ -161,12 +161,11 @@ impl<L: Lane> Flow<L> {
     }
 
     pub(super) async fn run(
-        mut self,
+        &mut self,
         limits: &Limits,
-        stop: impl Future<Output = Stop>,
+        mut stop: Pin<&mut impl Future<Output = Stop>>,
         progress: &Progress,
     ) -> CloseReason {
-        let mut stop = pin!(stop);
         let mut clock = pin!(sleep_until(Instant::now()));
         let mut moved = Moved::now(self.marks(progress));
         let reason = loop {
@@ -511,7 +510,7 @@ impl<L: Lane> Flow<L> {
         }
     }
 
-    fn close(mut self, reason: CloseReason) {
+    fn close(&mut self, reason: CloseReason) {
         if reason == CloseReason::Complete {
             // What comes behind close_notify is ignored (RFC 9846 section 6.1), and must not turn into a reset that
             // overtakes our last bytes.

@@ -23,6 +23,7 @@ use kernel::Kernel;
 use plain::Plain;
 use std::{
     future::Future,
+    pin::pin,
     sync::atomic::{AtomicU64, Ordering},
     time::Duration,
 };
@@ -75,14 +76,36 @@ pub struct Tally {
 
 /// Carries the bytes of a pipe until both directions have ended, something breaks, or `stop` says so. Both sockets are
 /// closed when it returns.
-pub async fn carry(pipe: Pipe, limits: &Limits, stop: impl Future<Output = Stop>, progress: &Progress) -> Tally {
+pub fn carry(
+    pipe: Pipe,
+    limits: &Limits,
+    stop: impl Future<Output = Stop>,
+    progress: &Progress,
+) -> impl Future<Output = Tally> {
+    // Not `async fn`: the future of one holds its arguments twice, and this one is held for as long as the connection.
     let Pipe { application, network, lane } = pipe;
-    let closed = match lane {
-        Lane::Plain => Flow::new(application, network, Plain).run(limits, stop, progress).await,
-        Lane::User(keys) => Flow::new(application, network, User::new(keys)).run(limits, stop, progress).await,
-        Lane::Kernel(keys) => Flow::new(application, network, Kernel::new(keys)).run(limits, stop, progress).await,
+    let mut flow = match lane {
+        Lane::Plain => Any::Plain(Flow::new(application, network, Plain)),
+        Lane::User(keys) => Any::User(Flow::new(application, network, User::new(keys))),
+        Lane::Kernel(keys) => Any::Kernel(Flow::new(application, network, Kernel::new(keys))),
     };
-    Tally { sent: progress.sent(), received: progress.received(), closed }
+    async move {
+        let stop = pin!(stop);
+        let closed = match &mut flow {
+            Any::Plain(flow) => flow.run(limits, stop, progress).await,
+            Any::User(flow) => flow.run(limits, stop, progress).await,
+            Any::Kernel(flow) => flow.run(limits, stop, progress).await,
+        };
+        drop(flow);
+        Tally { sent: progress.sent(), received: progress.received(), closed }
+    }
+}
+
+/// A flow of any engine.
+enum Any {
+    Plain(Flow<Plain>),
+    User(Flow<User>),
+    Kernel(Flow<Kernel>),
 }
 
 #[cfg(test)]

@@ -152,8 +152,14 @@ impl<K: Ord + Clone + std::fmt::Debug, W> Queue<K, W> {
         assert_eq!((has + self.free, waiting), (turns, self.waiting), "a turn or a waiter is lost");
         assert!(self.waiting <= self.room, "more wait than there is room for");
         assert!(self.lines.values().all(|line| line.has > 0 || !line.waiters.is_empty()), "an empty line is kept");
-        let wait: BTreeSet<_> = self.lines.iter().filter(|(_, line)| !line.waiters.is_empty()).collect::<Vec<_>>()
-            .into_iter().map(|(key, line)| (line.has, line.served, key.clone())).collect();
+        let wait: BTreeSet<_> = self
+            .lines
+            .iter()
+            .filter(|(_, line)| !line.waiters.is_empty())
+            .collect::<Vec<_>>()
+            .into_iter()
+            .map(|(key, line)| (line.has, line.served, key.clone()))
+            .collect();
         assert_eq!(wait, self.next);
         assert_eq!(wait.len(), self.longest.len());
         assert!(wait.iter().all(|(has, ..)| *has >= self.free), "somebody waits who could go");

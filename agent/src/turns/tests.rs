@@ -186,14 +186,19 @@ async fn whoever_waits_too_long_or_has_no_room_is_told_so_by_name() {
 async fn whoever_loses_its_place_to_another_is_told_at_once() {
     let turns = Turns::new(1, 2);
     let _busy = turns.take(workload("curl"), soon()).await.unwrap();
-    let crowd: Vec<_> = (0..2).map(|_| {
-        let turns = turns.clone();
-        tokio::spawn(async move { turns.take(workload("crowd"), soon()).await.map(|_| ()) })
-    }).collect();
+    let crowd: Vec<_> = (0..2)
+        .map(|_| {
+            let turns = turns.clone();
+            tokio::spawn(async move { turns.take(workload("crowd"), soon()).await.map(|_| ()) })
+        })
+        .collect();
     while turns.waiting() < 2 {
         tokio::task::yield_now().await;
     }
-    let other = { let turns = turns.clone(); tokio::spawn(async move { turns.take(workload("one"), soon()).await.map(|_| ()) }) };
+    let other = {
+        let turns = turns.clone();
+        tokio::spawn(async move { turns.take(workload("one"), soon()).await.map(|_| ()) })
+    };
     let [first, newest] = crowd.try_into().map_err(|_| ()).unwrap();
     let refused = newest.await.unwrap().unwrap_err();
     assert_eq!(refused, Error::Full { party: workload("crowd"), all: 2, own: 2 });
@@ -204,28 +209,30 @@ async fn whoever_loses_its_place_to_another_is_told_at_once() {
 fn no_turn_is_lost_by_those_who_go_away_while_it_comes() {
     // Many threads take, give up and give back at once: at the end all turns are there.
     let turns = Turns::new(4, 16);
-    let threads: Vec<_> = (0..8_u64).map(|thread| {
-        let turns = turns.clone();
-        std::thread::spawn(move || {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-            runtime.block_on(async {
-                let many = (0..200_u64).map(|number| {
-                    let turns = turns.clone();
-                    tokio::spawn(async move {
-                        let party = workload(["a", "b", "c"][usize::try_from((thread + number) % 3).unwrap()]);
-                        let patience = Duration::from_micros(number * 37 % 1500);
-                        let taken = turns.take(party, Instant::now() + Duration::from_millis(2));
-                        let Ok(Ok(turn)) = tokio::time::timeout(patience, taken).await else { return };
-                        tokio::time::sleep(Duration::from_micros(number % 300)).await;
-                        drop(turn);
-                    })
+    let threads: Vec<_> = (0..8_u64)
+        .map(|thread| {
+            let turns = turns.clone();
+            std::thread::spawn(move || {
+                let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+                runtime.block_on(async {
+                    let many = (0..200_u64).map(|number| {
+                        let turns = turns.clone();
+                        tokio::spawn(async move {
+                            let party = workload(["a", "b", "c"][usize::try_from((thread + number) % 3).unwrap()]);
+                            let patience = Duration::from_micros(number * 37 % 1500);
+                            let taken = turns.take(party, Instant::now() + Duration::from_millis(2));
+                            let Ok(Ok(turn)) = tokio::time::timeout(patience, taken).await else { return };
+                            tokio::time::sleep(Duration::from_micros(number % 300)).await;
+                            drop(turn);
+                        })
+                    });
+                    for task in many.collect::<Vec<_>>() {
+                        task.await.unwrap();
+                    }
                 });
-                for task in many.collect::<Vec<_>>() {
-                    task.await.unwrap();
-                }
-            });
+            })
         })
-    }).collect();
+        .collect();
     for thread in threads {
         thread.join().unwrap();
     }
@@ -248,29 +255,33 @@ fn a_party_is_a_workload_or_the_network_of_a_peer() {
 #[test]
 fn everybody_on_every_shard_gets_a_turn() {
     let turns = Turns::new(16, 10_000);
-    let threads: Vec<_> = (0..2).map(|_| {
-        let turns = turns.clone();
-        std::thread::spawn(move || {
-            let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-            let local = tokio::task::LocalSet::new();
-            runtime.block_on(local.run_until(async {
-                let many: Vec<_> = (0..2000).map(|number| {
-                    let turns = turns.clone();
-                    tokio::task::spawn_local(async move {
-                        let party = workload(["a", "b"][number % 2]);
-                        let _turn = turns.take(party, soon()).await?;
-                        tokio::time::sleep(Duration::from_micros(10)).await;
-                        Ok::<_, Error>(())
-                    })
-                }).collect();
-                let mut served = 0;
-                for task in many {
-                    served += usize::from(task.await.unwrap().is_ok());
-                }
-                served
-            }))
+    let threads: Vec<_> = (0..2)
+        .map(|_| {
+            let turns = turns.clone();
+            std::thread::spawn(move || {
+                let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+                let local = tokio::task::LocalSet::new();
+                runtime.block_on(local.run_until(async {
+                    let many: Vec<_> = (0..2000)
+                        .map(|number| {
+                            let turns = turns.clone();
+                            tokio::task::spawn_local(async move {
+                                let party = workload(["a", "b"][number % 2]);
+                                let _turn = turns.take(party, soon()).await?;
+                                tokio::time::sleep(Duration::from_micros(10)).await;
+                                Ok::<_, Error>(())
+                            })
+                        })
+                        .collect();
+                    let mut served = 0;
+                    for task in many {
+                        served += usize::from(task.await.unwrap().is_ok());
+                    }
+                    served
+                }))
+            })
         })
-    }).collect();
+        .collect();
     let served: usize = threads.into_iter().map(|thread| thread.join().unwrap()).sum();
     assert_eq!(served, 4000);
 }
