@@ -406,6 +406,7 @@ fn carry(shared: &Shared, made: Made<'_>) -> impl Future<Output = ()> {
 }
 
 /// Who was admitted to what.
+#[expect(clippy::large_enum_variant, reason = "it is returned once, and taken apart at once")]
 enum Admitted<'a> {
     Mesh(Attempt<'a>, Permit),
     Plaintext(Made<'a>),
@@ -481,15 +482,13 @@ pub fn turned_away(shared: &Shared, direction: Direction, error: &intercept::Err
 }
 
 /// Waits until somebody says stop.
-fn told(mut stopped: watch::Receiver<Option<Stop>>) -> impl Future<Output = Stop> {
-    async move {
-        loop {
-            if let Some(stop) = *stopped.borrow_and_update() {
-                return stop;
-            }
-            if stopped.changed().await.is_err() {
-                std::future::pending::<()>().await;
-            }
+async fn told(mut stopped: watch::Receiver<Option<Stop>>) -> Stop {
+    loop {
+        if let Some(stop) = *stopped.borrow_and_update() {
+            return stop;
+        }
+        if stopped.changed().await.is_err() {
+            std::future::pending::<()>().await;
         }
     }
 }

@@ -2,7 +2,7 @@
 //! be had by one party alone.
 //!
 //! A party is a local workload that dials, or the network of a peer that dials one: who the peer is, its handshake has yet
-//! to show. [`Queue`](queue::Queue) decides, without clock or waiting; this is how the tasks of all shards ask it.
+//! to show. `Queue` decides, without clock or waiting; this is how the tasks of all shards ask it.
 //!
 //! *Invariant:* a turn is given back by a drop, also where whoever waited for it went away at that very moment.
 
