@@ -127,8 +127,10 @@ pub struct Timeouts {
 pub struct Limits {
     /// Connections, those included that are still being made.
     pub connections: usize,
-    /// Handshakes.
+    /// Handshakes under way.
     pub handshakes: usize,
+    /// Handshakes that wait until others are over.
+    pub waiting: usize,
 }
 
 /// Connections between two agents that are used again: whether, how many, how long.
@@ -382,8 +384,8 @@ fn timeouts(root: &Table<'_>, problems: &mut Problems) -> Option<Timeouts> {
 }
 
 fn limits(root: &Table<'_>, problems: &mut Problems) -> Option<Limits> {
-    let default = Limits { connections: 65_536, handshakes: 1024 };
-    let Some(table) = root.table("limits", &["connections", "handshakes"], problems) else {
+    let default = Limits { connections: 65_536, handshakes: 256, waiting: 16_384 };
+    let Some(table) = root.table("limits", &["connections", "handshakes", "waiting"], problems) else {
         return or_default(root, "limits", default);
     };
     let mut number = |key, default: usize, most| match table.number(key, 1, most, problems) {
@@ -392,7 +394,8 @@ fn limits(root: &Table<'_>, problems: &mut Problems) -> Option<Limits> {
     };
     let connections = number("connections", default.connections, 1 << 20);
     let handshakes = number("handshakes", default.handshakes, 1 << 16);
-    Some(Limits { connections: connections?, handshakes: handshakes? })
+    let waiting = number("waiting", default.waiting, 1 << 20);
+    Some(Limits { connections: connections?, handshakes: handshakes?, waiting: waiting? })
 }
 
 fn sessions(root: &Table<'_>, problems: &mut Problems) -> Option<Sessions> {
@@ -474,8 +477,8 @@ impl fmt::Display for Config {
         let Timeouts { dial, handshake, drain, stall } = self.timeouts;
         writeln!(f, "\n[timeouts]\ndial = \"{}\"\nhandshake = \"{}\"", units::print(dial), units::print(handshake))?;
         writeln!(f, "drain = \"{}\"\nstall = \"{}\"", units::print(drain), units::print(stall))?;
-        let Limits { connections, handshakes } = self.limits;
-        writeln!(f, "\n[limits]\nconnections = {connections}\nhandshakes = {handshakes}")?;
+        let Limits { connections, handshakes, waiting } = self.limits;
+        writeln!(f, "\n[limits]\nconnections = {connections}\nhandshakes = {handshakes}\nwaiting = {waiting}")?;
         let Sessions { reuse, idle, age, uses, spares } = self.sessions;
         writeln!(
             f,
@@ -541,7 +544,8 @@ mod tests {
 
         [limits]
         connections = 65536
-        handshakes = 1024
+        handshakes = 256
+        waiting = 16384
 
         [sessions]
         reuse = true
@@ -574,7 +578,7 @@ mod tests {
             [timeouts]\ndrain = \"0s\"\n[limits]\nconnections = 5\n";
         let config = Config::parse("agent.toml", text).unwrap();
         assert_eq!(config.shards, Shards::Exactly(NonZeroUsize::new(3).unwrap()));
-        assert_eq!(config.limits, Limits { connections: 5, handshakes: 1024 });
+        assert_eq!(config.limits, Limits { connections: 5, handshakes: 256, waiting: 16_384 });
         assert_eq!(Config::parse("agent.toml", &config.print()), Ok(config));
     }
 

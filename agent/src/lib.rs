@@ -30,6 +30,7 @@ pub mod relay;
 pub mod reuse;
 pub mod audit;
 pub mod live;
+pub mod turns;
 pub mod pipeline;
 pub mod shard;
 pub mod admin;

@@ -14,24 +14,26 @@ use crate::audit::{self, Decision, Method};
 use crate::authorize::{self, Authorized, Permit};
 use crate::config::Config;
 use crate::handshake::{self, Terms};
-use crate::identify::{self, Identities};
+use crate::identify::{self, Identities, Parties};
 use crate::intercept::{self, Dialler, Direction, Flow, OriginalDst};
-use crate::live::{Basis, Registry};
+use crate::live::{Basis, Place, Registry};
 use crate::offload::{self, Choice, Engine, Pipe};
 use crate::policy::{Policy, Rule};
 use crate::refusal::{Culprit, Refusal};
 use crate::relay::{self, Idle, Left, Limits, Progress, Stop};
 use crate::reuse::{self, Bound, Key, Pool};
+use crate::turns::{self, Party, Turns};
 use arc_swap::ArcSwap;
 use attempt::Attempt;
 use std::cell::RefCell;
 use std::collections::HashSet;
+use std::future::Future;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 
 /// How long a permissive listener waits for a client's first byte before it takes the silence for a plaintext protocol in
 /// which the server speaks first.
@@ -59,7 +61,7 @@ pub struct Shared {
     /// Told when policy or trust have changed: what was decided before is decided again.
     pub changed: watch::Sender<()>,
     /// Handshakes that may be under way at once; the others wait, within their own deadline.
-    pub handshakes: Semaphore,
+    pub turns: Arc<Turns>,
 }
 
 /// What the flows of one shard share.
@@ -84,7 +86,9 @@ const SERVER_PATIENCE: u32 = 2;
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// No room was reached: the agent has as many connections as it may have.
-    #[error("{0} connections are open or under way, which is [limits] connections")]
+    #[error(
+        "{0} connections are open or under way, which is [limits] connections, or what the limit of open files allows"
+    )]
     TooMany(usize),
     /// The other end was not there in time.
     #[error("the connection was not made within {0:?} ([timeouts] dial)")]
@@ -104,6 +108,9 @@ pub enum Error {
     /// intercept could not connect to the other end.
     #[error(transparent)]
     Intercept(intercept::Error),
+    /// It was not this handshake's turn.
+    #[error(transparent)]
+    Turn(turns::Error),
     /// handshake refused.
     #[error(transparent)]
     Handshake(handshake::Cause),
@@ -124,7 +131,7 @@ impl Error {
             }
             Self::Identify(_) => "identify",
             Self::Authorize(_) | Self::Reuse(_) => "authorize",
-            Self::Handshake(_) => "handshake",
+            Self::Turn(_) | Self::Handshake(_) => "handshake",
             Self::Offload(_) => "offload",
         }
     }
@@ -138,6 +145,7 @@ impl Refusal for Error {
             Self::Identify(error) => error.culprit(),
             Self::Authorize(error) => error.culprit(),
             Self::Intercept(error) => error.culprit(),
+            Self::Turn(error) => error.culprit(),
             Self::Handshake(error) => error.culprit(),
             Self::Reuse(error) => error.culprit(),
             Self::Offload(error) => error.culprit(),
@@ -152,6 +160,7 @@ impl Refusal for Error {
             Self::Identify(error) => error.code(),
             Self::Authorize(error) => error.code(),
             Self::Intercept(error) => error.code(),
+            Self::Turn(error) => error.code(),
             Self::Handshake(error) => error.code(),
             Self::Reuse(error) => error.code(),
             Self::Offload(error) => error.code(),
@@ -162,26 +171,123 @@ impl Refusal for Error {
 /// Walks one flow through the rooms, and inbound what comes after it on the same connection. Returns when all of it is
 /// over and recorded.
 pub async fn walk(shared: &Shared, site: &Site, flow: Flow) {
-    let place = shared.registry.begin(shared.config.limits.connections);
-    let walk = Walk::new(shared, site);
-    let attempt = Attempt::new(shared, &flow);
-    match (place, flow.direction) {
-        _ if shared.audit.refuses() => attempt.refuse(flow.socket, &Error::AuditUnwritable),
-        (Err(taken), _) => attempt.refuse(flow.socket, &Error::TooMany(taken)),
-        (Ok(_place), Direction::Outbound) => walk.outbound(attempt, flow).await,
-        (Ok(place), Direction::Inbound) => {
-            let ends = (flow.source, flow.destination);
-            let mut left = walk.inbound(attempt, flow).await;
-            drop(place);
-            while let Some(idle) = settled(left).await {
-                left = Walk::new(shared, site).again(idle, ends).await;
-            }
+    let ends = (flow.source, flow.destination);
+    // What it takes to make a connection is given back before its bytes move: it is several times what the connection
+    // needs that may be idle for days.
+    let Some((mut place, made)) = Box::pin(begin(shared, site, flow)).await else { return };
+    let origin = made.origin.clone();
+    let mut left = carry(shared, made).await;
+    if let Some(origin) = origin {
+        if let Some(idle) = Box::pin(settled(left)).await {
+            site.pool.borrow_mut().put(&origin.policy, &origin.key, idle);
         }
+        return;
+    }
+    while left.is_some() {
+        // Whatever waits for another use keeps nobody out.
+        drop(place);
+        let Some((next, made)) = Box::pin(again(shared, site, left, ends)).await else { return };
+        place = next;
+        left = carry(shared, made).await;
     }
 }
 
 async fn settled(left: Option<Left>) -> Option<Idle> {
     left?.settle().await
+}
+
+/// Makes a connection. `None`: it was refused, and is recorded.
+async fn begin<'a>(shared: &'a Shared, site: &'a Site, flow: Flow) -> Option<(Place, Made<'a>)> {
+    let (place, attempt, flow) = enter(shared, flow)?;
+    Walk::new(shared, site).make(attempt, flow).await.map(|made| (place, made))
+}
+
+/// Is there room for another? `None`: it was refused, and is recorded.
+fn enter(shared: &Shared, flow: Flow) -> Option<(Place, Attempt<'_>, Flow)> {
+    let attempt = Attempt::new(shared, &flow);
+    let place = match shared.registry.begin(shared.config.limits.connections) {
+        _ if shared.audit.refuses() => Err(Error::AuditUnwritable),
+        place => place.map_err(Error::TooMany),
+    };
+    match place {
+        Ok(place) => Some((place, attempt, flow)),
+        Err(error) => {
+            attempt.refuse(flow.socket, &error);
+            None
+        }
+    }
+}
+
+/// Waits for the next use of a connection, and makes it: who listens, who may come and who the peer is are asked as if it
+/// were a new one. What is refused ends the connection, and the peer may make a new one and hear why.
+async fn again<'a>(
+    shared: &'a Shared,
+    site: &'a Site,
+    left: Option<Left>,
+    (source, destination): (SocketAddr, OriginalDst),
+) -> Option<(Place, Made<'a>)> {
+    let mut idle = settled(left).await?;
+    if !is_asked(shared, site, &mut idle).await {
+        idle.close();
+        return None;
+    }
+    let (network, session) = idle.into_parts();
+    let flow = match site.dialler.inbound(network, source, destination) {
+        Ok(flow) => flow,
+        Err(error) => {
+            turned_away(shared, Direction::Inbound, &error);
+            return None;
+        }
+    };
+    let (place, attempt, flow) = enter(shared, flow)?;
+    let walk = Walk::new(shared, site);
+    let (mut attempt, permit) = match walk.admit(attempt, flow).await? {
+        Admitted::Mesh(attempt, permit) => (attempt, permit),
+        // Whoever listens now is no workload: a new connection may be carried without TLS, and this one was made with one.
+        Admitted::Plaintext(made) => {
+            let unfit = reuse::Unfit::NotOurs(session.agreement().local.id.clone());
+            made.attempt.refuse(None, &Error::Reuse(unfit));
+            return None;
+        }
+    };
+    let basis = attempt.agreed(session.agreement(), session.uses());
+    if let Err(unfit) = reuse::admit(&permit, &session, SystemTime::now()) {
+        attempt.refuse(permit.into_parties().flow.socket, &Error::Reuse(unfit));
+        return None;
+    }
+    let leg = match walk.leg(&permit.parties().flow).await {
+        Ok(leg) => leg,
+        Err(error) => {
+            attempt.refuse(permit.into_parties().flow.socket, &error);
+            return None;
+        }
+    };
+    match reuse::ready(permit, session, leg, SystemTime::now()).await {
+        Ok(bound) => {
+            let rule = Some(bound.rule().clone());
+            Some((place, Made { attempt, carriage: Carriage::Bound(bound), basis, rule, origin: None }))
+        }
+        Err(unfit) => {
+            attempt.refuse(None, &Error::Reuse(unfit));
+            None
+        }
+    }
+}
+
+/// Waits for the client to begin. False: it has closed, or it is time that this side does.
+async fn is_asked(shared: &Shared, site: &Site, idle: &mut Idle) -> bool {
+    let sessions = &shared.config.sessions;
+    let (mut changed, mut closing) = (shared.changed.subscribe(), site.closing.clone());
+    let Some(_place) = shared.registry.wait(shared.config.limits.connections) else { return false };
+    if *closing.borrow() || !sessions.allows(idle.agreement().since, idle.uses()) {
+        return false;
+    }
+    tokio::select! {
+        next = idle.next() => next.is_ok(),
+        _ = changed.changed() => false,
+        _ = closing.wait_for(|closing| *closing) => false,
+        () = tokio::time::sleep(sessions.idle * SERVER_PATIENCE) => false,
+    }
 }
 
 /// What one walk goes by: the policy is the one that was in force when it began.
@@ -199,35 +305,56 @@ enum Carriage {
     Bound(Bound),
 }
 
+/// Whom a connection may serve after this: where it came from, outbound.
+#[derive(Clone)]
+struct Origin {
+    key: Key,
+    policy: Arc<Policy>,
+}
+
 impl<'a> Walk<'a> {
     fn new(shared: &'a Shared, site: &'a Site) -> Self {
         Self { shared, site, policy: shared.policy.load_full() }
     }
 
-    /// Who is it, and what may it do? `None` where that was answered for good: refused, or carried in plaintext.
-    async fn admit(&self, mut attempt: Attempt<'a>, flow: Flow) -> Option<(Attempt<'a>, Permit)> {
+    /// Everything until bytes may move. `None`: it was refused, and is recorded.
+    async fn make(&self, attempt: Attempt<'a>, flow: Flow) -> Option<Made<'a>> {
+        let (attempt, permit) = match self.admit(attempt, flow).await? {
+            Admitted::Mesh(attempt, permit) => (attempt, permit),
+            Admitted::Plaintext(made) => return Some(made),
+        };
+        match permit.parties().flow.direction {
+            Direction::Outbound => self.outbound(attempt, permit).await,
+            Direction::Inbound => self.inbound(attempt, permit).await,
+        }
+    }
+
+    /// Who is it, and what may it do? `None` where that was refused.
+    async fn admit(&self, mut attempt: Attempt<'a>, flow: Flow) -> Option<Admitted<'a>> {
         let parties = match identify::identify(flow, &self.policy, &self.shared.identities).await {
             Ok(parties) => parties,
             Err(refused) => {
                 if refused.error.is_unknown() && self.is_nobodys_business(&refused.flow) {
-                    self.plaintext(attempt, refused.flow, Basis::LeftAlone, None).await;
-                } else {
-                    attempt.refuse(refused.flow.socket, &Error::Identify(refused.error));
+                    let made = self.plaintext(attempt, refused.flow, Basis::LeftAlone, None).await;
+                    return made.map(Admitted::Plaintext);
                 }
+                attempt.refuse(refused.flow.socket, &Error::Identify(refused.error));
                 return None;
             }
         };
         attempt.local().id = Some(parties.workload.id.to_string());
         match authorize::authorize(&self.policy, parties) {
-            Ok(Authorized::Mesh(permit)) => return Some((attempt, permit)),
+            Ok(Authorized::Mesh(permit)) => Some(Admitted::Mesh(attempt, permit)),
             Ok(Authorized::Bypass(bypass)) => {
                 let (parties, rule) = bypass.into_parts();
                 let basis = Basis::Plaintext { local: parties.workload.id.clone() };
-                self.plaintext(attempt, parties.flow, basis, Some(rule)).await;
+                self.plaintext(attempt, parties.flow, basis, Some(rule)).await.map(Admitted::Plaintext)
             }
-            Err(denied) => attempt.refuse(denied.parties.flow.socket, &Error::Authorize(denied.reason)),
+            Err(denied) => {
+                attempt.refuse(denied.parties.flow.socket, &Error::Authorize(denied.reason));
+                None
+            }
         }
-        None
     }
 
     /// The kernel turned it here because it could not know that nobody concerned is enrolled: a process without an
@@ -239,20 +366,20 @@ impl<'a> Walk<'a> {
         }
     }
 
-    async fn outbound(&self, attempt: Attempt<'a>, flow: Flow) {
-        let Some((mut attempt, permit)) = self.admit(attempt, flow).await else { return };
-        let key = Key::of(&permit);
-        let met = match self.meet_again(&mut attempt, permit, &key).await {
+    async fn outbound(&self, mut attempt: Attempt<'a>, permit: Permit) -> Option<Made<'a>> {
+        let origin = Origin { key: Key::of(&permit), policy: self.policy.clone() };
+        let met = match self.meet_again(&mut attempt, permit, &origin.key).await {
             Ok(met) => Ok(met),
             Err(permit) => self.meet(&mut attempt, permit).await,
         };
-        let left = match met {
-            Ok(Met { carriage, basis, rule }) => self.carry(attempt, carriage, basis, Some(rule)).await,
-            Err(unmet) => return attempt.refuse(unmet.socket, &unmet.error),
-        };
-        let Some(left) = left else { return };
-        if let Some(idle) = left.settle().await {
-            self.site.pool.borrow_mut().put(&self.policy, key, idle);
+        match met {
+            Ok(Met { carriage, basis, rule }) => {
+                Some(Made { attempt, carriage, basis, rule: Some(rule), origin: Some(origin) })
+            }
+            Err(unmet) => {
+                attempt.refuse(unmet.socket, &unmet.error);
+                None
+            }
         }
     }
 
@@ -288,8 +415,13 @@ impl<'a> Walk<'a> {
                 Err(error) => return Err(Unmet::with(error, permit)),
             };
             let session = {
-                let _turn = self.shared.handshakes.acquire().await;
-                match handshake::connect(permit, network, self.terms(engine, offer)).await {
+                let terms = self.terms(engine, offer);
+                let party = Party::Workload(permit.parties().workload.id.clone());
+                let _turn = match self.shared.turns.take(party, terms.deadline).await {
+                    Ok(turn) => turn,
+                    Err(error) => return Err(Unmet::with(Error::Turn(error), permit)),
+                };
+                match handshake::connect(permit, network, terms).await {
                     Ok(session) => session,
                     Err(error) if offer && error.declines_offer() => {
                         self.remember_as_foreign(destination);
@@ -326,21 +458,34 @@ impl<'a> Walk<'a> {
         foreign.insert(destination);
     }
 
-    async fn inbound(&self, attempt: Attempt<'a>, flow: Flow) -> Option<Left> {
-        let (mut attempt, permit) = self.admit(attempt, flow).await?;
+    async fn inbound(&self, mut attempt: Attempt<'a>, permit: Permit) -> Option<Made<'a>> {
         if let Some(rule) = permit.permissive().cloned() {
             // A socket that cannot be looked at is one that the handshake will fail on, and say why.
             if !handshake::looks_like_tls(&permit.parties().flow.socket, SILENCE).await.unwrap_or(true) {
                 let parties = permit.into_parties();
                 let basis = Basis::Plaintext { local: parties.workload.id.clone() };
-                self.plaintext(attempt, parties.flow, basis, Some(rule)).await;
-                return None;
+                return self.plaintext(attempt, parties.flow, basis, Some(rule)).await;
             }
         }
         let session = {
-            let _turn = self.shared.handshakes.acquire().await;
             let terms = self.terms(self.shared.engine, self.shared.config.sessions.reuse);
-            match handshake::accept(permit, terms).await {
+            // Whoever has said nothing yet takes nobody's turn.
+            let spoke = handshake::speaks(&permit.parties().flow.socket, terms.deadline).await;
+            let Parties { flow, workload, .. } = permit.parties();
+            let party = Party::peer(flow.source.ip(), workload.id.clone());
+            let turn = match spoke {
+                true => match self.shared.turns.take(party, terms.deadline).await {
+                    Ok(turn) => Some(turn),
+                    Err(error) => {
+                        attempt.refuse(permit.into_parties().flow.socket, &Error::Turn(error));
+                        return None;
+                    }
+                },
+                false => None,
+            };
+            let outcome = handshake::accept(permit, terms).await;
+            drop(turn);
+            match outcome {
                 Ok(session) => session,
                 Err(error) => {
                     let (error, permit) = attempt.unmet(error);
@@ -360,7 +505,7 @@ impl<'a> Walk<'a> {
             }
         };
         match offload::arm(session, Some(leg), self.shared.engine) {
-            Ok(pipe) => self.carry(attempt, Carriage::Pipe(pipe), basis, Some(rule)).await,
+            Ok(pipe) => Some(Made { attempt, carriage: Carriage::Pipe(pipe), basis, rule: Some(rule), origin: None }),
             Err(error) => {
                 attempt.refuse(None, &Error::Offload(error));
                 None
@@ -368,82 +513,24 @@ impl<'a> Walk<'a> {
         }
     }
 
-    /// Waits for the next use of a connection, and walks it: who listens, who may come and who the peer is are asked as if
-    /// it were a new one. What is refused ends the connection, and the peer may make a new one and hear why.
-    async fn again(&self, mut idle: Idle, (source, destination): (SocketAddr, OriginalDst)) -> Option<Left> {
-        if !self.is_asked(&mut idle).await {
-            idle.close();
-            return None;
-        }
-        let place = self.shared.registry.begin(self.shared.config.limits.connections);
-        let walk = Walk::new(self.shared, self.site);
-        let (network, shared) = idle.into_parts();
-        let flow = match self.site.dialler.inbound(network, source, destination) {
-            Ok(flow) => flow,
-            Err(error) => {
-                turned_away(self.shared, Direction::Inbound, &error);
-                return None;
-            }
-        };
-        let attempt = Attempt::new(self.shared, &flow);
-        if self.shared.audit.refuses() {
-            attempt.refuse(flow.socket, &Error::AuditUnwritable);
-            return None;
-        }
-        if let Err(taken) = place {
-            attempt.refuse(flow.socket, &Error::TooMany(taken));
-            return None;
-        }
-        let (mut attempt, permit) = walk.admit(attempt, flow).await?;
-        let basis = attempt.agreed(shared.agreement(), shared.uses());
-        if let Err(unfit) = reuse::admit(&permit, &shared, SystemTime::now()) {
-            attempt.refuse(permit.into_parties().flow.socket, &Error::Reuse(unfit));
-            return None;
-        }
-        let leg = match walk.leg(&permit.parties().flow).await {
-            Ok(leg) => leg,
-            Err(error) => {
-                attempt.refuse(permit.into_parties().flow.socket, &error);
-                return None;
-            }
-        };
-        match reuse::ready(permit, shared, leg, SystemTime::now()).await {
-            Ok(bound) => {
-                let rule = bound.rule().clone();
-                walk.carry(attempt, Carriage::Bound(bound), basis, Some(rule)).await
-            }
-            Err(unfit) => {
-                attempt.refuse(None, &Error::Reuse(unfit));
-                None
-            }
-        }
-    }
-
-    /// Waits for the client to begin. False: it has closed, or it is time that this side does.
-    async fn is_asked(&self, idle: &mut Idle) -> bool {
-        let sessions = &self.shared.config.sessions;
-        let (mut changed, mut closing) = (self.shared.changed.subscribe(), self.site.closing.clone());
-        let Some(_place) = self.shared.registry.wait(self.shared.config.limits.connections) else { return false };
-        if *closing.borrow() || !sessions.allows(idle.agreement().since, idle.uses()) {
-            return false;
-        }
-        tokio::select! {
-            next = idle.next() => next.is_ok(),
-            _ = changed.changed() => false,
-            _ = closing.wait_for(|closing| *closing) => false,
-            () = tokio::time::sleep(sessions.idle * SERVER_PATIENCE) => false,
-        }
-    }
-
-    /// Carries a flow without TLS: by a named rule, or because it is none of our business.
-    async fn plaintext(&self, mut attempt: Attempt<'a>, flow: Flow, basis: Basis, rule: Option<Arc<Rule>>) {
+    /// A flow that is carried without TLS: by a named rule, or because it is none of our business.
+    async fn plaintext(
+        &self,
+        mut attempt: Attempt<'a>,
+        flow: Flow,
+        basis: Basis,
+        rule: Option<Arc<Rule>>,
+    ) -> Option<Made<'a>> {
         let other = match flow.direction {
             Direction::Outbound => self.dial(&flow).await,
             Direction::Inbound => self.leg(&flow).await,
         };
         let other = match other {
             Ok(other) => other,
-            Err(error) => return attempt.refuse(flow.socket, &error),
+            Err(error) => {
+                attempt.refuse(flow.socket, &error);
+                return None;
+            }
         };
         let pipe = match flow.direction {
             Direction::Outbound => Pipe::plain(flow.socket, other),
@@ -451,44 +538,12 @@ impl<'a> Walk<'a> {
         };
         attempt.method = Method::Plaintext;
         match pipe {
-            // Nothing is left of a connection without TLS.
-            Ok(pipe) => _ = self.carry(attempt, Carriage::Pipe(pipe), basis, rule).await,
-            Err(error) => attempt.refuse(None, &Error::Offload(error)),
+            Ok(pipe) => Some(Made { attempt, carriage: Carriage::Pipe(pipe), basis, rule, origin: None }),
+            Err(error) => {
+                attempt.refuse(None, &Error::Offload(error));
+                None
+            }
         }
-    }
-
-    async fn carry(
-        &self,
-        mut attempt: Attempt<'a>,
-        carriage: Carriage,
-        basis: Basis,
-        rule: Option<Arc<Rule>>,
-    ) -> Option<Left> {
-        attempt.engine = match &carriage {
-            Carriage::Pipe(pipe) => pipe.engine().map(Engine::name),
-            Carriage::Bound(bound) => Some(bound.idle().engine().name()),
-        };
-        attempt.rule = rule.as_ref().map(|rule| rule.name.clone());
-        let decision = match basis {
-            Basis::Mesh { .. } => Decision::Allowed,
-            Basis::Plaintext { .. } => Decision::Bypassed,
-            Basis::LeftAlone => Decision::LeftAlone,
-        };
-        let progress = Arc::new(Progress::default());
-        let (stop, stopped) = watch::channel(None);
-        let entered = self.shared.registry.enter(attempt.live(basis, progress.clone(), stop));
-        // A policy or a revocation that came into force during the handshake has not seen this connection in the list.
-        let trust = self.shared.identities.provider().trust();
-        if !entered.live().is_allowed_by(&self.shared.policy.load(), &trust) {
-            entered.live().end(Stop::Revoked);
-        }
-        let limits = Limits { idle: rule.and_then(|rule| rule.idle_timeout), stall: self.shared.config.timeouts.stall };
-        let (tally, left) = match carriage {
-            Carriage::Pipe(pipe) => relay::carry(pipe, &limits, told(stopped), &progress).await,
-            Carriage::Bound(bound) => bound.carry(&limits, told(stopped), &progress).await,
-        };
-        attempt.finish(decision, &tally);
-        left
     }
 
     async fn dial(&self, flow: &Flow) -> Result<TcpStream, Error> {
@@ -514,6 +569,56 @@ impl<'a> Walk<'a> {
             ciphers: engine.ciphers(),
         }
     }
+}
+
+/// Carries what was made, to its end. Not `async fn`: what is held for as long as the connection is held once.
+fn carry<'a>(shared: &'a Shared, made: Made<'a>) -> impl Future<Output = Option<Left>> + use<'a> {
+    let Made { mut attempt, carriage, basis, rule, .. } = made;
+    attempt.engine = match &carriage {
+        Carriage::Pipe(pipe) => pipe.engine().map(Engine::name),
+        Carriage::Bound(bound) => Some(bound.idle().engine().name()),
+    };
+    attempt.rule = rule.as_ref().map(|rule| rule.name.clone());
+    let decision = match basis {
+        Basis::Mesh { .. } => Decision::Allowed,
+        Basis::Plaintext { .. } => Decision::Bypassed,
+        Basis::LeftAlone => Decision::LeftAlone,
+    };
+    let progress = Arc::new(Progress::default());
+    let (stop, stopped) = watch::channel(None);
+    let entered = shared.registry.enter(attempt.live(basis, progress.clone(), stop));
+    // A policy or a revocation that came into force during the handshake has not seen this connection in the list.
+    let trust = shared.identities.provider().trust();
+    if !entered.live().is_allowed_by(&shared.policy.load(), &trust) {
+        entered.live().end(Stop::Revoked);
+    }
+    let limits = Limits { idle: rule.and_then(|rule| rule.idle_timeout), stall: shared.config.timeouts.stall };
+    async move {
+        let (tally, left) = match carriage {
+            Carriage::Pipe(pipe) => relay::carry(pipe, &limits, told(stopped), &progress).await,
+            Carriage::Bound(bound) => bound.carry(&limits, told(stopped), &progress).await,
+        };
+        attempt.finish(decision, &tally);
+        drop(entered);
+        left
+    }
+}
+
+/// Who was admitted to what.
+#[expect(clippy::large_enum_variant, reason = "it is returned once, and taken apart at once")]
+enum Admitted<'a> {
+    Mesh(Attempt<'a>, Permit),
+    Plaintext(Made<'a>),
+}
+
+/// A connection that may move bytes.
+struct Made<'a> {
+    attempt: Attempt<'a>,
+    carriage: Carriage,
+    basis: Basis,
+    rule: Option<Arc<Rule>>,
+    /// Outbound: for whom the connection is kept afterwards.
+    origin: Option<Origin>,
 }
 
 /// A peer that was reached, and shaken hands with.

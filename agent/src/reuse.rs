@@ -136,12 +136,12 @@ impl Bound {
         &self.idle
     }
     /// Carries the use to its end.
-    pub async fn carry(
+    pub fn carry(
         self,
         limits: &Limits,
         stop: impl Future<Output = Stop>,
         progress: &Progress,
-    ) -> (Tally, Option<Left>) {
-        self.idle.carry(self.application, limits, stop, progress).await
+    ) -> impl Future<Output = (Tally, Option<Left>)> {
+        self.idle.carry(self.application, limits, stop, progress)
     }
 }

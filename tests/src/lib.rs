@@ -24,6 +24,7 @@ pub mod pattern;
 pub mod dial;
 pub mod script;
 pub mod servers;
+pub mod crowd;
 pub mod bench;
 
 pub use agent::{Agent, Mesh, Settings};

@@ -56,6 +56,24 @@ pub fn need_guest() -> Result<(), Skip> {
     }
 }
 
+/// What takes minutes runs only where a person names it.
+pub fn by_name(word: &str) -> Result<(), Skip> {
+    if std::env::args().skip(1).any(|argument| argument.contains(word)) {
+        return Ok(());
+    }
+    Err(Skip::because(format!("takes minutes: by name only, cargo xtask test namespaces -- {word}")))
+}
+
+/// So many files may a program open that the tests start.
+pub fn need_files(number: u64) -> Result<(), Skip> {
+    match rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum {
+        Some(most) if most < number => {
+            Err(Skip::because(format!("needs {number} open files, and the limit here is {most}")))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// True where the tests run without Wimsey, to test the lab and its oracle.
 pub fn plain() -> bool {
     std::env::var("LAB_PLAIN").is_ok_and(|value| value == "1")

@@ -83,8 +83,10 @@ const PROGRAMS: &[&str] = &[
 /// Programs without which a guest can still do its job.
 const OPTIONAL: &[&str] = &["strace", "redis-benchmark", "bash"];
 
-/// Memory of a guest, in MiB.
-const MEMORY_MB: usize = 2048;
+/// Memory of a guest, in MiB, unless `GUEST_MEMORY_MB` says otherwise: 50,000 connections need four times as much.
+fn memory_mb() -> usize {
+    std::env::var("GUEST_MEMORY_MB").ok().and_then(|text| text.parse().ok()).unwrap_or(2048)
+}
 
 /// Text on the console that means that the kernel is in trouble.
 const TROUBLE: &[&str] = &[
@@ -248,7 +250,7 @@ pub fn at_once() -> usize {
     let memory = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let free =
         memory.lines().find_map(|line| line.strip_prefix("MemAvailable:")?.split_whitespace().next()?.parse().ok());
-    let room = free.map_or(1, |kilobytes: usize| kilobytes / 1024 / (MEMORY_MB + MEMORY_MB / 4));
+    let room = free.map_or(1, |kilobytes: usize| kilobytes / 1024 / (memory_mb() + memory_mb() / 4));
     room.clamp(1, processors + 1)
 }
 
@@ -319,7 +321,7 @@ fn qemu(kernel: &Kernel, job: &Job, image: &Path, mark: &str) -> Command {
         let processors = job.processors.to_string();
         command.args(["-accel", "tcg,thread=multi", "-cpu", "max,-cx16", "-smp", &processors]);
     }
-    command.args(["-m", &MEMORY_MB.to_string()]);
+    command.args(["-m", &memory_mb().to_string()]);
     command.args(["-nodefaults", "-no-user-config", "-display", "none", "-no-reboot", "-serial", "stdio"]);
     command.arg("-kernel").arg(kernel.folder.join("vmlinuz")).arg("-initrd").arg(image);
     // The emulated processors are slow and share the host: the kernel's own alarms get more time, as xtask has its own.

@@ -52,6 +52,8 @@ pub(super) struct Control {
     /// Connections from before, and when each is to be closed.
     old: HashMap<(SocketAddr, SocketAddr), (OldConnection, Option<Instant>)>,
     attested: (mpsc::UnboundedSender<Verdict>, mpsc::UnboundedReceiver<Verdict>),
+    /// Flows there had been when it was tidied up last.
+    tidied: u64,
 }
 
 /// What became of attesting a listener's owner.
@@ -80,6 +82,7 @@ impl Control {
             owners: HashMap::new(),
             old: HashMap::new(),
             attested: mpsc::unbounded_channel(),
+            tidied: 0,
         })
     }
 
@@ -250,7 +253,13 @@ impl Control {
     }
 
     fn tidy(&mut self) -> Result<(), Error> {
-        self.programs.tidy()?;
+        // It looks at every socket of the host, so it is done once for about as many new connections: the idle ones cost
+        // nothing, and rows that nobody needs come from new ones only.
+        let flows = self.shared.registry.total();
+        if flows - self.tidied > self.shared.registry.open_count() as u64 / 2 {
+            self.tidied = flows;
+            self.programs.tidy()?;
+        }
         self.close_old_connections();
         Ok(())
     }

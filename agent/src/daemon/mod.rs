@@ -23,12 +23,13 @@ use crate::pipeline::Shared;
 use crate::policy::{Policy, Rejected};
 use crate::privilege::{self, Sandbox};
 use crate::shard;
+use crate::turns::Turns;
 use arc_swap::ArcSwap;
 use control::{Control, Settled};
 use std::io;
 use std::sync::Arc;
 use std::thread::JoinHandle;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
 use tokio::task::LocalSet;
 
 /// Why the agent does not start, or did not go on.
@@ -69,8 +70,20 @@ pub enum Error {
 }
 
 /// Runs the agent until SIGTERM or SIGINT.
-pub fn run(config: Config) -> Result<(), Error> {
+pub fn run(mut config: Config) -> Result<(), Error> {
     let files = privilege::raise_file_limit()?;
+    let fit = connections_within(files);
+    if fit < config.limits.connections {
+        // Otherwise the last ones could not even be accepted: they would hang in the kernel, and nobody would be told.
+        let wanted = config.limits.connections;
+        tracing::warn!(
+            files,
+            wanted,
+            fit,
+            "[limits] connections does not fit the limit of open files: raise LimitNOFILE"
+        );
+        config.limits.connections = fit;
+    }
     let policy = Arc::new(Policy::load(&config.policy_dir)?);
     warn_of_second_authorities(&config, &policy);
     let provider = Arc::new(Embedded::open(settings(&config, &policy))?);
@@ -94,7 +107,7 @@ pub fn run(config: Config) -> Result<(), Error> {
         registry: Arc::new(Registry::default()),
         audit: log.sender(),
         changed: watch::Sender::new(()),
-        handshakes: Semaphore::new(config.limits.handshakes),
+        turns: Turns::new(config.limits.handshakes, config.limits.waiting),
         config,
     });
     // Shards first: from the moment that the policy is in the kernel's maps, connections come.
@@ -117,6 +130,15 @@ pub fn run(config: Config) -> Result<(), Error> {
     join(threads);
     log.close();
     outcome
+}
+
+/// Files that are not for connections: maps, listeners, logs, and connections that are accepted only to be refused.
+const OTHER_FILES: u64 = 1024;
+
+/// How many connections fit, at two sockets each. Where files are very few, half of them are kept for other things.
+fn connections_within(files: u64) -> usize {
+    let others = OTHER_FILES.min(files / 2);
+    usize::try_from((files - others) / 2).unwrap_or(usize::MAX)
 }
 
 /// Loads the authority, the trust bundles and the revocation lists as the agent would at start.
@@ -183,5 +205,18 @@ fn join(threads: Vec<JoinHandle<()>>) {
         if thread.join().is_err() {
             tracing::error!("a shard has panicked: this is a defect, please report it");
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn connections_that_files_do_not_suffice_for_are_not_taken() {
+        assert_eq!(connections_within(1024), 256);
+        assert_eq!(connections_within(20_000), 9_488);
+        assert_eq!(connections_within(524_288), 261_632);
+        assert!(connections_within(u64::MAX) > 1 << 40);
     }
 }

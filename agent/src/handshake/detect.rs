@@ -4,7 +4,11 @@
 
 use rustix::net::{RecvFlags, recv};
 use std::{io, time::Duration};
-use tokio::{io::Interest, net::TcpStream, time::timeout};
+use tokio::{
+    io::Interest,
+    net::TcpStream,
+    time::{Instant, timeout, timeout_at},
+};
 
 /// The first byte of every TLS client: a handshake record (RFC 9846 section 5.1).
 const CLIENT_HELLO: u8 = 22;
@@ -21,4 +25,14 @@ pub async fn looks_like_tls(socket: &TcpStream, wait: Duration) -> io::Result<bo
         Ok(first) => Ok(first? == Some(CLIENT_HELLO)),
         Err(_) => Ok(false),
     }
+}
+
+/// Waits until the peer has said anything, or ended. False: it was silent until the deadline.
+///
+/// The socket itself is asked: readiness alone may be told without a byte being there, and a turn that is given to a silent
+/// peer is missed by one whose own agent waits for this one.
+pub async fn speaks(socket: &TcpStream, deadline: Instant) -> bool {
+    let first =
+        socket.async_io(Interest::READABLE, || Ok(recv(socket, &mut [0], RecvFlags::PEEK | RecvFlags::DONTWAIT)?));
+    timeout_at(deadline, first).await.is_ok()
 }

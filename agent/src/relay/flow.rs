@@ -175,12 +175,11 @@ impl<L: Lane> Flow<L> {
     }
 
     pub(super) async fn run(
-        mut self,
+        &mut self,
         limits: &Limits,
-        stop: impl Future<Output = Stop>,
+        mut stop: Pin<&mut impl Future<Output = Stop>>,
         progress: &Progress,
-    ) -> (CloseReason, Option<Left<L>>) {
-        let mut stop = pin!(stop);
+    ) -> CloseReason {
         let mut clock = pin!(sleep_until(Instant::now()));
         let mut moved = Moved::now(self.marks(progress));
         let reason = loop {
@@ -206,7 +205,8 @@ impl<L: Lane> Flow<L> {
                 break reason;
             }
         };
-        (reason, self.close(reason))
+        self.close(reason);
+        reason
     }
 
     fn turn(&mut self, scratch: &mut Scratch, progress: &Progress) -> Result<Wants, CloseReason> {
@@ -549,24 +549,29 @@ impl<L: Lane> Flow<L> {
         }
     }
 
-    fn close(mut self, reason: CloseReason) -> Option<Left<L>> {
+    /// After its end: what may be used again. The application's socket is closed, and the network's too if it may not.
+    pub(super) fn leave(self, reason: CloseReason) -> Option<Left<L>> {
+        let left = self.can_be_left(reason);
+        left.then_some(Left { network: self.network, lane: self.lane, pending: self.up_pending })
+    }
+
+    fn close(&mut self, reason: CloseReason) {
         if self.can_be_left(reason) {
             if reason != CloseReason::Complete {
                 reset(&self.application);
             }
-            return Some(Left { network: self.network, lane: self.lane, pending: self.up_pending });
+            return;
         }
         if reason == CloseReason::Complete {
             // What comes behind close_notify is ignored (RFC 9846 section 6.1), and must not turn into a reset that
             // overtakes our last bytes.
             socket::discard(&self.network);
-            return None;
+            return;
         }
         reset(&self.application);
         if !(L::TLS && self.tell(reason)) {
             reset(&self.network);
         }
-        None
     }
 
     /// Tells the peer why. False: it could not be told, or need not be.

@@ -4,7 +4,7 @@
 //! ended. Whatever goes wrong here ends the connection, and no application has lost a byte by it.
 
 use super::{
-    CloseReason, Limits, Progress, Stop, Tally, Violation,
+    Any, CloseReason, Limits, Progress, Stop, Tally, Violation,
     buffers::{Batch, Pending, with_scratch},
     exchange::Word,
     flow::{self, Flow, network_fault},
@@ -14,7 +14,7 @@ use super::{
     user::User,
 };
 use crate::{handshake::Agreement, offload::Engine};
-use std::{future::Future, io, sync::Arc, time::Duration};
+use std::{future::Future, io, pin::pin, sync::Arc, time::Duration};
 use tokio::{io::Interest, net::TcpStream, time::timeout};
 
 /// How long the peer may take to end a use that this side's application has reset.
@@ -56,31 +56,35 @@ macro_rules! with_lane {
     };
 }
 
-pub(super) async fn run(
-    application: TcpStream,
-    network: TcpStream,
-    kept: Kept,
+/// Runs a flow, and gives back what may be used again. Not `async fn`: the future of one holds its arguments twice, and
+/// this one is held for as long as the connection.
+pub(super) fn run(
+    mut flow: Any,
     agreement: Option<Arc<Agreement>>,
     limits: &Limits,
     stop: impl Future<Output = Stop>,
     progress: &Progress,
-) -> (Tally, Option<Left>) {
-    let (closed, left) = match kept {
-        Kept::User(lane) => {
-            let (closed, left) = Flow::new(application, network, lane).run(limits, stop, progress).await;
-            (closed, left.map(|left| (left.network, left.pending, Kept::User(left.lane))))
-        }
-        Kept::Kernel(lane) => {
-            let (closed, left) = Flow::new(application, network, lane).run(limits, stop, progress).await;
-            (closed, left.map(|left| (left.network, left.pending, Kept::Kernel(left.lane))))
-        }
-    };
-    let left = left.zip(agreement).map(|((network, pending, kept), agreement)| Left {
-        network,
-        pending,
-        shared: Shared { kept, agreement },
-    });
-    (Tally::of(progress, closed), left)
+) -> impl Future<Output = (Tally, Option<Left>)> {
+    async move {
+        let stop = pin!(stop);
+        let closed = match &mut flow {
+            Any::Plain(flow) => flow.run(limits, stop, progress).await,
+            Any::User(flow) => flow.run(limits, stop, progress).await,
+            Any::Kernel(flow) => flow.run(limits, stop, progress).await,
+        };
+        let left = match flow {
+            Any::Plain(_) => None,
+            Any::User(flow) => flow.leave(closed).map(|left| (left.network, left.pending, Kept::User(left.lane))),
+            Any::Kernel(flow) => flow.leave(closed).map(|left| (left.network, left.pending, Kept::Kernel(left.lane))),
+        };
+        let left = left.zip(agreement).map(|((network, pending, kept), agreement)| Left {
+            network,
+            pending,
+            shared: Shared { kept, agreement },
+        });
+        let tally = Tally { sent: progress.sent(), received: progress.received(), closed };
+        (tally, left)
+    }
 }
 
 impl Left {
@@ -130,15 +134,19 @@ impl Idle {
     }
 
     /// Carries a use that has begun, as [`super::carry`] does the first.
-    pub(crate) async fn carry(
+    pub(crate) fn carry(
         self,
         application: TcpStream,
         limits: &Limits,
         stop: impl Future<Output = Stop>,
         progress: &Progress,
-    ) -> (Tally, Option<Left>) {
+    ) -> impl Future<Output = (Tally, Option<Left>)> {
         let Self { network, shared: Shared { kept, agreement } } = self;
-        run(application, network, kept, Some(agreement), limits, stop, progress).await
+        let flow = match kept {
+            Kept::User(lane) => Any::User(Flow::new(application, network, lane)),
+            Kept::Kernel(lane) => Any::Kernel(Flow::new(application, network, lane)),
+        };
+        run(flow, Some(agreement), limits, stop, progress)
     }
 
     /// Ends the connection in order.

@@ -22,7 +22,6 @@ pub use reason::{CloseReason, Stop, Violation};
 
 use crate::offload::{Lane, Pipe};
 use flow::Flow;
-use idle::Kept;
 use kernel::Kernel;
 use plain::Plain;
 use std::{
@@ -79,29 +78,27 @@ pub struct Tally {
 
 /// Carries the bytes of a pipe until both directions have ended, something breaks, or `stop` says so. The application's
 /// socket is closed when it returns, and the network's as well unless it is left for another use.
-pub async fn carry(
+pub fn carry(
     pipe: Pipe,
     limits: &Limits,
     stop: impl Future<Output = Stop>,
     progress: &Progress,
-) -> (Tally, Option<Left>) {
+) -> impl Future<Output = (Tally, Option<Left>)> {
     let Pipe { application, network, lane, agreement } = pipe;
     let shared = agreement.is_some();
-    let kept = match lane {
-        Lane::Plain => {
-            let (closed, _) = Flow::new(application, network, Plain).run(limits, stop, progress).await;
-            return (Tally::of(progress, closed), None);
-        }
-        Lane::User(keys) => Kept::User(User::new(keys, shared)),
-        Lane::Kernel(keys) => Kept::Kernel(Kernel::new(keys, shared)),
+    let flow = match lane {
+        Lane::Plain => Any::Plain(Flow::new(application, network, Plain)),
+        Lane::User(keys) => Any::User(Flow::new(application, network, User::new(keys, shared))),
+        Lane::Kernel(keys) => Any::Kernel(Flow::new(application, network, Kernel::new(keys, shared))),
     };
-    idle::run(application, network, kept, agreement, limits, stop, progress).await
+    idle::run(flow, agreement, limits, stop, progress)
 }
 
-impl Tally {
-    fn of(progress: &Progress, closed: CloseReason) -> Self {
-        Self { sent: progress.sent(), received: progress.received(), closed }
-    }
+/// A flow of any engine.
+enum Any {
+    Plain(Flow<Plain>),
+    User(Flow<User>),
+    Kernel(Flow<Kernel>),
 }
 
 #[cfg(test)]

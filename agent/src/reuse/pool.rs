@@ -77,7 +77,7 @@ impl Pool {
     }
 
     /// Keeps a connection for whoever comes next. What there is no room or no time left for is closed.
-    pub fn put(&mut self, policy: &Arc<Policy>, key: Key, idle: Idle) {
+    pub fn put(&mut self, policy: &Arc<Policy>, key: &Key, idle: Idle) {
         let spare = Spare { idle, since: Instant::now() };
         let is_other = self.policy.as_ref().is_some_and(|current| !Arc::ptr_eq(current, policy));
         let is_full = self.held >= self.limits.spares.saturating_mul(PAIRS);
@@ -85,7 +85,7 @@ impl Pool {
             return spare.idle.close();
         }
         self.policy = Some(policy.clone());
-        let spares = self.spares.entry(key).or_default();
+        let spares = self.spares.entry(key.clone()).or_default();
         if spares.len() >= self.limits.spares {
             return spare.idle.close();
         }

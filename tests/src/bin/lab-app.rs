@@ -5,6 +5,7 @@
 
 use anyhow::{Context, bail};
 use lab::bench::load::{Load, Target};
+use lab::crowd::{self, Crowd};
 use lab::dial::{self, How};
 use lab::script::{self, Step};
 use lab::{bench, enter, janitor, servers};
@@ -30,6 +31,7 @@ const USAGE: &str = "usage: lab-app VERB [--OPTION VALUE]... [STEP]...
   serve --listen ADDRESS... [--connections N] [--marker TEXT] STEP...
   talk --to ADDRESS [--bind ADDRESS] [--how HOW] [--marker TEXT] STEP...
   hold --to ADDRESS --connections N --marker TEXT
+  crowd --to ADDRESS... --connections N --marker TEXT [--at-once N]
   lend --socket PATH --to ADDRESS
   borrow --socket PATH --to ADDRESS STEP...
   udp-echo --listen ADDRESS
@@ -123,6 +125,11 @@ fn run() -> anyhow::Result<bool> {
         }
         "talk" => return talk(&arguments),
         "hold" => servers::hold(arguments.to()?, arguments.one("connections")?, arguments.marker())?,
+        "crowd" => {
+            let (to, connections) = (arguments.all("to")?, arguments.one("connections")?);
+            let at_once = arguments.all("at-once")?.pop().unwrap_or(connections);
+            crowd::run(Crowd { to, connections, at_once, marker: arguments.marker().to_owned() })?;
+        }
         "lend" => lend(&arguments)?,
         "borrow" => return borrow(&arguments),
         "udp-echo" => servers::udp_echo(arguments.one("listen")?)?,

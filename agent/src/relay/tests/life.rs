@@ -247,8 +247,9 @@ async fn one_direction_that_is_stuck_is_given_up_though_the_other_moves() {
         }
     });
     let progress = Progress::default();
-    let flow = Flow::new(own, network, Stuck).run(&limits, pending(), &progress);
-    assert_eq!(timeout(patience(5), flow).await.expect("given up").0, CloseReason::Stalled);
+    // The sockets are closed with the flow.
+    let flow = async { Flow::new(own, network, Stuck).run(&limits, std::pin::pin!(pending()), &progress).await };
+    assert_eq!(timeout(patience(5), flow).await.expect("given up"), CloseReason::Stalled);
     assert!(progress.received() > 2, "the other direction did not move");
     trickle.await.unwrap();
 }
@@ -260,8 +261,9 @@ async fn a_kernel_that_has_room_and_takes_nothing_is_given_up_and_a_slow_reader_
     let (network, _right) = pair().await;
     left.write_all(b"never sent").await.unwrap();
     let progress = Progress::default();
-    let flow = Flow::new(own, network, Stuck).run(&limits, pending(), &progress);
-    assert_eq!(timeout(patience(5), flow).await.expect("given up").0, CloseReason::Stalled);
+    // The sockets are closed with the flow.
+    let flow = async { Flow::new(own, network, Stuck).run(&limits, std::pin::pin!(pending()), &progress).await };
+    assert_eq!(timeout(patience(5), flow).await.expect("given up"), CloseReason::Stalled);
     assert!(is_reset(&mut left).await);
 
     let (left, own) = pair().await;

@@ -1,0 +1,287 @@
+use super::queue::{Answer, Queue, Ticket};
+use super::*;
+use proptest::prelude::*;
+use std::collections::BTreeMap;
+use std::time::Duration;
+
+fn id(name: &str) -> SpiffeId {
+    SpiffeId::parse(&format!("spiffe://example.org/{name}")).unwrap()
+}
+
+fn workload(name: &str) -> Party {
+    Party::Workload(id(name))
+}
+
+fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(5)
+}
+
+#[test]
+fn a_crowd_does_not_make_others_wait() {
+    let mut queue = Queue::new(8, 100);
+    let mut ask = |party: &'static str, number: u32| queue.ask(party, number);
+    // One party has half of the turns at most: the others are for whoever comes.
+    for number in 0..4 {
+        assert_eq!(ask("crowd", number), Answer::Now);
+    }
+    for number in 4..50 {
+        assert!(matches!(ask("crowd", number), Answer::Wait { refused: None, .. }));
+    }
+    assert_eq!(ask("one", 0), Answer::Now);
+    assert_eq!(ask("two", 0), Answer::Now);
+}
+
+#[test]
+fn those_who_wait_are_served_in_turn_and_each_line_in_order() {
+    let mut queue = Queue::new(1, 100);
+    assert_eq!(queue.ask("busy", 0), Answer::Now);
+    for number in 0..4 {
+        queue.ask("crowd", number);
+    }
+    for number in 0..2 {
+        queue.ask("one", number);
+        queue.ask("two", number);
+    }
+    let (mut key, mut order) = ("busy", Vec::new());
+    while let Some((next, number)) = queue.done(&key) {
+        order.push((next, number));
+        key = next;
+    }
+    let expected =
+        [("crowd", 0), ("one", 0), ("two", 0), ("crowd", 1), ("one", 1), ("two", 1), ("crowd", 2), ("crowd", 3)];
+    assert_eq!(order, expected);
+    assert_eq!(queue.free(), 1);
+}
+
+#[test]
+fn where_there_is_no_room_the_newest_of_the_longest_line_goes() {
+    let mut queue = Queue::new(1, 4);
+    queue.ask("busy", 0);
+    for number in 0..4 {
+        queue.ask("crowd", number);
+    }
+    // The crowd itself gets nothing more, whoever else comes gets a place until the lines are as long as each other.
+    assert_eq!(queue.ask("crowd", 4), Answer::Full { own: 4 });
+    assert!(matches!(queue.ask("one", 0), Answer::Wait { refused: Some(("crowd", 3, 4)), .. }));
+    assert!(matches!(queue.ask("one", 1), Answer::Wait { refused: Some(("crowd", 2, 3)), .. }));
+    assert_eq!(queue.ask("one", 2), Answer::Full { own: 2 });
+    assert!(matches!(queue.ask("two", 0), Answer::Wait { refused: Some(("one", 1, 2)), .. }));
+    assert_eq!(queue.waiting(), 4);
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Deed {
+    Ask(u8),
+    Done(usize),
+    Leave(usize),
+}
+
+fn deed() -> impl Strategy<Value = Deed> {
+    prop_oneof![
+        5 => (0_u8..6).prop_map(|party| Deed::Ask(party.saturating_sub(1))),
+        3 => any::<usize>().prop_map(Deed::Done),
+        1 => any::<usize>().prop_map(Deed::Leave),
+    ]
+}
+
+proptest! {
+    #[test]
+    fn turns_and_waiters_are_never_lost_nor_more_than_there_may_be(
+        turns in 1_usize..9, room in 0_usize..12, deeds in prop::collection::vec(deed(), 1..300),
+    ) {
+        let mut queue = Queue::new(turns, room);
+        let mut has: Vec<u8> = Vec::new();
+        let mut waits: BTreeMap<u32, (u8, Option<Ticket>)> = BTreeMap::new();
+        for (number, deed) in (0_u32..).zip(deeds) {
+            match deed {
+                Deed::Ask(party) => {
+                    let lines = |waits: &BTreeMap<u32, (u8, Option<Ticket>)>, party: u8| {
+                        waits.values().filter(|(of, _)| *of == party).count()
+                    };
+                    match queue.ask(party, number) {
+                        Answer::Now => has.push(party),
+                        Answer::Wait { ticket, refused } => {
+                            if let Some((of, lost, own)) = refused {
+                                prop_assert_eq!(waits.len(), room);
+                                prop_assert_eq!(own, lines(&waits, of));
+                                prop_assert!(own > lines(&waits, party) + 1);
+                                prop_assert_eq!(waits.remove(&lost).map(|(of, _)| of), Some(of));
+                                // It was the newest.
+                                prop_assert!(waits.iter().all(|(other, (party, _))| *party != of || *other < lost));
+                            }
+                            waits.insert(number, (party, Some(ticket)));
+                        }
+                        Answer::Full { own } => {
+                            prop_assert_eq!((waits.len(), own), (room, lines(&waits, party)));
+                            prop_assert!((0..6).all(|other| lines(&waits, other) <= own + 1));
+                        }
+                    }
+                }
+                Deed::Done(at) if !has.is_empty() => {
+                    let party = has.swap_remove(at % has.len());
+                    if let Some((next, number)) = queue.done(&party) {
+                        // The oldest of its line.
+                        let first = waits.iter().find(|(_, (of, _))| *of == next).map(|(number, _)| *number);
+                        prop_assert_eq!(first, Some(number));
+                        waits.remove(&number);
+                        has.push(next);
+                    }
+                }
+                Deed::Leave(at) if !waits.is_empty() => {
+                    let number = *waits.keys().nth(at % waits.len()).unwrap();
+                    let (party, ticket) = waits.remove(&number).unwrap();
+                    prop_assert_eq!(queue.leave(&party, ticket.unwrap()), Some(number));
+                    prop_assert_eq!(queue.leave(&party, ticket.unwrap()), None);
+                }
+                Deed::Done(_) | Deed::Leave(_) => {}
+            }
+            queue.check(turns);
+            prop_assert_eq!(turns - queue.free(), has.len());
+            prop_assert_eq!(queue.waiting(), waits.len());
+        }
+        // Whoever waits is served in the end.
+        while let Some(party) = has.pop() {
+            has.extend(queue.done(&party).map(|(next, number)| { waits.remove(&number); next }));
+        }
+        prop_assert_eq!((queue.free(), queue.waiting(), waits.len()), (turns, 0, 0));
+    }
+}
+
+#[tokio::test]
+async fn a_turn_passes_on_when_it_is_over() {
+    let turns = Turns::new(1, 10);
+    let first = turns.take(workload("curl"), soon()).await.unwrap();
+    let waiting = turns.take(workload("web"), soon());
+    tokio::pin!(waiting);
+    assert!(tokio::time::timeout(Duration::from_millis(20), &mut waiting).await.is_err());
+    assert_eq!(turns.waiting(), 1);
+    drop(first);
+    let second = waiting.await.unwrap();
+    assert_eq!((second.party.clone(), turns.waiting()), (workload("web"), 0));
+    drop(second);
+    turns.queue().check(1);
+}
+
+#[tokio::test]
+async fn whoever_waits_too_long_or_has_no_room_is_told_so_by_name() {
+    let turns = Turns::new(1, 1);
+    let _busy = turns.take(workload("curl"), soon()).await.unwrap();
+    let late = turns.take(workload("curl"), Instant::now() + Duration::from_millis(20)).await.unwrap_err();
+    assert_eq!((late.code(), late.culprit()), ("handshake-queue-late", Culprit::Host));
+    assert!(late.to_string().contains("spiffe://example.org/curl"), "{late}");
+    assert_eq!(turns.waiting(), 0);
+    let peer = || Party::peer("10.0.0.1".parse().unwrap(), id("web"));
+    let (one, other) = tokio::join!(
+        turns.take(peer(), Instant::now() + Duration::from_millis(20)),
+        turns.take(peer(), Instant::now() + Duration::from_millis(20)),
+    );
+    assert_eq!(one.unwrap_err().code(), "handshake-queue-late");
+    let full = other.unwrap_err();
+    assert_eq!((full.code(), full.culprit()), ("handshake-queue-full", Culprit::Peer));
+    let text = full.to_string();
+    assert!(text.contains("10.0.0.1 to spiffe://example.org/web") && text.contains("[limits] waiting"), "{text}");
+}
+
+#[tokio::test]
+async fn whoever_loses_its_place_to_another_is_told_at_once() {
+    let turns = Turns::new(1, 2);
+    let _busy = turns.take(workload("curl"), soon()).await.unwrap();
+    let crowd: Vec<_> = (0..2)
+        .map(|_| {
+            let turns = turns.clone();
+            tokio::spawn(async move { turns.take(workload("crowd"), soon()).await.map(|_| ()) })
+        })
+        .collect();
+    while turns.waiting() < 2 {
+        tokio::task::yield_now().await;
+    }
+    let other = {
+        let turns = turns.clone();
+        tokio::spawn(async move { turns.take(workload("one"), soon()).await.map(|_| ()) })
+    };
+    let [first, newest] = crowd.try_into().map_err(|_| ()).unwrap();
+    let refused = newest.await.unwrap().unwrap_err();
+    assert_eq!(refused, Error::Full { party: workload("crowd"), all: 2, own: 2 });
+    assert!(!first.is_finished() && !other.is_finished());
+}
+
+#[test]
+fn no_turn_is_lost_by_those_who_go_away_while_it_comes() {
+    // Many threads take, give up and give back at once: at the end all turns are there.
+    let turns = Turns::new(4, 16);
+    let threads: Vec<_> = (0..8_u64)
+        .map(|thread| {
+            let turns = turns.clone();
+            std::thread::spawn(move || {
+                let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+                runtime.block_on(async {
+                    let many = (0..200_u64).map(|number| {
+                        let turns = turns.clone();
+                        tokio::spawn(async move {
+                            let party = workload(["a", "b", "c"][usize::try_from((thread + number) % 3).unwrap()]);
+                            let patience = Duration::from_micros(number * 37 % 1500);
+                            let taken = turns.take(party, Instant::now() + Duration::from_millis(2));
+                            let Ok(Ok(turn)) = tokio::time::timeout(patience, taken).await else { return };
+                            tokio::time::sleep(Duration::from_micros(number % 300)).await;
+                            drop(turn);
+                        })
+                    });
+                    for task in many.collect::<Vec<_>>() {
+                        task.await.unwrap();
+                    }
+                });
+            })
+        })
+        .collect();
+    for thread in threads {
+        thread.join().unwrap();
+    }
+    let queue = turns.queue();
+    queue.check(4);
+    assert_eq!((queue.free(), queue.waiting()), (4, 0));
+}
+
+#[test]
+fn a_party_is_a_workload_or_the_network_of_a_peer() {
+    let peer = |address: &str| Party::peer(address.parse().unwrap(), id("web"));
+    assert_eq!(peer("10.0.0.1"), peer("::ffff:10.0.0.1"));
+    assert_ne!(peer("10.0.0.1"), peer("10.0.0.2"));
+    assert_eq!(peer("fd00::1"), peer("fd00::ffff:1:2:3"));
+    assert_ne!(peer("fd00::1"), peer("fd00:0:0:1::1"));
+    assert_ne!(peer("10.0.0.1"), Party::peer("10.0.0.1".parse().unwrap(), id("curl")));
+    assert_eq!(peer("fd00::7").to_string(), "fd00::/64 to spiffe://example.org/web");
+}
+
+#[test]
+fn everybody_on_every_shard_gets_a_turn() {
+    let turns = Turns::new(16, 10_000);
+    let threads: Vec<_> = (0..2)
+        .map(|_| {
+            let turns = turns.clone();
+            std::thread::spawn(move || {
+                let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+                let local = tokio::task::LocalSet::new();
+                runtime.block_on(local.run_until(async {
+                    let many: Vec<_> = (0..2000)
+                        .map(|number| {
+                            let turns = turns.clone();
+                            tokio::task::spawn_local(async move {
+                                let party = workload(["a", "b"][number % 2]);
+                                let _turn = turns.take(party, soon()).await?;
+                                tokio::time::sleep(Duration::from_micros(10)).await;
+                                Ok::<_, Error>(())
+                            })
+                        })
+                        .collect();
+                    let mut served = 0;
+                    for task in many {
+                        served += usize::from(task.await.unwrap().is_ok());
+                    }
+                    served
+                }))
+            })
+        })
+        .collect();
+    let served: usize = threads.into_iter().map(|thread| thread.join().unwrap()).sum();
+    assert_eq!(served, 4000);
+}
