@@ -54,6 +54,15 @@ pub struct Door {
     dialler: Dialler,
 }
 
+/// Who comes to a listener of the agent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Side {
+    /// Programs of this host, that dial.
+    Programs,
+    /// Peers, that dial programs of this host.
+    Network,
+}
+
 /// Makes the agent's own connections. Outlives the door, for flows that are under way when the agent stops to take new ones.
 #[derive(Clone, Debug)]
 pub struct Dialler {
@@ -64,8 +73,8 @@ pub struct Dialler {
 impl Doorway {
     /// Makes the listeners of a shard and shows them to the kernel programs.
     pub(super) fn make(shard: usize, tables: &Tables, flows: Arc<AtomicU64>) -> Result<Self, Error> {
-        let outbound = Pair::listen(tables)?;
-        let inbound = Pair::listen(tables)?;
+        let outbound = Pair::listen(tables, Side::Programs)?;
+        let inbound = Pair::listen(tables, Side::Network)?;
         outbound.show(&tables.outbound, map::OUTBOUND, shard)?;
         inbound.show(&tables.inbound, map::INBOUND, shard)?;
         Ok(Self { shard, outbound, inbound, tables: tables.clone(), flows })
@@ -188,6 +197,7 @@ impl Dialler {
         let failed = |error| Error::Leg { to, error };
         let own = Own { kind: OWN_LEG, pad: 0, client_port: client.port(), client: address(client.ip()) };
         let socket = self.own_socket(to, own, failed)?;
+        never_leaves_the_host(&socket);
         socket.connect(to).await.map_err(failed)
     }
 
@@ -201,9 +211,9 @@ impl Dialler {
 }
 
 impl Pair<std::net::TcpListener> {
-    fn listen(tables: &Tables) -> Result<Self, Error> {
-        let four = listen(tables, IpAddr::V4(Ipv4Addr::LOCALHOST))?;
-        let six = match listen(tables, IpAddr::V6(Ipv6Addr::LOCALHOST)) {
+    fn listen(tables: &Tables, side: Side) -> Result<Self, Error> {
+        let four = listen(tables, side, IpAddr::V4(Ipv4Addr::LOCALHOST))?;
+        let six = match listen(tables, side, IpAddr::V6(Ipv6Addr::LOCALHOST)) {
             Ok(listener) => Some(listener),
             Err(Error::Listen { error, .. })
                 if matches!(error.raw_os_error(), Some(libc::EADDRNOTAVAIL | libc::EAFNOSUPPORT)) =>
@@ -247,7 +257,7 @@ impl Pair<TcpListener> {
 }
 
 /// A listener of the agent, on a port of its own.
-fn listen(tables: &Tables, ip: IpAddr) -> Result<std::net::TcpListener, Error> {
+fn listen(tables: &Tables, side: Side, ip: IpAddr) -> Result<std::net::TcpListener, Error> {
     let at = SocketAddr::new(ip, 0);
     let failed = |error| Error::Listen { address: at, error };
     let socket = Socket::new(Domain::for_address(at), Type::STREAM.nonblocking().cloexec(), None).map_err(failed)?;
@@ -256,6 +266,9 @@ fn listen(tables: &Tables, ip: IpAddr) -> Result<std::net::TcpListener, Error> {
     }
     // Accepted sockets inherit it.
     socket.set_tcp_nodelay(true).map_err(failed)?;
+    if side == Side::Programs {
+        never_leaves_the_host(&socket);
+    }
     register(tables, &socket, &Own { kind: OWN_LISTENER, pad: 0, client_port: 0, client: [0; 16] })?;
     socket.bind(&at.into()).map_err(failed)?;
     socket.listen(BACKLOG).map_err(failed)?;
@@ -291,6 +304,13 @@ fn allow_gone(bound: io::Result<()>) -> io::Result<()> {
         Err(error) if error.raw_os_error() == Some(Errno::ADDRNOTAVAIL.raw_os_error()) => Ok(()),
         done => done,
     }
+}
+
+/// Between an agent and a program of its host there is no congestion. An algorithm that paces what is sent, as BBR does
+/// where it is the host's default, would only cost a timer for each burst. The network's connections keep the host's.
+fn never_leaves_the_host(socket: &impl AsFd) {
+    // Every kernel has it, and everybody may choose it (net/ipv4/tcp_cong.c); without it the bytes arrive all the same.
+    let _ = rustix::net::sockopt::set_tcp_congestion(socket, "reno");
 }
 
 /// Closes a connection so that its other end sees a reset.
