@@ -1,6 +1,6 @@
 //! reuse: a `Permit` and an idle connection between two agents in, a `Bound` one out.
 //!
-//! A handshake costs a hundred times what a connection costs otherwise. Between two agents a TLS connection therefore
+//! A handshake costs several times what a connection costs otherwise. Between two agents a TLS connection therefore
 //! carries one connection of the applications after the other, never two at a time (docs/SESSIONS.md). Each use is
 //! authorised like a new connection: what the handshake proved is held against the policy, the trust and the time of now.
 //!
@@ -38,6 +38,9 @@ pub enum Unfit {
     /// The connection was made for another workload of this host, or under a credential that is over.
     #[error("the connection belongs to {0}, or that credential is over")]
     NotOurs(SpiffeId),
+    /// The peer did not answer in time.
+    #[error("the peer did not say in time that its workload has accepted")]
+    Late,
     /// The connection failed before the use began.
     #[error("the connection ended before it was used again: {0}")]
     Closed(CloseReason),
@@ -47,7 +50,7 @@ impl Refusal for Unfit {
     fn culprit(&self) -> Culprit {
         match self {
             Self::NotPermitted(_) => Culprit::Policy,
-            Self::NotBelieved(_) | Self::Expired(..) | Self::Closed(_) => Culprit::Peer,
+            Self::NotBelieved(_) | Self::Expired(..) | Self::Late | Self::Closed(_) => Culprit::Peer,
             Self::NotOurs(_) => Culprit::Host,
         }
     }
@@ -57,6 +60,7 @@ impl Refusal for Unfit {
             Self::NotBelieved(_) => "peer-revoked",
             Self::Expired(..) => "peer-certificate-expired",
             Self::NotOurs(_) => "session-not-ours",
+            Self::Late => "session-late",
             Self::Closed(_) => "session-closed",
         }
     }
@@ -84,8 +88,7 @@ pub async fn begin(
             return Err((unfit, permit));
         }
     };
-    let late = Err(CloseReason::PeerLost(libc::ETIMEDOUT));
-    let begun = tokio::time::timeout(patience, idle.begin()).await.unwrap_or(late);
+    let Ok(begun) = tokio::time::timeout(patience, idle.begin()).await else { return Err((Unfit::Late, permit)) };
     let prepared = begun.and_then(|()| {
         let socket = &permit.parties().flow.socket;
         crate::offload::prepare(socket)
@@ -143,5 +146,49 @@ impl Bound {
         progress: &Progress,
     ) -> impl Future<Output = (Tally, Option<Left>)> {
         self.idle.carry(self.application, limits, stop, progress)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::handshake::testing::{CURL, WEB, World, pair, terms};
+    use crate::handshake::{Ciphers, Terms};
+    use crate::intercept::Direction;
+    use std::time::Instant;
+
+    #[tokio::test]
+    async fn a_further_use_needs_what_a_handshake_would() {
+        let (world, elsewhere) = (World::new(), World::new());
+        let sessions = world.sessions_by(Terms { reuse: true, ..terms(Ciphers::All) }).await;
+        let agreement = sessions.client.agreement();
+        let ask = async |world: &World, local: &str, peer: &str, now: SystemTime| {
+            let (_application, own) = pair().await;
+            fit(&world.permit(Direction::Outbound, own, local, peer), agreement, now).map(|rule| rule.name.to_string())
+        };
+        let now = SystemTime::now();
+        assert_eq!(ask(&world, CURL, WEB, now).await.unwrap(), "test");
+        let code = |outcome: Result<String, Unfit>| outcome.unwrap_err().code();
+        // The rule of this very connection admits somebody else.
+        assert_eq!(code(ask(&world, CURL, CURL, now).await), "peer-not-permitted");
+        // Another workload of this host never gets it.
+        assert_eq!(code(ask(&world, WEB, WEB, now).await), "session-not-ours");
+        // Nobody believes the peer's authority any more.
+        assert_eq!(code(ask(&elsewhere, CURL, WEB, now).await), "peer-revoked");
+        // The own credential ends after an hour, the peer's certificate later.
+        let later = agreement.local.not_after;
+        assert_eq!(code(ask(&world, CURL, WEB, later).await), "session-not-ours");
+        let server = sessions.server.agreement();
+        assert!(server.peer.not_after > later);
+    }
+
+    #[test]
+    fn a_session_ends_by_age_and_by_number() {
+        let limits = crate::config::Sessions { uses: 3, age: Duration::from_secs(60), ..Default::default() };
+        let now = Instant::now();
+        assert!(limits.allows(now, 2) && !limits.allows(now, 3));
+        let Some(old) = now.checked_sub(Duration::from_secs(61)) else { return };
+        assert!(!limits.allows(old, 1));
+        assert!(!crate::config::Sessions { reuse: false, ..limits }.allows(now, 1));
     }
 }

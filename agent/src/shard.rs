@@ -44,7 +44,10 @@ async fn serve(shared: Arc<Shared>, doorway: Doorway, mut closing: watch::Receiv
     let door = doorway.open()?;
     let site = Rc::new(Site {
         dialler: door.dialler(),
-        pool: RefCell::new(Pool::new(shared.config.sessions)),
+        pool: RefCell::new(Pool::new(
+            shared.config.sessions,
+            shared.config.limits.connections / 4 / shared.shards.max(1),
+        )),
         foreign: RefCell::new(HashSet::new()),
         closing: closing.clone(),
     });

@@ -34,6 +34,40 @@ pub fn open_cgroup_by_id(mount: BorrowedFd<'_>, id: u64) -> io::Result<OwnedFd> 
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
+/// Gives the pages of this program's own code and constants back to the page cache, and says how many bytes they span. What
+/// is needed again is mapped again when it is: a start runs through several megabytes that an agent never needs later.
+pub fn forget_code() -> io::Result<usize> {
+    let program = std::fs::read_link("/proc/self/exe")?;
+    let maps = std::fs::read_to_string("/proc/self/maps")?;
+    let mut forgotten = 0;
+    for (start, end) in maps.lines().filter_map(|line| code(line, &program)) {
+        // SAFETY: a private mapping of a file, which was never writable (`code`), has no page of its own: the kernel maps the
+        // same bytes of the file again at the next access, and refuses writes to a file that runs (ETXTBSY).
+        // JUSTIFICATION: std and rustix have no safe madvise.
+        let done = unsafe { libc::madvise(start as *mut libc::c_void, end - start, libc::MADV_DONTNEED) };
+        if done != 0 {
+            return Err(io::Error::last_os_error());
+        }
+        forgotten += end - start;
+    }
+    Ok(forgotten)
+}
+
+/// The range of a line of /proc/PID/maps that maps this program's code, or the constants in front of it. Not the constants
+/// that the loader has written addresses into (RELRO): they are read-only as well, but lie behind the code.
+fn code(line: &str, program: &std::path::Path) -> Option<(usize, usize)> {
+    let mut words = line.split_ascii_whitespace();
+    let (range, rights, offset) = (words.next()?, words.next()?, words.next()?);
+    let path = words.nth(2)?;
+    let is_code = rights == "r-xp" || (rights == "r--p" && u64::from_str_radix(offset, 16).ok()? == 0);
+    if !is_code || std::path::Path::new(path) != program {
+        return None;
+    }
+    let (start, end) = range.split_once('-')?;
+    let (start, end) = (usize::from_str_radix(start, 16).ok()?, usize::from_str_radix(end, 16).ok()?);
+    (start < end).then_some((start, end))
+}
+
 /// The data path: kernel TLS, and the state of a TCP connection.
 pub mod tls {
     use std::{
@@ -434,4 +468,27 @@ pub(crate) fn refused_call(number: libc::c_long, [a, b, c, d]: [usize; 4]) -> Op
     // none with arguments that are wrong.
     let answer = unsafe { libc::syscall(number, a, b, c, d, usize::MAX, 0_usize) };
     if answer < 0 { io::Error::last_os_error().raw_os_error() } else { None }
+}
+
+#[cfg(test)]
+mod code_tests {
+    use super::*;
+
+    #[test]
+    fn only_code_and_the_constants_in_front_of_it_are_forgotten() {
+        let program = std::path::Path::new("/usr/bin/wimsey");
+        let line = |rights: &str, offset: &str, path: &str| format!("1000-3000 {rights} {offset} fe:00 77   {path}");
+        let range = |rights, offset, path| code(&line(rights, offset, path), program);
+        assert_eq!(range("r-xp", "00001000", "/usr/bin/wimsey"), Some((0x1000, 0x3000)));
+        assert_eq!(range("r--p", "00000000", "/usr/bin/wimsey"), Some((0x1000, 0x3000)));
+        for (rights, offset) in [("r--p", "00005000"), ("rw-p", "00000000"), ("rwxp", "00001000"), ("r-xs", "00001000")]
+        {
+            assert_eq!(range(rights, offset, "/usr/bin/wimsey"), None, "{rights} {offset}");
+        }
+        assert_eq!(range("r-xp", "00001000", "/usr/lib/libc.so.6"), None);
+        for broken in ["", "1000-3000", "x-y r-xp 0 0 0 /usr/bin/wimsey", "3000-1000 r-xp 0 0 0 /usr/bin/wimsey"] {
+            assert_eq!(code(broken, program), None);
+        }
+        assert!(forget_code().unwrap() > 0, "and this test still runs");
+    }
 }

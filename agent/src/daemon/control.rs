@@ -101,6 +101,10 @@ impl Control {
         self.look_at_listeners()?;
         self.look_for_old_connections()?;
         ready();
+        match crate::sys::forget_code() {
+            Ok(bytes) => tracing::debug!(bytes, "what only the start needed is given back"),
+            Err(error) => tracing::debug!(%error, "what only the start needed stays in memory"),
+        }
         loop {
             tokio::select! {
                 notice = self.programs.notice() => self.heed(notice?),

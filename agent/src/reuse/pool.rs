@@ -12,9 +12,6 @@ use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 use std::time::Instant;
 
-/// Idle connections of a shard, all together, for so many pairs and destinations with their full number.
-const PAIRS: usize = 64;
-
 /// Whom a connection may serve: the same workload, from the same address of this host, to the same destination. Who is at
 /// that destination is looked at again when it is used.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
@@ -39,6 +36,8 @@ impl Key {
 /// Idle connections.
 pub struct Pool {
     limits: Sessions,
+    /// How many there may be, all together.
+    most: usize,
     policy: Option<Arc<Policy>>,
     spares: HashMap<Key, VecDeque<Spare>>,
     held: usize,
@@ -51,9 +50,9 @@ struct Spare {
 }
 
 impl Pool {
-    /// An empty one.
-    pub fn new(limits: Sessions) -> Self {
-        Self { limits, policy: None, spares: HashMap::new(), held: 0, closed: false }
+    /// An empty one, for so many.
+    pub fn new(limits: Sessions, most: usize) -> Self {
+        Self { limits, most: most.max(1), policy: None, spares: HashMap::new(), held: 0, closed: false }
     }
 
     /// A connection for this key, the one that was used last.
@@ -80,7 +79,7 @@ impl Pool {
     pub fn put(&mut self, policy: &Arc<Policy>, key: &Key, idle: Idle) {
         let spare = Spare { idle, since: Instant::now() };
         let is_other = self.policy.as_ref().is_some_and(|current| !Arc::ptr_eq(current, policy));
-        let is_full = self.held >= self.limits.spares.saturating_mul(PAIRS);
+        let is_full = self.held >= self.most;
         if self.closed || is_other || is_full || !spare.is_good(&self.limits, spare.since) {
             return spare.idle.close();
         }
@@ -91,6 +90,14 @@ impl Pool {
         }
         spares.push_back(spare);
         self.held += 1;
+    }
+
+    /// Closes those for this key.
+    pub fn forget(&mut self, key: &Key) {
+        for spare in self.spares.remove(key).into_iter().flatten() {
+            self.held -= 1;
+            spare.idle.close();
+        }
     }
 
     /// Closes what has been idle for too long, or is too old.
