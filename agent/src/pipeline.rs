@@ -376,7 +376,7 @@ impl<'a> Walk<'a> {
         let origin = Box::new(Origin { key: Key::of(&permit), policy: self.policy.clone() });
         let met = match self.meet_again(&mut attempt, permit, &origin.key).await {
             Ok(met) => Ok(met),
-            Err(permit) => self.meet(&mut attempt, permit).await,
+            Err(permit) => self.meet(&mut attempt, *permit).await,
         };
         match met {
             Ok(Met { carriage, basis, rule }) => {
@@ -390,10 +390,10 @@ impl<'a> Walk<'a> {
     }
 
     /// Over a connection that is there already. Whatever is wrong with it, the flow is as it was.
-    async fn meet_again(&self, attempt: &mut Attempt<'a>, mut permit: Permit, key: &Key) -> Result<Met, Permit> {
+    async fn meet_again(&self, attempt: &mut Attempt<'a>, mut permit: Permit, key: &Key) -> Result<Met, Box<Permit>> {
         loop {
             let idle = self.site.pool.borrow_mut().take(&self.policy, key);
-            let Some(idle) = idle else { return Err(permit) };
+            let Some(idle) = idle else { return Err(Box::new(permit)) };
             let (agreement, uses) = (idle.agreement().clone(), idle.uses());
             // A peer that does not answer is waited for no longer than one that does not accept.
             match reuse::begin(permit, idle, SystemTime::now(), self.shared.config.timeouts.dial).await {
@@ -402,7 +402,8 @@ impl<'a> Walk<'a> {
                     let basis = attempt.agreed(&agreement, uses + 1);
                     return Ok(Met { carriage: Carriage::Bound(bound), basis, rule });
                 }
-                Err((why, given_back)) => {
+                Err(refused) => {
+                    let (why, given_back) = *refused;
                     tracing::debug!(%why, "a connection was not used again");
                     if matches!(why, reuse::Unfit::Late) {
                         // The others lead to the same host, and would be waited for one after the other.
@@ -615,7 +616,6 @@ fn carry<'a>(shared: &'a Shared, made: Made<'a>) -> impl Future<Output = Option<
 }
 
 /// Who was admitted to what.
-#[expect(clippy::large_enum_variant, reason = "it is returned once, and taken apart at once")]
 enum Admitted<'a> {
     Mesh(Attempt<'a>, Permit),
     Plaintext(Made<'a>),

@@ -80,15 +80,15 @@ pub async fn begin(
     mut idle: Idle,
     now: SystemTime,
     patience: Duration,
-) -> Result<Bound, (Unfit, Permit)> {
+) -> Result<Bound, Box<(Unfit, Permit)>> {
     let rule = match fit(&permit, idle.agreement(), now) {
         Ok(rule) => rule,
         Err(unfit) => {
             idle.close();
-            return Err((unfit, permit));
+            return Err(Box::new((unfit, permit)));
         }
     };
-    let Ok(begun) = tokio::time::timeout(patience, idle.begin()).await else { return Err((Unfit::Late, permit)) };
+    let Ok(begun) = tokio::time::timeout(patience, idle.begin()).await else { return Err(Box::new((Unfit::Late, permit))) };
     let prepared = begun.and_then(|()| {
         let socket = &permit.parties().flow.socket;
         crate::offload::prepare(socket)
@@ -96,7 +96,7 @@ pub async fn begin(
     });
     match prepared {
         Ok(()) => Ok(Bound { application: permit.into_parties().flow.socket, idle, rule }),
-        Err(reason) => Err((Unfit::Closed(reason), permit)),
+        Err(reason) => Err(Box::new((Unfit::Closed(reason), permit))),
     }
 }
 

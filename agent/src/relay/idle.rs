@@ -56,8 +56,8 @@ macro_rules! with_lane {
     };
 }
 
-/// Runs a flow, and gives back what may be used again. Not `async fn`: the future of one holds its arguments twice, and
-/// this one is held for as long as the connection.
+/// Runs a flow, and gives back what may be used again.
+#[expect(clippy::manual_async_fn, reason = "an async fn holds its arguments twice, and this as long as the connection")]
 pub(super) fn run(
     mut flow: Any,
     agreement: Option<Arc<Agreement>>,
