@@ -88,7 +88,9 @@ pub async fn begin(
             return Err(Box::new((unfit, permit)));
         }
     };
-    let Ok(begun) = tokio::time::timeout(patience, idle.begin()).await else { return Err(Box::new((Unfit::Late, permit))) };
+    let Ok(begun) = tokio::time::timeout(patience, idle.begin()).await else {
+        return Err(Box::new((Unfit::Late, permit)));
+    };
     let prepared = begun.and_then(|()| {
         let socket = &permit.parties().flow.socket;
         crate::offload::prepare(socket)
