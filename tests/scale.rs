@@ -88,11 +88,18 @@ fn a_burst_beyond_the_queue_is_refused_by_name_and_leaves_room_for_others() {
     let records = mesh.alpha().expect_records(PORT, number + few);
     let denied: Vec<&Value> = records.iter().filter(|record| record["decision"] == "denied").collect();
     assert_eq!(denied.len() as u64, reset);
-    for record in denied {
-        assert_eq!((&record["code"], &record["culprit"]), (&"handshake-queue-full".into(), &"host".into()), "{record}");
+    // On a busy machine the server's agent gets behind the client's, and its queue may be the one that is full.
+    let by_code = |code: &'static str| denied.iter().filter(move |record| record["code"] == code);
+    for record in by_code("handshake-queue-full") {
+        assert_eq!(record["culprit"], "host", "{record}");
         assert!(record["reason"].as_str().is_some_and(|reason| reason.contains(&id("client"))), "{record}");
     }
-    assert_eq!(mesh.alpha().status()["refused"]["handshake-queue-full"]["count"].as_u64(), Some(reset));
+    let (own, far) = (by_code("handshake-queue-full").count(), by_code("peer-reset").count());
+    assert_eq!(own + far, denied.len(), "{denied:#?}");
+    assert_eq!(mesh.alpha().status()["refused"]["handshake-queue-full"]["count"].as_u64(), Some(own as u64));
+    let refused_there = || mesh.beta().audit().iter().filter(|record| record["code"] == "handshake-queue-full").count();
+    let told = clock::until(clock::seconds(15), || (refused_there() >= far).then_some(()));
+    assert!(told.is_some(), "{far} were reset by the other agent, and it refused {} by name", refused_there());
     lab.expect_tls(PORT);
 }
 

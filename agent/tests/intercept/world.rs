@@ -416,6 +416,8 @@ fn connect(to: SocketAddr, how: &[&str], stream: &mut Option<TcpStream>) -> Stri
         Err(error) => return told(Err(error)),
     };
     if let ["from", from] = how {
+        // A client before this one may have used the port.
+        socket.set_reuse_address(true).unwrap();
         socket.bind(&SockAddr::from(from.parse::<SocketAddr>().unwrap())).unwrap();
     }
     let connected = match how {
