@@ -14,6 +14,7 @@
 //! `Permit` allowed.
 
 pub mod refusal;
+pub mod lock;
 pub mod spiffe;
 pub mod sys;
 pub mod units;

@@ -11,12 +11,13 @@ use crate::audit::{End, Process, Record, Tls};
 use crate::authorize::still_allowed;
 use crate::identify::bundle::{Trust, TrustPath};
 use crate::intercept::Direction;
+use crate::lock::lock;
 use crate::policy::Policy;
 use crate::relay::{Progress, Stop};
 use crate::spiffe::SpiffeId;
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex};
 use time::OffsetDateTime;
 use tokio::sync::watch;
 
@@ -124,10 +125,6 @@ impl Registry {
     pub fn wait(&self, all: usize) -> Option<Place> {
         self.waiting.take((all / 4).max(1)).ok()
     }
-    /// How many wait.
-    pub fn waiting_count(&self) -> usize {
-        self.waiting.taken()
-    }
     /// Flows so far.
     pub fn total(&self) -> u64 {
         self.flows.load(Ordering::Relaxed)
@@ -203,11 +200,6 @@ impl Drop for Entered {
     fn drop(&mut self) {
         lock(self.registry.part(self.live.flow)).remove(&self.live.flow);
     }
-}
-
-/// A panic of another thread while it held the lock leaves a list that is still a list.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
 }
 
 #[cfg(test)]

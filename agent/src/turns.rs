@@ -9,6 +9,7 @@
 mod queue;
 
 use crate::{
+    lock::lock,
     refusal::{Culprit, Refusal},
     spiffe::SpiffeId,
 };
@@ -17,7 +18,7 @@ use queue::{Answer, Queue, Ticket};
 use std::{
     fmt,
     net::IpAddr,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard},
 };
 use tokio::{
     sync::oneshot,
@@ -154,9 +155,8 @@ impl Turns {
         Turn { turns: self.clone(), party }
     }
 
-    /// A panic of another thread while it held the lock leaves a queue that is still a queue.
     fn queue(&self) -> MutexGuard<'_, Queue<Party, oneshot::Sender<Result<Turn, Error>>>> {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+        lock(&self.queue)
     }
 }
 

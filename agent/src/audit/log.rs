@@ -8,6 +8,7 @@
 //! *Invariant:* a line that was taken is written once and whole, or counted in [`Health::lost`].
 
 use super::Record;
+use crate::lock::lock;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
@@ -59,7 +60,7 @@ impl Health {
     }
     /// What the last failed write said.
     pub fn last_error(&self) -> Option<String> {
-        self.last_error.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).clone()
+        lock(&self.last_error).clone()
     }
 }
 
@@ -225,7 +226,7 @@ impl Writer {
     }
 
     fn fail(&mut self, error: &std::io::Error) {
-        *self.health.last_error.lock().unwrap_or_else(|poisoned| poisoned.into_inner()) = Some(error.to_string());
+        *lock(&self.health.last_error) = Some(error.to_string());
         if !self.health.failing.swap(true, Ordering::Relaxed) {
             tracing::error!(path = %self.path.display(), %error,
                 "the audit log cannot be written: make room on its file system; what is waiting is kept and tried again");

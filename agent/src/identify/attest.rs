@@ -13,6 +13,7 @@ use super::{
     process::{Executable, Ids, Process, StartTime, is_gone},
 };
 use crate::{
+    lock::lock,
     policy::{Ambiguous, Evidence, Policy, Workload},
     refusal::{Culprit, Refusal},
 };
@@ -21,7 +22,7 @@ use std::{
     collections::HashMap,
     fmt, io,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
 use wimsey_common::Task;
@@ -385,7 +386,7 @@ impl Attestor {
     /// holds for a second, as long as that process lives.
     async fn find(&self, cookie: u64) -> Option<Process> {
         const REMEMBERED: usize = 1024;
-        let known = self.found.lock().unwrap_or_else(PoisonError::into_inner).get(&cookie).copied();
+        let known = lock(&self.found).get(&cookie).copied();
         if let Some((pid, start, _)) = known.filter(|(_, _, at)| at.elapsed() < OWNER_HOLDS)
             && let Ok(Some(process)) = Process::pin(pid)
             && process.start() == start
@@ -395,7 +396,7 @@ impl Attestor {
         let processes = std::fs::read_dir("/proc").ok()?;
         let numbers = processes.flatten().filter_map(|entry| entry.file_name().to_str()?.parse().ok()).collect();
         let process = oldest_holder(numbers, cookie).await?;
-        let mut found = self.found.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut found = lock(&self.found);
         if found.len() >= REMEMBERED {
             found.clear();
         }
@@ -535,11 +536,6 @@ async fn oldest_holder(processes: Vec<u32>, cookie: u64) -> Option<Process> {
         pinned.filter(|process| process.holds_socket(cookie).unwrap_or(false)).min_by_key(Process::start)
     };
     tokio::task::spawn_blocking(search).await.ok().flatten()
-}
-
-/// A panic of another thread while it held the lock leaves a list that is still a list.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn failed(error: io::Error, facts: &Facts) -> AttestError {

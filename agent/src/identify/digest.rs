@@ -7,6 +7,7 @@
 //! remembered.
 
 use super::process::Executable;
+use crate::lock::lock;
 use aws_lc_rs::digest::{Context, SHA256};
 use rustix::fs::fstatfs;
 use std::{
@@ -14,7 +15,7 @@ use std::{
     fs::{File, Metadata},
     io::{self, Read, Seek},
     os::unix::fs::MetadataExt,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex},
     time::{Duration, SystemTime},
 };
 
@@ -80,7 +81,7 @@ impl Digests {
     }
 
     fn known(&self, version: &Version) -> Option<[u8; 32]> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner).get(version).copied()
+        lock(&self.known).get(version).copied()
     }
 }
 
@@ -119,7 +120,7 @@ fn read(mut file: File, version: Version, known: &Mutex<HashMap<Version, [u8; 32
     let mut digest = [0u8; 32];
     digest.iter_mut().zip(context.finish().as_ref()).for_each(|(to, from)| *to = *from);
     if version.is_settled(begun) {
-        let mut known = known.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut known = lock(known);
         if known.len() >= REMEMBERED {
             known.clear();
         }

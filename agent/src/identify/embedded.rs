@@ -16,6 +16,7 @@ use super::{
     x509::display_time,
 };
 use crate::{
+    lock::lock,
     policy::Workload,
     refusal::{Culprit, Refusal},
     spiffe::{SpiffeId, TrustDomain},
@@ -26,7 +27,7 @@ use std::{
     io::ErrorKind,
     path::PathBuf,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, Mutex,
         atomic::{AtomicBool, AtomicU64, Ordering},
     },
     time::{Duration, Instant, SystemTime},
@@ -435,11 +436,6 @@ fn rotation_share() -> f64 {
     // Without randomness the middle is as good.
     let random = aws_lc_rs::rand::fill(&mut bytes).map_or(u32::MAX / 2, |()| u32::from_le_bytes(bytes));
     0.5 * (0.9 + 0.2 * f64::from(random) / f64::from(u32::MAX))
-}
-
-/// What the lock guards stays consistent also when a holder panicked: every update is one assignment.
-fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 #[cfg(test)]

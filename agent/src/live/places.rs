@@ -12,11 +12,6 @@ pub struct Places {
 }
 
 impl Places {
-    /// How many are taken.
-    pub fn taken(&self) -> usize {
-        self.taken.load(Ordering::Relaxed)
-    }
-
     /// Takes one of `all` places; where none is free, says how many are taken.
     pub fn take(self: &Arc<Self>, all: usize) -> Result<Place, usize> {
         // It guards nothing but itself, so that no order with other memory is needed.
