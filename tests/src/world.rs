@@ -82,8 +82,9 @@ impl Lab {
         Self::make(test, true)
     }
 
-    /// The same without a capture, and not counted among those that may be open at once: for measurements.
-    pub fn open_unwatched(name: &'static str) -> Result<Self, Skip> {
+    /// Alpha and beta alone, joined by one veth pair: nothing on the way costs time, or could capture. Not counted among
+    /// those that may be open at once: for measurements.
+    pub fn open_pair(name: &'static str) -> Result<Self, Skip> {
         probe()?;
         Self::make(name, false)
     }
@@ -113,14 +114,20 @@ impl Lab {
         let alpha = Host::make("alpha", netns("alpha"), subnet, 1)?;
         let beta = Host::make("beta", netns("beta"), subnet, 2)?;
         let stranger = Host::make("stranger", netns("stranger"), subnet, 3)?;
-        let mut links = "link add br0 type bridge mcast_snooping 0\nlink set br0 up\n".to_owned();
-        for host in [&alpha, &beta, &stranger] {
-            let (name, netns) = (host.name, &host.netns);
-            links +=
-                &format!("link add {name} type veth peer name eth0 netns {netns}\nlink set {name} master br0 up\n");
+        let joined = if watched { vec![&alpha, &beta, &stranger] } else { vec![&alpha, &beta] };
+        if watched {
+            let mut links = "link add br0 type bridge mcast_snooping 0\nlink set br0 up\n".to_owned();
+            for host in &joined {
+                let (name, netns) = (host.name, &host.netns);
+                links +=
+                    &format!("link add {name} type veth peer name eth0 netns {netns}\nlink set {name} master br0 up\n");
+            }
+            host::ip(&wire, &links)?;
+        } else {
+            let link = format!("link add eth0 type veth peer name eth0 netns {}\n", beta.netns);
+            host::ip(&alpha.netns, &link)?;
         }
-        host::ip(&wire, &links)?;
-        for host in [&alpha, &beta, &stranger] {
+        for host in joined {
             host.address()?;
         }
 

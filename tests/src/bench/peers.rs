@@ -224,7 +224,7 @@ fn try_start(peer: &Peer, layout: &Layout, given: &Given, authority: &Authority)
     if peer.sealed() {
         probe_tls()?;
     }
-    let lab: &'static Lab = Box::leak(Box::new(Lab::open_unwatched("bench")?));
+    let lab: &'static Lab = Box::leak(Box::new(Lab::open_pair("bench")?));
     let cgroups = [
         ("client", &layout.client),
         ("server", &layout.server),
@@ -241,6 +241,12 @@ fn try_start(peer: &Peer, layout: &Layout, given: &Given, authority: &Authority)
         for (name, value) in [("net/ipv4/tcp_tw_reuse", "1"), ("net/ipv4/ip_local_port_range", "16384 65535")] {
             host.sysctl(name, value)?;
         }
+    }
+    // Loss-based, as kernels have it by default; not every kernel lets a namespace have cubic. A host that paces instead
+    // (BBR) would have its timers measured.
+    for host in [&lab.alpha, &lab.beta] {
+        let set = |name| host.sysctl("net/ipv4/tcp_congestion_control", name);
+        set("cubic").or_else(|_| set("reno"))?;
     }
     let site = Site { lab, layout, authority };
     let server = Some(site.server(peer.sealed()));
