@@ -13,12 +13,13 @@ use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TrySendError, sync_channel};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
+use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-/// Lines that may wait for the disk: about 40 MB at 600 bytes a line.
+/// Lines that may wait for the disk: about 40 MB at 600 bytes a line. They are counted: a channel of bounded size has room
+/// for all of them from the start, which is 2 MB that most agents never use.
 const QUEUE: usize = 65_536;
 /// How much is written at once.
 const BATCH: usize = 256 * 1024;
@@ -39,6 +40,8 @@ pub struct OpenError {
 /// How the log is doing; for `wimsey status`.
 #[derive(Debug, Default)]
 pub struct Health {
+    /// Orders that wait for the writer, [`QUEUE`] at most.
+    waiting: AtomicUsize,
     written: AtomicU64,
     lost: AtomicU64,
     failing: AtomicBool,
@@ -73,7 +76,7 @@ enum Order {
 /// The handle that shards write through.
 #[derive(Clone, Debug)]
 pub struct Sender {
-    queue: SyncSender<Order>,
+    queue: mpsc::Sender<Order>,
     health: Arc<Health>,
     refuse_when_failing: bool,
 }
@@ -81,9 +84,7 @@ pub struct Sender {
 impl Sender {
     /// Hands over a record. Never waits and never fails: what does not fit is counted.
     pub fn send(&self, record: &Record) {
-        if let Err(TrySendError::Full(_) | TrySendError::Disconnected(_)) =
-            self.queue.try_send(Order::Line(record.line()))
-        {
+        if !self.order(Order::Line(record.line())) {
             self.health.lost.fetch_add(1, Ordering::Relaxed);
         }
     }
@@ -98,7 +99,16 @@ impl Sender {
     /// Closes the file and opens it again by name, after a rotation.
     pub fn reopen(&self) {
         // A full queue means that the disk is failing, and then the file is opened again anyway.
-        let _ = self.queue.try_send(Order::Reopen);
+        let _ = self.order(Order::Reopen);
+    }
+    /// False if there is no room, or no writer any more.
+    fn order(&self, order: Order) -> bool {
+        // Counted first, so that the writer never takes away what is not counted yet.
+        let taken = self.health.waiting.fetch_add(1, Ordering::Relaxed) < QUEUE && self.queue.send(order).is_ok();
+        if !taken {
+            self.health.waiting.fetch_sub(1, Ordering::Relaxed);
+        }
+        taken
     }
 }
 
@@ -113,7 +123,7 @@ impl Log {
     /// Opens the log for appending (mode 0600) and starts the thread.
     pub fn open(path: &Path, refuse_when_failing: bool) -> Result<Self, OpenError> {
         let file = open(path).map_err(|source| OpenError { path: path.to_owned(), source })?;
-        let (queue, orders) = sync_channel(QUEUE);
+        let (queue, orders) = mpsc::channel();
         let health = Arc::new(Health::default());
         let sender = Sender { queue, health: health.clone(), refuse_when_failing };
         let writer = Writer { path: path.to_owned(), file, health, orders, batch: Vec::new(), lines: 0, start: 0 };
@@ -182,6 +192,10 @@ impl Writer {
 
     /// Takes an order; true if it was the last.
     fn take(&mut self, order: Order) -> bool {
+        // The last order is not counted: it has to get through where there is no room.
+        if !matches!(order, Order::Stop) {
+            self.health.waiting.fetch_sub(1, Ordering::Relaxed);
+        }
         match order {
             Order::Line(line) => {
                 self.batch.extend_from_slice(&line);
@@ -302,6 +316,21 @@ mod tests {
         assert!(sender.health().last_error().unwrap().contains("No space left"));
         log.close();
         assert_eq!((sender.health().written(), sender.health().lost()), (0, 1));
+    }
+
+    #[test]
+    fn lines_that_the_queue_has_no_room_for_are_counted_as_lost() {
+        let log = Log::open(Path::new("/dev/full"), true).unwrap();
+        let sender = log.sender();
+        let line = record(1).line();
+        // As much again may be in the writer's batch, and a few lines go there while it tries again.
+        let sent = QUEUE + BATCH / line.len() + 1000;
+        let taken = (0..sent).filter(|_| sender.order(Order::Line(line.clone()))).count();
+        assert!((QUEUE..sent).contains(&taken), "{taken} of {sent}");
+        assert!(sender.health().waiting.load(Ordering::Relaxed) <= QUEUE);
+        while sender.health().lost() == 0 {
+            sender.send(&record(2));
+        }
     }
 
     #[test]
