@@ -3,6 +3,9 @@
 use super::Wrong;
 use std::path::Path;
 use std::process::ExitCode;
+use tracing_subscriber::filter::{LevelFilter, ParseError, Targets};
+use tracing_subscriber::layer::SubscriberExt;
+use tracing_subscriber::util::SubscriberInitExt;
 use wimsey::config::Config;
 use wimsey::{daemon, intercept};
 
@@ -31,7 +34,45 @@ pub fn release(config: &Path) -> anyhow::Result<ExitCode> {
 
 /// Log lines go to standard error; RUST_LOG chooses which.
 fn log() {
-    let filter = tracing_subscriber::EnvFilter::try_from_default_env()
-        .unwrap_or_else(|_| tracing_subscriber::EnvFilter::new("info"));
-    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false).init();
+    let wanted = std::env::var("RUST_LOG").unwrap_or_default();
+    let (filter, misunderstood) = filter(&wanted);
+    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_target(false);
+    tracing_subscriber::registry().with(lines).with(filter).init();
+    if let Some(error) = misunderstood {
+        tracing::warn!(RUST_LOG = wanted, %error, "RUST_LOG cannot be understood: it is taken for info");
+    }
+}
+
+/// Levels and `target=level` pairs, separated by commas. Without any it is `info`, and where one cannot be understood as well.
+fn filter(wanted: &str) -> (Targets, Option<ParseError>) {
+    let info = Targets::new().with_default(LevelFilter::INFO);
+    let directives: Vec<&str> = wanted.split(',').map(str::trim).filter(|directive| !directive.is_empty()).collect();
+    if directives.is_empty() {
+        return (info, None);
+    }
+    match directives.join(",").parse() {
+        Ok(filter) => (filter, None),
+        Err(error) => (info, Some(error)),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use tracing::Level;
+
+    #[test]
+    fn rust_log_chooses_which_lines_are_written() {
+        for wanted in ["", " ", ",", "info", "wimsey=loud", "wimsey=debug=info"] {
+            let (filter, misunderstood) = filter(wanted);
+            assert!(filter.would_enable("wimsey::daemon", &Level::INFO), "{wanted:?}");
+            assert!(!filter.would_enable("wimsey::daemon", &Level::DEBUG), "{wanted:?}");
+            assert_eq!(misunderstood.is_some(), wanted.contains('='), "{wanted:?}");
+        }
+        let (filter, misunderstood) = filter("warn, wimsey::intercept=debug,");
+        assert!(misunderstood.is_none());
+        assert!(filter.would_enable("wimsey::intercept::control", &Level::DEBUG));
+        assert!(!filter.would_enable("wimsey::daemon", &Level::INFO));
+        assert!(filter.would_enable("wimsey::daemon", &Level::WARN));
+    }
 }
