@@ -42,5 +42,6 @@ pub static INBOUND: SockMap = SockMap::pinned(2 * MAX_SHARDS as u32, 0);
 pub static OUTBOUND: SockMap = SockMap::pinned(2 * MAX_SHARDS as u32, 0);
 #[map]
 pub static COUNTERS: PerCpuArray<u64> = PerCpuArray::pinned(counter::COUNT, 0);
+/// Room for 2,184 events. An agent maps it twice over, so that it weighs twice as much in the memory of the agent.
 #[map]
-pub static EVENTS: RingBuf = RingBuf::pinned(1 << 20, 0);
+pub static EVENTS: RingBuf = RingBuf::pinned(1 << 18, 0);

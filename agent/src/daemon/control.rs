@@ -54,6 +54,8 @@ pub(super) struct Control {
     attested: (mpsc::UnboundedSender<Verdict>, mpsc::UnboundedReceiver<Verdict>),
     /// Flows there had been when it was tidied up last.
     tidied: u64,
+    /// Events that the kernel had had no room for when the listeners were looked at last.
+    lost: u64,
 }
 
 /// What became of attesting a listener's owner.
@@ -70,6 +72,7 @@ impl Control {
         settled: Settled,
     ) -> Result<Self, Error> {
         let now = OffsetDateTime::now_utc();
+        let lost = programs.events_lost()?;
         Ok(Self {
             shared,
             provider,
@@ -83,6 +86,7 @@ impl Control {
             old: HashMap::new(),
             attested: mpsc::unbounded_channel(),
             tidied: 0,
+            lost,
         })
     }
 
@@ -263,6 +267,13 @@ impl Control {
         if flows - self.tidied > self.shared.registry.open_count() as u64 / 2 {
             self.tidied = flows;
             self.programs.tidy()?;
+        }
+        let lost = self.programs.events_lost()?;
+        if lost > self.lost {
+            // A refusal that is not told is in the kernel's counters. A listener that is not told would never be attested.
+            tracing::warn!(events = lost - self.lost, "the kernel had more to tell than its buffer holds");
+            self.lost = lost;
+            self.look_at_listeners()?;
         }
         self.close_old_connections();
         Ok(())

@@ -205,18 +205,25 @@ impl Programs {
     pub fn counters(&self) -> Result<[u64; counter::COUNT as usize], Error> {
         let mut sums = [0_u64; counter::COUNT as usize];
         for (index, sum) in (0..).zip(sums.iter_mut()) {
-            let values = self
-                .counters
-                .get(&index, 0)
-                .map_err(|error| Error::Map { map: map::COUNTERS, error: io::Error::other(error) })?;
-            *sum = values.iter().sum();
+            *sum = self.counter(index)?;
         }
         Ok(sums)
     }
 
+    /// How many events the kernel had no room for, since the maps were made.
+    pub fn events_lost(&self) -> Result<u64, Error> {
+        self.counter(counter::EVENTS_LOST)
+    }
+
+    fn counter(&self, index: u32) -> Result<u64, Error> {
+        let values = self.counters.get(&index, 0);
+        let values = values.map_err(|error| Error::Map { map: map::COUNTERS, error: io::Error::other(error) })?;
+        Ok(values.iter().sum())
+    }
+
     /// The next thing that the daemon should know. Cgroups that appear are classified on the way. Cancel safe.
     ///
-    /// When the counter `EVENTS_LOST` has risen, something was not told: [`Programs::listeners`] then finds what listens.
+    /// When [`Programs::events_lost`] has risen, something was not told: [`Programs::listeners`] then finds what listens.
     pub async fn notice(&mut self) -> Result<Notice, Error> {
         loop {
             // Only then is more read: in a flood the ring buffer fills and events are counted as lost, not hoarded here.

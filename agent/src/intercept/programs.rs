@@ -29,6 +29,9 @@ use wimsey_common::map;
 /// The kernel programs, compiled. Empty where they were not built.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/wimsey-ebpf"));
 
+/// What the programs log: a warning now and then, which need not wait for long. aya's own size is eight times this.
+const LOG: (&str, u32) = ("AYA_LOGS", 16 << 10);
+
 /// Where a program is attached.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum At {
@@ -86,15 +89,22 @@ pub(super) struct Loaded {
 
 impl Loaded {
     /// Loads the programs. Maps that are pinned are adopted, others made and pinned; `sizes` overrides how many rows they
-    /// have.
+    /// have where they are made.
     pub fn load(host: &Host, sizes: &[(&'static str, u32)]) -> Result<Self, Error> {
         if OBJECT.is_empty() {
             return Err(Error::NoObject);
         }
         let mut loader = EbpfLoader::new();
         loader.default_map_pin_directory(&host.pins);
+        loader.map_max_entries(LOG.0, LOG.1);
         for (map, rows) in sizes {
             loader.map_max_entries(map, *rows);
+        }
+        // How much they hold is no part of the layout: what an agent with other sizes has made is adopted as it is.
+        for map in sizes.iter().map(|(map, _)| *map).chain([map::EVENTS]) {
+            if let Some(rows) = rows_of(&host.pins.join(map))? {
+                loader.map_max_entries(map, rows);
+            }
         }
         let mut object = loader.load(OBJECT).map_err(|error| not_adopted(&host.pins, error))?;
         for (name, hook, since, _) in PROGRAMS {
@@ -240,6 +250,16 @@ fn code(error: &ProgramError) -> Option<i32> {
         ProgramError::SyscallError(error) => error.io_error.raw_os_error(),
         _ => None,
     }
+}
+
+/// How many rows a pinned map has room for; of a ring buffer, bytes. `None` where there is none.
+fn rows_of(pin: &Path) -> Result<Option<u32>, Error> {
+    if !pin.exists() {
+        return Ok(None);
+    }
+    let info = MapData::from_pin(pin).and_then(|map| map.info());
+    let info = info.map_err(io::Error::other).during(|| format!("looking at {}", pin.display()))?;
+    Ok(Some(info.max_entries()))
 }
 
 /// A program that does not load: the hook is missing, or the verifier has said why.

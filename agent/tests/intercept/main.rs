@@ -550,6 +550,50 @@ fn a_connection_that_cannot_be_remembered_is_refused() {
 }
 
 #[test]
+fn a_listener_that_the_kernel_had_no_room_to_tell_of_is_found() {
+    let mut world = world!();
+    world.kill_agent();
+    world.release();
+    world.options.sizes = vec![(map::EVENTS, 4096)];
+    world.try_start().unwrap();
+    let facts = world.enrol().allowing();
+    world.install(facts);
+    assert_eq!(world.programs().events_lost().unwrap(), 0);
+    let mut stranger = world.stranger(&"connect 10.77.0.2:80;".repeat(40));
+    assert!((0..40).all(|_| stranger.line() == "EPERM"));
+    let mut server = world.client("listen 10.77.0.2:8080;pause");
+    assert_eq!(server.line(), "listening");
+    let lost = world.count(counter::EVENTS_LOST);
+    assert!((6..=41).contains(&lost), "{lost} of 41 events, each of 120 bytes");
+    assert_eq!(world.programs().events_lost().unwrap(), lost);
+    world.listen_for(Duration::from_millis(100));
+    assert_eq!(world.programs().listeners().unwrap().len(), 1);
+}
+
+#[test]
+fn a_ring_buffer_of_another_size_is_adopted() {
+    let mut world = world!();
+    world.kill_agent();
+    world.release();
+    world.options.sizes = vec![(map::EVENTS, 1 << 20)];
+    world.try_start().unwrap();
+    let facts = world.enrol().allowing();
+    world.install(facts);
+    world.kill_agent();
+    world.options.sizes = Vec::new();
+    world.try_start().unwrap();
+    // More than the ring that this agent would have made holds.
+    let mut stranger = world.stranger(&"connect 10.77.0.2:80;".repeat(3000));
+    for _ in 0..3000 {
+        assert_eq!(stranger.line(), "EPERM");
+    }
+    for _ in 0..3000 {
+        assert_eq!(world.refusal().task.tgid, stranger.pid());
+    }
+    assert_eq!(world.programs().events_lost().unwrap(), 0);
+}
+
+#[test]
 fn a_second_agent_on_the_namespace_is_refused() {
     let mut world = world!();
     let mut options = world.options.clone();
