@@ -115,7 +115,14 @@ pub async fn begin(
         }
     };
     if recent && permit.early().is_empty() {
-        match first_bytes(&permit.parties().flow.socket) {
+        let application = &permit.parties().flow.socket;
+        let mut early = first_bytes(application);
+        if early.as_ref().is_ok_and(Vec::is_empty) {
+            // Most programs speak right after they have connected.
+            tokio::task::yield_now().await;
+            early = first_bytes(application);
+        }
+        match early {
             Ok(early) => *permit.early() = early,
             Err(error) => {
                 idle.close();

@@ -91,6 +91,7 @@ fn curl_with_an_svid_talks_to_a_protected_nginx() {
     let mesh = or_skip!(lab.only_mesh(&policy));
     let _nginx = nginx(&lab, &lab.beta, "server");
     let issued = mesh.issue("foreign");
+    let file = |name: &str| issued.join(name).display().to_string();
     let url = format!("https://{}/", lab.beta.at(PORT));
     // curl knows host names and no SPIFFE IDs: -k leaves that check out, the certificate is what counts here.
     let words =
@@ -136,6 +137,7 @@ fn what_wimsey_ca_issues_is_an_svid_that_openssl_verifies() {
     or_skip!(skip::need("openssl"));
     let mesh = or_skip!(lab.only_mesh(&Policy::standard(&lab)));
     let issued = mesh.issue("somebody");
+    let file = |name: &str| issued.join(name).display().to_string();
     let openssl = |words: &[&str]| {
         let words = [&["openssl"][..], words].concat();
         lab.run(&lab.stranger, "foreign", &words).outcome().good()

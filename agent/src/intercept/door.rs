@@ -10,7 +10,10 @@ use super::{
     tables::{Tables, address, canonical, map_error, socket_address, tuple_key},
 };
 use crate::sys::{self, bpf};
-use rustix::io::Errno;
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
+};
 use socket2::{Domain, Socket, Type};
 use std::{
     io,
@@ -22,7 +25,7 @@ use std::{
     },
     time::Duration,
 };
-use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::net::{TcpListener, TcpStream};
 use wimsey_common::*;
 
 /// Connections that may wait to be accepted, as far as `net.core.somaxconn` allows.
@@ -200,8 +203,8 @@ impl Dialler {
         if let Some(from) = from.filter(|from| from.is_ipv4() == to.is_ipv4()) {
             bind(&socket, from).map_err(failed)?;
         }
-        socket.set_nodelay(true).map_err(failed)?;
-        socket.connect(to).await.map_err(failed)
+        socket.set_tcp_nodelay(true).map_err(failed)?;
+        connect(socket, to).await.map_err(failed)
     }
 
     /// Connects to the local workload's own socket, which is shown `client` as its peer. No other program can make a
@@ -212,12 +215,13 @@ impl Dialler {
         let own = Own { kind: OWN_LEG, pad: 0, client_port: client.port(), client: address(client.ip()) };
         let socket = self.own_socket(to, own, failed)?;
         prepare(&socket, self.congestion).map_err(failed)?;
-        socket.connect(to).await.map_err(failed)
+        connect(socket, to).await.map_err(failed)
     }
 
     /// A socket that the kernel programs know to be the agent's. They forget it when it is closed.
-    fn own_socket(&self, to: SocketAddr, own: Own, failed: impl Fn(io::Error) -> Error) -> Result<TcpSocket, Error> {
-        let socket = if to.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }.map_err(&failed)?;
+    fn own_socket(&self, to: SocketAddr, own: Own, failed: impl Fn(io::Error) -> Error) -> Result<Socket, Error> {
+        let kind = Type::STREAM.nonblocking().cloexec();
+        let socket = Socket::new(Domain::for_address(to), kind, None).map_err(&failed)?;
         register(&self.tables, &socket, &own)?;
         Ok(socket)
     }
@@ -301,16 +305,36 @@ fn register(tables: &Tables, socket: &impl AsFd, own: &Own) -> Result<(), Error>
 
 /// Binds to an address as far as that is possible: a port that is taken is left to the kernel, and so is an address that
 /// the host does not have any more.
-fn bind(socket: &TcpSocket, from: SocketAddr) -> io::Result<()> {
+fn bind(socket: &Socket, from: SocketAddr) -> io::Result<()> {
     if from.port() != 0 {
-        socket.set_reuseaddr(true)?;
-        match socket.bind(from) {
+        socket.set_reuse_address(true)?;
+        match socket.bind(&from.into()) {
             Err(error) if error.raw_os_error() == Some(Errno::ADDRINUSE.raw_os_error()) => {}
             done => return allow_gone(done),
         }
     }
     sys::choose_port_late(socket.as_fd())?;
-    allow_gone(socket.bind(SocketAddr::new(from.ip(), 0)))
+    allow_gone(socket.bind(&SocketAddr::new(from.ip(), 0).into()))
+}
+
+/// Connects. The loopback device delivers at once, so that on this host it is done when the call returns: then there is
+/// nothing to wait for.
+async fn connect(socket: Socket, to: SocketAddr) -> io::Result<TcpStream> {
+    match socket.connect(&to.into()) {
+        Err(error) if error.raw_os_error() != Some(Errno::INPROGRESS.raw_os_error()) => return Err(error),
+        _ => {}
+    }
+    let mut asked = [PollFd::new(&socket, PollFlags::OUT)];
+    poll(&mut asked, Some(&Timespec::default()))?;
+    let said = asked.map(|asked| asked.revents());
+    let stream = TcpStream::from_std(socket.into())?;
+    if said != [PollFlags::OUT] {
+        stream.writable().await?;
+        if let Some(error) = stream.take_error()? {
+            return Err(error);
+        }
+    }
+    Ok(stream)
 }
 
 fn allow_gone(bound: io::Result<()>) -> io::Result<()> {

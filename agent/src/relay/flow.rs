@@ -15,7 +15,7 @@ use super::{
 use crate::sys::tls;
 use rustix::{
     io::writev,
-    net::{Shutdown, shutdown},
+    net::{SendFlags, Shutdown, send, shutdown},
 };
 use socket2::SockRef;
 use std::{
@@ -408,13 +408,15 @@ impl<L: Lane> Flow<L> {
         Ok(false)
     }
 
-    /// Writes the segments of the scratch to the application, and keeps what it does not take.
+    /// Writes the segments of the scratch to the application, and keeps what it does not take. There is nothing pending, so
+    /// there is room as far as is known; of a socket that was made a moment ago nothing is known: it is asked itself.
     fn deliver(&mut self, scratch: &Scratch, total: usize) -> io::Result<()> {
         let mut left = total;
         let mut segments = scratch.segments.iter().map(|range| scratch.bytes.get(range.clone()).unwrap_or_default());
         if scratch.segments.len() == 1 {
             let bytes = segments.next().unwrap_or_default();
-            let written = plain::put(&self.application, bytes)?;
+            let send = || send(&self.application, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
+            let written = socket::write_unasked(&self.application, bytes.len(), send)?;
             self.down_pending.keep(bytes.get(written..).unwrap_or_default());
             return Ok(());
         }
@@ -431,7 +433,7 @@ impl<L: Lane> Flow<L> {
                 break;
             }
             let mut written = if self.down_pending.is_empty() {
-                socket::write(&self.application, length, || writev(&self.application, pieces))?
+                socket::write_unasked(&self.application, length, || writev(&self.application, pieces))?
             } else {
                 0
             };
