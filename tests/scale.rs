@@ -136,13 +136,7 @@ fn idle(lab: &Lab, number: usize, rest: Duration) {
     warm_up(lab, &mesh);
     let (own, kernel) = (agents.map(anonymous), kernel_memory());
     let mut crowd = crowd(lab, "client", number, 64);
-    // In an emulated guest it takes long, and whoever is silent for long is taken for dead.
-    let line = (0..clock::seconds(1000).as_secs() / 60).find_map(|_| {
-        let line = crowd.line(Duration::from_secs(60), |line| line.contains("crowd"));
-        println!("{}", line.as_deref().unwrap_or("not all of them are there yet"));
-        line.ok()
-    });
-    let came: Value = serde_json::from_str(&line.expect("connections are made")).unwrap();
+    let came: Value = serde_json::from_str(&patiently(&mut crowd, "crowd")).unwrap();
     assert_eq!(came["served"].as_u64(), Some(number as u64), "{came}");
     // Each connection is six sockets on this machine: the programs have one each, the agents two each.
     let kernel = kernel_memory().saturating_sub(kernel) / 3 / number as u64;
@@ -165,7 +159,7 @@ fn idle(lab: &Lab, number: usize, rest: Duration) {
         assert!(switches < few && busy < few, "{busy} ms and {switches} switches in {rest:?}");
     }
     crowd.say("use").unwrap();
-    crowd.line(clock::seconds(300), |line| line.contains("used")).unwrap();
+    patiently(&mut crowd, "used");
     crowd.close_stdin();
     drop(crowd.end(clock::seconds(100)).unwrap().good());
     for agent in agents {
@@ -175,6 +169,17 @@ fn idle(lab: &Lab, number: usize, rest: Duration) {
         assert!(closed.is_some(), "connections stay open in the agent");
     }
     lab.expect_marker(&lab.wire());
+}
+
+/// Waits for a line with this word, and says now and then that it does: in an emulated guest it takes long, and whoever is
+/// silent for long is taken for dead.
+fn patiently(crowd: &mut Program, word: &str) -> String {
+    let line = (0..clock::seconds(1000).as_secs() / 60).find_map(|_| {
+        let line = crowd.line(Duration::from_secs(60), |line| line.contains(word));
+        println!("{}", line.as_deref().unwrap_or("not all of them yet"));
+        line.ok()
+    });
+    line.unwrap_or_else(|| panic!("no line says {word}: {}", crowd.stderr()))
 }
 
 /// What the first connections need once: credentials, scratch, pages of the code.

@@ -196,6 +196,11 @@ impl Permit {
         &self.parties
     }
 
+    /// The application's first bytes, as far as they have been taken off its socket.
+    pub(crate) fn early(&mut self) -> &mut Vec<u8> {
+        &mut self.parties.flow.early
+    }
+
     /// Who may be on the other end.
     pub fn peers(&self) -> &Peers {
         &self.peers
@@ -328,6 +333,7 @@ mod tests {
                 socket,
                 destination: OriginalDst(destination.parse().unwrap()),
                 source: "10.0.0.1:40000".parse().unwrap(),
+                early: Vec::new(),
                 dial_from: None,
                 task: None,
                 cookie: 0,

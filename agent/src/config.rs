@@ -409,13 +409,15 @@ fn sessions(root: &Table<'_>, problems: &mut Problems) -> Option<Sessions> {
     };
     let idle = duration(&table, "idle", "30s", (Duration::from_secs(1), DAY), problems);
     let age = duration(&table, "age", "10m", (Duration::from_secs(1), DAY), problems);
-    let mut number = |key, default: u32, most| match table.number(key, 1, most, problems) {
-        Some(number) => u32::try_from(number.value).ok(),
-        None => or_default(&table, key, default),
+    let uses = match table.number("uses", 1, 1 << 30, problems) {
+        Some(uses) => u32::try_from(uses.value).ok(),
+        None => or_default(&table, "uses", default.uses),
     };
-    let uses = number("uses", default.uses, 1 << 30);
-    let spares = number("spares", 64, 1 << 16);
-    Some(Sessions { reuse: reuse?, idle: idle?, age: age?, uses: uses?, spares: usize::try_from(spares?).ok()? })
+    let spares = match table.number("spares", 1, 1 << 16, problems) {
+        Some(spares) => usize::try_from(spares.value).ok(),
+        None => or_default(&table, "spares", default.spares),
+    };
+    Some(Sessions { reuse: reuse?, idle: idle?, age: age?, uses: uses?, spares: spares? })
 }
 
 fn duration(

@@ -239,6 +239,7 @@ async fn again<'a>(
         return None;
     }
     let (network, session) = idle.into_parts();
+    let agreement = session.agreement().clone();
     let flow = match site.dialler.inbound(network, source, destination) {
         Ok(flow) => flow,
         Err(error) => {
@@ -246,22 +247,26 @@ async fn again<'a>(
             return None;
         }
     };
-    let (place, attempt, flow) = enter(shared, flow)?;
+    let (place, mut attempt, flow) = enter(shared, flow)?;
+    attempt.session = Some(Box::new(session));
     let walk = Walk::new(shared, site);
     let (mut attempt, permit) = match walk.admit(attempt, flow).await? {
         Admitted::Mesh(attempt, permit) => (attempt, permit),
         // Whoever listens now is no workload: a new connection may be carried without TLS, and this one was made with one.
         Admitted::Plaintext(made) => {
-            let unfit = reuse::Unfit::NotOurs(session.agreement().local.id.clone());
+            let unfit = reuse::Unfit::NotOurs(agreement.local.id.clone());
             made.attempt.refuse(None, &Error::Reuse(unfit));
             return None;
         }
     };
-    let basis = attempt.agreed(session.agreement(), session.uses());
-    if let Err(unfit) = reuse::admit(&permit, &session, SystemTime::now()) {
-        attempt.refuse(permit.into_parties().flow.socket, &Error::Reuse(unfit));
-        return None;
-    }
+    let basis = attempt.agreed(&agreement, attempt.session.as_ref().map_or(0, |session| session.uses()));
+    let admission = match reuse::admit(&permit, &agreement, SystemTime::now()) {
+        Ok(admission) => admission,
+        Err(unfit) => {
+            attempt.refuse(permit.into_parties().flow.socket, &Error::Reuse(unfit));
+            return None;
+        }
+    };
     let leg = match walk.leg(&permit.parties().flow).await {
         Ok(leg) => leg,
         Err(error) => {
@@ -269,7 +274,8 @@ async fn again<'a>(
             return None;
         }
     };
-    match reuse::ready(permit, session, leg, SystemTime::now()).await {
+    let session = attempt.session.take()?;
+    match reuse::ready(admission, permit, *session, leg).await {
         Ok(bound) => {
             let rule = Some(bound.rule().clone());
             Some((place, Made { attempt, carriage: Carriage::Bound(bound), basis, rule, origin: None }))
@@ -375,8 +381,9 @@ impl<'a> Walk<'a> {
     async fn outbound(&self, mut attempt: Attempt<'a>, permit: Permit) -> Option<Made<'a>> {
         let origin = Box::new(Origin { key: Key::of(&permit), policy: self.policy.clone() });
         let met = match self.meet_again(&mut attempt, permit, &origin.key).await {
-            Ok(met) => Ok(met),
-            Err(permit) => self.meet(&mut attempt, *permit).await,
+            Ok(Again::Met(met)) => Ok(met),
+            Ok(Again::Not(permit)) => self.meet(&mut attempt, *permit).await,
+            Err(unmet) => Err(unmet),
         };
         match met {
             Ok(Met { carriage, basis, rule }) => {
@@ -389,25 +396,27 @@ impl<'a> Walk<'a> {
         }
     }
 
-    /// Over a connection that is there already. Whatever is wrong with it, the flow is as it was.
-    async fn meet_again(&self, attempt: &mut Attempt<'a>, mut permit: Permit, key: &Key) -> Result<Met, Box<Permit>> {
+    /// Over a connection that is there already.
+    async fn meet_again(&self, attempt: &mut Attempt<'a>, mut permit: Permit, key: &Key) -> Result<Again, Box<Unmet>> {
         loop {
-            let idle = self.site.pool.borrow_mut().take(&self.policy, key);
-            let Some(idle) = idle else { return Err(Box::new(permit)) };
-            let (agreement, uses) = (idle.agreement().clone(), idle.uses());
+            let spare = self.site.pool.borrow_mut().take(&self.policy, key);
+            let Some(spare) = spare else { return Ok(Again::Not(Box::new(permit))) };
             // A peer that does not answer is waited for no longer than one that does not accept.
-            match reuse::begin(permit, idle, SystemTime::now(), self.shared.config.timeouts.dial).await {
+            match reuse::begin(permit, spare, SystemTime::now(), self.shared.config.timeouts.dial).await {
                 Ok(bound) => {
-                    let rule = bound.rule().clone();
-                    let basis = attempt.agreed(&agreement, uses + 1);
-                    return Ok(Met { carriage: Carriage::Bound(bound), basis, rule });
+                    let (rule, idle) = (bound.rule().clone(), bound.idle());
+                    let basis = attempt.agreed(idle.agreement(), idle.uses());
+                    return Ok(Again::Met(Met { carriage: Carriage::Bound(bound), basis, rule }));
                 }
                 Err(refused) => {
                     let (why, given_back) = *refused;
                     tracing::debug!(%why, "a connection was not used again");
-                    if matches!(why, reuse::Unfit::Late) {
+                    if matches!(why, reuse::Unfit::Late | reuse::Unfit::Lost(_)) {
                         // The others lead to the same host, and would be waited for one after the other.
                         self.site.pool.borrow_mut().forget(key);
+                    }
+                    if why.is_final() {
+                        return Err(Unmet::with(Error::Reuse(why), given_back));
                     }
                     permit = given_back;
                 }
@@ -636,6 +645,13 @@ struct Met {
     carriage: Carriage,
     basis: Basis,
     rule: Arc<Rule>,
+}
+
+/// What came of looking for a connection that is there already.
+enum Again {
+    Met(Met),
+    /// There is none that serves, and the flow is as it was.
+    Not(Box<Permit>),
 }
 
 /// A peer that was not, and the application's socket where it is still open.

@@ -9,14 +9,15 @@
 
 mod pool;
 
-pub use pool::{Key, Pool};
+pub use pool::{Key, Pool, Spare};
 
 use crate::authorize::Permit;
 use crate::handshake::Agreement;
 use crate::identify::x509::display_time;
+use crate::intercept::Flow;
 use crate::policy::Rule;
 use crate::refusal::{Culprit, Refusal};
-use crate::relay::{CloseReason, Idle, Left, Limits, Progress, Shared, Stop, Tally};
+use crate::relay::{CloseReason, Idle, Left, Limits, Progress, Shared, Stop, Tally, Unbegun, first_bytes};
 use crate::spiffe::SpiffeId;
 use std::future::Future;
 use std::sync::Arc;
@@ -44,14 +45,29 @@ pub enum Unfit {
     /// The connection failed before the use began.
     #[error("the connection ended before it was used again: {0}")]
     Closed(CloseReason),
+    /// The connection failed, and nobody can say whether the workload was given the first bytes.
+    #[error(
+        "the peer was gone before it said that its workload has accepted, and may have given it the first bytes: {0}"
+    )]
+    Lost(CloseReason),
+    /// The application is gone.
+    #[error("the application's socket failed before its connection was made (error {0})")]
+    Application(i32),
+}
+
+impl Unfit {
+    /// Must the application's connection end with this? Otherwise it can be made in another way.
+    pub fn is_final(&self) -> bool {
+        matches!(self, Self::Lost(_) | Self::Application(_))
+    }
 }
 
 impl Refusal for Unfit {
     fn culprit(&self) -> Culprit {
         match self {
             Self::NotPermitted(_) => Culprit::Policy,
-            Self::NotBelieved(_) | Self::Expired(..) | Self::Late | Self::Closed(_) => Culprit::Peer,
-            Self::NotOurs(_) => Culprit::Host,
+            Self::NotBelieved(_) | Self::Expired(..) | Self::Late | Self::Closed(_) | Self::Lost(_) => Culprit::Peer,
+            Self::NotOurs(_) | Self::Application(_) => Culprit::Host,
         }
     }
     fn code(&self) -> &'static str {
@@ -62,6 +78,8 @@ impl Refusal for Unfit {
             Self::NotOurs(_) => "session-not-ours",
             Self::Late => "session-late",
             Self::Closed(_) => "session-closed",
+            Self::Lost(_) => "session-lost",
+            Self::Application(_) => "application-lost",
         }
     }
 }
@@ -69,18 +87,26 @@ impl Refusal for Unfit {
 /// A use that has begun: the bytes of its application may move.
 pub struct Bound {
     application: TcpStream,
+    /// First bytes of the application that are still to be sent.
+    early: Vec<u8>,
     idle: Idle,
     rule: Arc<Rule>,
 }
 
-/// The client: begins a use of `idle` for the application in the permit. Where that does not come about, both ends of the
-/// application are as they were, and it can be dialled for as if there had been no idle connection.
+/// The client: begins a use of `spare` for the application in the permit. Where that does not come about, both ends of the
+/// application are as they were, and it can be dialled for as if there had been no spare connection, unless the reason
+/// [is final](Unfit::is_final).
+///
+/// What the application has said by now goes along, where the server was heard of a moment ago. Elsewhere it waits for
+/// `ready`: a server that is gone without a word may have been so for long, and should cost nobody a connection.
 pub async fn begin(
-    permit: Permit,
-    mut idle: Idle,
+    mut permit: Permit,
+    spare: Spare,
     now: SystemTime,
     patience: Duration,
 ) -> Result<Bound, Box<(Unfit, Permit)>> {
+    let recent = spare.is_recent();
+    let mut idle = spare.into_idle();
     let rule = match fit(&permit, idle.agreement(), now) {
         Ok(rule) => rule,
         Err(unfit) => {
@@ -88,33 +114,53 @@ pub async fn begin(
             return Err(Box::new((unfit, permit)));
         }
     };
-    let Ok(begun) = tokio::time::timeout(patience, idle.begin()).await else {
-        return Err(Box::new((Unfit::Late, permit)));
-    };
-    let prepared = begun.and_then(|()| {
-        let socket = &permit.parties().flow.socket;
-        crate::offload::prepare(socket)
-            .map_err(|error| CloseReason::ApplicationLost(error.raw_os_error().unwrap_or(libc::EIO)))
-    });
-    match prepared {
-        Ok(()) => Ok(Bound { application: permit.into_parties().flow.socket, idle, rule }),
-        Err(reason) => Err(Box::new((Unfit::Closed(reason), permit))),
+    if recent && permit.early().is_empty() {
+        let application = &permit.parties().flow.socket;
+        let mut early = first_bytes(application);
+        if early.as_ref().is_ok_and(Vec::is_empty) {
+            // Most programs speak right after they have connected.
+            tokio::task::yield_now().await;
+            early = first_bytes(application);
+        }
+        match early {
+            Ok(early) => *permit.early() = early,
+            Err(error) => {
+                idle.close();
+                let number = error.raw_os_error().unwrap_or(libc::EIO);
+                return Err(Box::new((Unfit::Application(number), permit)));
+            }
+        }
     }
+    let along = if recent { std::mem::take(permit.early()) } else { Vec::new() };
+    let unfit = match tokio::time::timeout(patience, idle.begin(&along)).await {
+        Ok(Ok(())) => {
+            let Flow { socket: application, early, .. } = permit.into_parties().flow;
+            return Ok(Bound { application, early, idle, rule });
+        }
+        Ok(Err(Unbegun { reason, lost: true })) => Unfit::Lost(reason),
+        Ok(Err(Unbegun { reason, lost: false })) => Unfit::Closed(reason),
+        Err(_) if along.is_empty() => Unfit::Late,
+        Err(_) => Unfit::Lost(CloseReason::Stalled),
+    };
+    if !along.is_empty() {
+        *permit.early() = along;
+    }
+    Err(Box::new((unfit, permit)))
 }
 
-/// The server: may the client of `shared` have what it has asked for? The permit's flow has the socket.
-pub fn admit(permit: &Permit, shared: &Shared, now: SystemTime) -> Result<Arc<Rule>, Unfit> {
-    fit(permit, shared.agreement(), now)
+/// What a use of a connection was admitted by.
+pub struct Admission(Arc<Rule>);
+
+/// The server: may the client have what it has asked for? `agreement` is that of its connection.
+pub fn admit(permit: &Permit, agreement: &Agreement, now: SystemTime) -> Result<Admission, Unfit> {
+    fit(permit, agreement, now).map(Admission)
 }
 
-/// The server: tells the client that its workload has accepted. `permit` holds the socket of `shared`.
-pub async fn ready(permit: Permit, shared: Shared, leg: TcpStream, now: SystemTime) -> Result<Bound, Unfit> {
-    let rule = fit(&permit, shared.agreement(), now)?;
+/// The server: its workload has accepted on `leg`, and the client will be told. The permit holds the socket of `shared`.
+pub async fn ready(Admission(rule): Admission, permit: Permit, shared: Shared, leg: TcpStream) -> Result<Bound, Unfit> {
     let network = permit.into_parties().flow.socket;
-    let prepared = crate::offload::prepare(&leg);
-    prepared.map_err(|error| Unfit::Closed(CloseReason::ApplicationLost(error.raw_os_error().unwrap_or(libc::EIO))))?;
     let idle = shared.ready(network).await.map_err(Unfit::Closed)?;
-    Ok(Bound { application: leg, idle, rule })
+    Ok(Bound { application: leg, early: Vec::new(), idle, rule })
 }
 
 fn fit(permit: &Permit, agreement: &Agreement, now: SystemTime) -> Result<Arc<Rule>, Unfit> {
@@ -147,14 +193,14 @@ impl Bound {
         stop: impl Future<Output = Stop>,
         progress: &Progress,
     ) -> impl Future<Output = (Tally, Option<Left>)> {
-        self.idle.carry(self.application, limits, stop, progress)
+        self.idle.carry(self.application, self.early, limits, stop, progress)
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::handshake::testing::{CURL, WEB, World, pair, terms};
+    use crate::handshake::testing::{CURL, WEB, World, program, terms};
     use crate::handshake::{Ciphers, Terms};
     use crate::intercept::Direction;
     use std::time::Instant;
@@ -165,7 +211,7 @@ mod tests {
         let sessions = world.sessions_by(Terms { reuse: true, ..terms(Ciphers::All) }).await;
         let agreement = sessions.client.agreement();
         let ask = async |world: &World, local: &str, peer: &str, now: SystemTime| {
-            let (_application, own) = pair().await;
+            let (_application, own) = program().await;
             fit(&world.permit(Direction::Outbound, own, local, peer), agreement, now).map(|rule| rule.name.to_string())
         };
         let now = SystemTime::now();

@@ -3,7 +3,17 @@
 use crate::programs::nginx;
 use lab::policy::{PORT, id};
 use lab::stranger::Tls;
-use lab::{Mint, Policy, Program, Settings, clock, lab, or_skip, skip};
+use lab::{Lab, Mint, Policy, Program, Settings, clock, lab, or_skip, skip};
+use std::path::Path;
+
+/// OpenSSL on the host without an agent, with the SVID that was issued there.
+pub(crate) fn openssl(lab: &Lab, issued: &Path, words: &[&str]) -> Program {
+    let file = |name: &str| issued.join(name).display().to_string();
+    let (svid, key, bundle) = (file("svid.pem"), file("key.pem"), file("bundle.pem"));
+    let (what, options) = words.split_first().expect("s_client or s_server");
+    let identity = ["openssl", what, "-cert", &svid, "-key", &key, "-CAfile", &bundle, "-tls1_3"];
+    lab.run(&lab.stranger, "foreign", &[&identity, options].concat())
+}
 
 #[test]
 fn openssl_with_an_svid_talks_to_a_protected_plaintext_server() {
@@ -13,28 +23,9 @@ fn openssl_with_an_svid_talks_to_a_protected_plaintext_server() {
     let mesh = or_skip!(lab.only_mesh(&policy));
     let mut server = lab.serve_echo(&lab.beta, "server", &[lab.beta.at(PORT)]);
     let issued = mesh.issue("foreign");
-    let file = |name: &str| issued.join(name).display().to_string();
     let to = lab.beta.at(PORT).to_string();
-    let mut client = lab.run(
-        &lab.stranger,
-        "foreign",
-        &[
-            "openssl",
-            "s_client",
-            "-connect",
-            &to,
-            "-cert",
-            &file("svid.pem"),
-            "-key",
-            &file("key.pem"),
-            "-CAfile",
-            &file("bundle.pem"),
-            "-verify_return_error",
-            "-tls1_3",
-            "-quiet",
-            "-no_ign_eof",
-        ],
-    );
+    let mut client =
+        openssl(&lab, &issued, &["s_client", "-connect", &to, "-verify_return_error", "-quiet", "-no_ign_eof"]);
     client.say(lab.marker()).unwrap();
     client.line(clock::seconds(20), |line| line.contains(lab.marker())).unwrap();
     // Again, so that a ticket or anything else that came in between is behind it.
@@ -59,25 +50,8 @@ fn openssl_may_update_its_keys() {
     let mesh = or_skip!(lab.only_mesh(&policy));
     let _server = lab.serve_echo(&lab.beta, "server", &[lab.beta.at(PORT)]);
     let issued = mesh.issue("foreign");
-    let file = |name: &str| issued.join(name).display().to_string();
     let to = lab.beta.at(PORT).to_string();
-    let mut client = lab.run(
-        &lab.stranger,
-        "foreign",
-        &[
-            "openssl",
-            "s_client",
-            "-connect",
-            &to,
-            "-cert",
-            &file("svid.pem"),
-            "-key",
-            &file("key.pem"),
-            "-CAfile",
-            &file("bundle.pem"),
-            "-tls1_3",
-        ],
-    );
+    let mut client = openssl(&lab, &issued, &["s_client", "-connect", &to]);
     let say = |client: &mut Program, text: &str| {
         client.say(&format!("{} {text}", lab.marker())).unwrap();
         client.line(clock::seconds(20), |line| line.contains(lab.marker()) && line.ends_with(text))
@@ -140,29 +114,9 @@ fn a_protected_client_talks_to_a_foreign_tls_server() {
         Policy::standard(&lab).destination(lab.stranger.at(PORT), "foreign").allow("to-foreign", "client", "foreign");
     let mesh = or_skip!(lab.only_mesh(&policy));
     let issued = mesh.issue("foreign");
-    let file = |name: &str| issued.join(name).display().to_string();
     let port = PORT.to_string();
-    let mut server = lab.run(
-        &lab.stranger,
-        "foreign",
-        &[
-            "openssl",
-            "s_server",
-            "-accept",
-            &port,
-            "-cert",
-            &file("svid.pem"),
-            "-key",
-            &file("key.pem"),
-            "-CAfile",
-            &file("bundle.pem"),
-            "-Verify",
-            "2",
-            "-verify_return_error",
-            "-tls1_3",
-            "-rev",
-        ],
-    );
+    let mut server =
+        openssl(&lab, &issued, &["s_server", "-accept", &port, "-Verify", "2", "-verify_return_error", "-rev"]);
     server.line(clock::seconds(20), |line| line.contains("ACCEPT")).unwrap();
     let say = format!("send:{}\\n", lab.marker());
     let client =

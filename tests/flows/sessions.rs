@@ -1,5 +1,6 @@
 //! One connection after the other over one TLS connection between two agents: docs/SESSIONS.md.
 
+use crate::foreign::openssl;
 use lab::policy::{PORT, id};
 use lab::{Agent, Lab, Policy, Settings, clock, lab, or_skip, skip};
 use serde_json::Value;
@@ -119,7 +120,7 @@ fn a_session_whose_server_is_gone_costs_a_handshake_and_no_connection() {
 }
 
 #[test]
-fn sessions_end_by_idle_time_age_and_number_of_uses() {
+fn sessions_end_by_idle_time_and_by_number_of_uses() {
     let lab = lab!();
     let tables = "[sessions]\nidle = \"1s\"\nuses = 2\n".to_owned();
     let mesh = or_skip!(lab.only_mesh_with(&Policy::standard(&lab), &Settings { tables, ..one_shard() }));
@@ -179,30 +180,9 @@ fn a_server_that_insists_on_its_own_protocols_is_reached_without_the_offer() {
     let policy = Policy::standard(&lab).destination(lab.stranger.at(PORT), "server");
     let mesh = or_skip!(lab.only_mesh_with(&policy, &one_shard()));
     let issued = mesh.issue("server");
-    let file = |name: &str| issued.join(name).display().to_string();
     let at = lab.stranger.at(PORT).to_string();
-    let mut server = lab.run(
-        &lab.stranger,
-        "foreign",
-        &[
-            "openssl",
-            "s_server",
-            "-accept",
-            &at,
-            "-cert",
-            &file("svid.pem"),
-            "-key",
-            &file("key.pem"),
-            "-CAfile",
-            &file("bundle.pem"),
-            "-Verify",
-            "3",
-            "-tls1_3",
-            "-alpn",
-            "h2,http/1.1",
-            "-rev",
-        ],
-    );
+    let mut server =
+        openssl(&lab, &issued, &["s_server", "-accept", &at, "-Verify", "3", "-alpn", "h2,http/1.1", "-rev"]);
     server.line(clock::seconds(20), |line| line.contains("ACCEPT")).unwrap();
     let reversed: String = lab.marker().chars().rev().collect();
     for _ in 0..2 {

@@ -66,7 +66,7 @@ pub fn agent_tests() -> Fallible<Vec<(String, PathBuf)>> {
 pub const PRIVILEGED: &[&str] = &["intercept"];
 
 fn artifacts(label: &str, what: &[&str]) -> Fallible<Vec<Artifact>> {
-    let mut args = vec!["test", "--no-run", "--message-format=json"];
+    let mut args = vec!["test", "--no-run", "--message-format=json-render-diagnostics"];
     args.extend(what);
     let mut found: Vec<Artifact> = Vec::new();
     let each = |line: &str| {

@@ -150,12 +150,16 @@ pub struct Record {
     pub duration_ms: u64,
 }
 
+/// Bytes of most lines: they are written without growing.
+const USUAL_LINE: usize = 1024;
+
 impl Record {
     /// The JSON line, newline included.
     pub fn line(&self) -> Vec<u8> {
+        let mut line = Vec::with_capacity(USUAL_LINE);
         // A record is strings and integers: the only errors serde_json knows here are a failing writer and maps with
         // keys that are no strings, and there is neither.
-        let mut line = serde_json::to_vec(self).unwrap_or_default();
+        _ = serde_json::to_writer(&mut line, self);
         line.push(b'\n');
         line
     }

@@ -87,9 +87,12 @@ pub async fn accept(permit: Permit, terms: Terms) -> Result<Session, Error> {
     let judge = judge(&permit, Role::Client);
     let outcome = async {
         let network = &permit.parties().flow.socket;
-        let (opening, offers) = driver::hear_offer(network).await?;
+        let (opening, offers) = match terms.reuse {
+            true => driver::hear_offer(network).await?,
+            false => Default::default(),
+        };
         let credential = &permit.parties().credential;
-        let config = settings::server(credential, judge.clone(), terms.ciphers, terms.reuse && offers)?;
+        let config = settings::server(credential, judge.clone(), terms.ciphers, offers)?;
         let machine = UnbufferedServerConnection::new(config).map_err(Cause::unready)?;
         driver::run(network, Machine::Server(machine), opening).await
     };

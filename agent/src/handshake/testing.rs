@@ -79,6 +79,7 @@ impl World {
                 socket,
                 destination: OriginalDst(address),
                 source: address,
+                early: Vec::new(),
                 dial_from: None,
                 task: None,
                 cookie: 0,
@@ -129,7 +130,7 @@ impl World {
 
     /// The same under other terms.
     pub(crate) async fn sessions_by(&self, terms: Terms) -> Sessions {
-        let (client_application, client_own) = pair().await;
+        let (client_application, client_own) = program().await;
         let (network_client, network_server) = pair().await;
         let client = self.permit(Direction::Outbound, client_own, CURL, WEB);
         let server = self.permit(Direction::Inbound, network_server, WEB, CURL);
@@ -154,6 +155,13 @@ pub(crate) async fn pair() -> (TcpStream, TcpStream) {
     let dial = TcpStream::connect(listener.local_addr().unwrap());
     let (dialled, accepted) = tokio::join!(dial, listener.accept());
     (dialled.unwrap(), accepted.unwrap().0)
+}
+
+/// The same between a program and the agent.
+pub(crate) async fn program() -> (TcpStream, TcpStream) {
+    let (program, own) = pair().await;
+    crate::intercept::prepare(&own, crate::intercept::Congestion::Ordinary).unwrap();
+    (program, own)
 }
 
 /// The authority's tests stand at a fixed time; a handshake looks at the clock.

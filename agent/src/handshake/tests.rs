@@ -1,5 +1,5 @@
 use super::{
-    testing::{CURL, WEB, World, pair, terms},
+    testing::{CURL, WEB, World, pair, program, terms},
     *,
 };
 use crate::{
@@ -124,7 +124,7 @@ async fn a_client_that_speaks_tls_1_2_is_told_which_version_it_takes() {
 async fn a_good_certificate_that_no_rule_admits_is_denied_by_name() {
     let world = World::new();
     let (client_end, server_end) = pair().await;
-    let (_application, own) = pair().await;
+    let (_application, own) = program().await;
     let client = world.permit(Direction::Outbound, own, "spiffe://example.org/stranger", WEB);
     let server = world.permit(Direction::Inbound, server_end, WEB, CURL);
     let (client, server) =
@@ -136,7 +136,7 @@ async fn a_good_certificate_that_no_rule_admits_is_denied_by_name() {
 
     // The other way round the server is told in the handshake.
     let (client_end, server_end) = pair().await;
-    let (_application, own) = pair().await;
+    let (_application, own) = program().await;
     let client = world.permit(Direction::Outbound, own, CURL, "spiffe://example.org/other");
     let server = world.permit(Direction::Inbound, server_end, WEB, CURL);
     let (client, server) =
@@ -196,7 +196,7 @@ async fn silence_a_dribble_and_a_close_have_names_of_their_own() {
 async fn a_client_shows_neither_a_server_name_nor_protocols_and_prefers_what_it_should() {
     let world = World::new();
     let (client_end, server_end) = pair().await;
-    let (_application, own) = pair().await;
+    let (_application, own) = program().await;
     let permit = world.permit(Direction::Outbound, own, CURL, WEB);
     let hello = tokio::task::spawn_blocking(move || {
         let mut socket = server_end.into_std().unwrap();
@@ -257,7 +257,7 @@ async fn an_offer_of_protocols_is_ignored_and_no_ticket_is_given() {
 async fn a_server_of_another_name_is_refused_whatever_its_address() {
     let world = World::new();
     let (client_end, server_end) = pair().await;
-    let (_application, own) = pair().await;
+    let (_application, own) = program().await;
     let config = Arc::new(world.foreign_server("spiffe://example.org/impostor"));
     let server = tokio::task::spawn_blocking(move || {
         let mut socket = server_end.into_std().unwrap();

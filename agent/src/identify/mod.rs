@@ -277,6 +277,7 @@ mod tests {
             socket,
             destination: OriginalDst(address),
             source: address,
+            early: Vec::new(),
             dial_from: None,
             task,
             cookie: 0,

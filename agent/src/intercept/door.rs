@@ -10,7 +10,10 @@ use super::{
     tables::{Tables, address, canonical, map_error, socket_address, tuple_key},
 };
 use crate::sys::{self, bpf};
-use rustix::io::Errno;
+use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
+    io::Errno,
+};
 use socket2::{Domain, Socket, Type};
 use std::{
     io,
@@ -20,8 +23,9 @@ use std::{
         Arc,
         atomic::{AtomicU64, Ordering},
     },
+    time::Duration,
 };
-use tokio::net::{TcpListener, TcpSocket, TcpStream};
+use tokio::net::{TcpListener, TcpStream};
 use wimsey_common::*;
 
 /// Connections that may wait to be accepted, as far as `net.core.somaxconn` allows.
@@ -35,6 +39,7 @@ pub struct Doorway {
     inbound: Pair<std::net::TcpListener>,
     tables: Tables,
     flows: Arc<AtomicU64>,
+    congestion: Congestion,
 }
 
 /// One listener for each family. A host without IPv6 has the first only.
@@ -49,6 +54,8 @@ struct Pair<T> {
 pub struct Door {
     outbound: Pair<TcpListener>,
     inbound: Pair<TcpListener>,
+    /// Addresses of the outbound listeners: each connection that comes to one has it as its own.
+    turned_to: Pair<SocketAddr>,
     /// Addresses of the inbound listeners: nobody has any business there.
     forbidden: Pair<SocketAddr>,
     dialler: Dialler,
@@ -68,6 +75,7 @@ enum Side {
 pub struct Dialler {
     tables: Tables,
     flows: Arc<AtomicU64>,
+    congestion: Congestion,
 }
 
 impl Doorway {
@@ -75,9 +83,10 @@ impl Doorway {
     pub(super) fn make(shard: usize, tables: &Tables, flows: Arc<AtomicU64>) -> Result<Self, Error> {
         let outbound = Pair::listen(tables, Side::Programs)?;
         let inbound = Pair::listen(tables, Side::Network)?;
+        let congestion = Congestion::of(&inbound.four);
         outbound.show(&tables.outbound, map::OUTBOUND, shard)?;
         inbound.show(&tables.inbound, map::INBOUND, shard)?;
-        Ok(Self { shard, outbound, inbound, tables: tables.clone(), flows })
+        Ok(Self { shard, outbound, inbound, tables: tables.clone(), flows, congestion })
     }
 
     /// Number of the shard, from 0.
@@ -87,10 +96,12 @@ impl Doorway {
 
     /// Opens the door on the runtime of the calling thread.
     pub fn open(self) -> Result<Door, Error> {
+        let turned_to = self.outbound.addresses().map_err(|error| Error::Accept { error })?;
         let forbidden = self.inbound.addresses().map_err(|error| Error::Accept { error })?;
         let outbound = self.outbound.register().map_err(|error| Error::Accept { error })?;
         let inbound = self.inbound.register().map_err(|error| Error::Accept { error })?;
-        Ok(Door { outbound, inbound, forbidden, dialler: Dialler { tables: self.tables, flows: self.flows } })
+        let dialler = Dialler { tables: self.tables, flows: self.flows, congestion: self.congestion };
+        Ok(Door { outbound, inbound, turned_to, forbidden, dialler })
     }
 }
 
@@ -104,7 +115,10 @@ impl Door {
     /// says that accepting failed; the caller goes on. Cancel safe.
     pub async fn accept_outbound(&self) -> Result<Flow, Error> {
         let (socket, peer) = self.outbound.accept().await.map_err(|error| Error::Accept { error })?;
-        let local = socket.local_addr().map_err(|error| Error::Accept { error })?;
+        let local = match self.turned_to.six.filter(|_| peer.is_ipv6()) {
+            Some(six) => six,
+            None => self.turned_to.four,
+        };
         let origin = self.dialler.tables.origins.take(&tuple_key(peer, local)).map_err(map_error(map::ORIGINS));
         let origin = match origin {
             Ok(Some(origin)) => origin,
@@ -126,6 +140,7 @@ impl Door {
             id: self.dialler.next_id(),
             direction: Direction::Outbound,
             socket,
+            early: Vec::new(),
             destination: OriginalDst(socket_address(&origin.destination, origin.destination_port)),
             source,
             dial_from,
@@ -164,6 +179,7 @@ impl Dialler {
             id: self.next_id(),
             direction: Direction::Inbound,
             socket,
+            early: Vec::new(),
             destination,
             source,
             dial_from: None,
@@ -187,24 +203,25 @@ impl Dialler {
         if let Some(from) = from.filter(|from| from.is_ipv4() == to.is_ipv4()) {
             bind(&socket, from).map_err(failed)?;
         }
-        socket.connect(to).await.map_err(failed)
+        socket.set_tcp_nodelay(true).map_err(failed)?;
+        connect(socket, to).await.map_err(failed)
     }
 
     /// Connects to the local workload's own socket, which is shown `client` as its peer. No other program can make a
-    /// connection that passes as this one.
+    /// connection that passes as this one. Closing it is a reset, until that is taken back.
     pub async fn leg(&self, to: OriginalDst, client: SocketAddr) -> Result<TcpStream, Error> {
         let OriginalDst(to) = to;
         let failed = |error| Error::Leg { to, error };
         let own = Own { kind: OWN_LEG, pad: 0, client_port: client.port(), client: address(client.ip()) };
         let socket = self.own_socket(to, own, failed)?;
-        never_leaves_the_host(&socket);
-        socket.connect(to).await.map_err(failed)
+        prepare(&socket, self.congestion).map_err(failed)?;
+        connect(socket, to).await.map_err(failed)
     }
 
     /// A socket that the kernel programs know to be the agent's. They forget it when it is closed.
-    fn own_socket(&self, to: SocketAddr, own: Own, failed: impl Fn(io::Error) -> Error) -> Result<TcpSocket, Error> {
-        let socket = if to.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }.map_err(&failed)?;
-        socket.set_nodelay(true).map_err(&failed)?;
+    fn own_socket(&self, to: SocketAddr, own: Own, failed: impl Fn(io::Error) -> Error) -> Result<Socket, Error> {
+        let kind = Type::STREAM.nonblocking().cloexec();
+        let socket = Socket::new(Domain::for_address(to), kind, None).map_err(&failed)?;
         register(&self.tables, &socket, &own)?;
         Ok(socket)
     }
@@ -265,10 +282,11 @@ fn listen(tables: &Tables, side: Side, ip: IpAddr) -> Result<std::net::TcpListen
         socket.set_only_v6(true).map_err(failed)?;
     }
     // Accepted sockets inherit it.
-    socket.set_tcp_nodelay(true).map_err(failed)?;
-    if side == Side::Programs {
-        never_leaves_the_host(&socket);
+    match side {
+        Side::Programs => prepare(&socket, Congestion::of(&socket)),
+        Side::Network => socket.set_tcp_nodelay(true),
     }
+    .map_err(failed)?;
     register(tables, &socket, &Own { kind: OWN_LISTENER, pad: 0, client_port: 0, client: [0; 16] })?;
     socket.bind(&at.into()).map_err(failed)?;
     socket.listen(BACKLOG).map_err(failed)?;
@@ -287,16 +305,36 @@ fn register(tables: &Tables, socket: &impl AsFd, own: &Own) -> Result<(), Error>
 
 /// Binds to an address as far as that is possible: a port that is taken is left to the kernel, and so is an address that
 /// the host does not have any more.
-fn bind(socket: &TcpSocket, from: SocketAddr) -> io::Result<()> {
+fn bind(socket: &Socket, from: SocketAddr) -> io::Result<()> {
     if from.port() != 0 {
-        socket.set_reuseaddr(true)?;
-        match socket.bind(from) {
+        socket.set_reuse_address(true)?;
+        match socket.bind(&from.into()) {
             Err(error) if error.raw_os_error() == Some(Errno::ADDRINUSE.raw_os_error()) => {}
             done => return allow_gone(done),
         }
     }
     sys::choose_port_late(socket.as_fd())?;
-    allow_gone(socket.bind(SocketAddr::new(from.ip(), 0)))
+    allow_gone(socket.bind(&SocketAddr::new(from.ip(), 0).into()))
+}
+
+/// Connects. The loopback device delivers at once, so that on this host it is done when the call returns: then there is
+/// nothing to wait for.
+async fn connect(socket: Socket, to: SocketAddr) -> io::Result<TcpStream> {
+    match socket.connect(&to.into()) {
+        Err(error) if error.raw_os_error() != Some(Errno::INPROGRESS.raw_os_error()) => return Err(error),
+        _ => {}
+    }
+    let mut asked = [PollFd::new(&socket, PollFlags::OUT)];
+    poll(&mut asked, Some(&Timespec::default()))?;
+    let said = asked.map(|asked| asked.revents());
+    let stream = TcpStream::from_std(socket.into())?;
+    if said != [PollFlags::OUT] {
+        stream.writable().await?;
+        if let Some(error) = stream.take_error()? {
+            return Err(error);
+        }
+    }
+    Ok(stream)
 }
 
 fn allow_gone(bound: io::Result<()>) -> io::Result<()> {
@@ -306,11 +344,39 @@ fn allow_gone(bound: io::Result<()>) -> io::Result<()> {
     }
 }
 
-/// Between an agent and a program of its host there is no congestion. An algorithm that paces what is sent, as BBR does
-/// where it is the host's default, would only cost a timer for each burst. The network's connections keep the host's.
-fn never_leaves_the_host(socket: &impl AsFd) {
-    // Every kernel has it, and everybody may choose it (net/ipv4/tcp_cong.c); without it the bytes arrive all the same.
-    let _ = rustix::net::sockopt::set_tcp_congestion(socket, "reno");
+/// How the host's default deals with congestion.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Congestion {
+    /// By what is lost, or how long the queues are.
+    Ordinary,
+    /// By pacing what is sent, as BBR does.
+    Paced,
+}
+
+impl Congestion {
+    /// That of a socket on which it has not been chosen.
+    fn of(socket: &impl AsFd) -> Self {
+        match rustix::net::sockopt::tcp_congestion(socket) {
+            Ok(name) if name.starts_with("bbr") => Self::Paced,
+            _ => Self::Ordinary,
+        }
+    }
+}
+
+/// Sets up a socket whose other end is a program of this host, so that its bytes go on at once and all of them. Closing it is
+/// a reset from now on, also when it is the kernel that closes it because the agent was killed: no stream looks complete
+/// unless somebody says that it is.
+pub(crate) fn prepare(socket: &impl AsFd, congestion: Congestion) -> io::Result<()> {
+    rustix::net::sockopt::set_tcp_nodelay(socket, true)?;
+    // An urgent byte is a byte: without this it would be missing from the stream.
+    rustix::net::sockopt::set_socket_oobinline(socket, true)?;
+    rustix::net::sockopt::set_socket_linger(socket, Some(Duration::ZERO))?;
+    if congestion == Congestion::Paced {
+        // On the host there is no congestion, and pacing would only cost a timer for each burst. Every kernel has reno, and
+        // everybody may choose it (net/ipv4/tcp_cong.c); without it the bytes arrive all the same.
+        let _ = rustix::net::sockopt::set_tcp_congestion(socket, "reno");
+    }
+    Ok(())
 }
 
 /// Closes a connection so that its other end sees a reset.

@@ -27,6 +27,8 @@ mod registry;
 mod tables;
 
 pub use control::{Notice, OldConnection, Options, Programs};
+#[cfg(test)]
+pub(crate) use door::{Congestion, prepare};
 pub use door::{Dialler, Door, Doorway};
 pub use error::{Error, Holder};
 pub use install::KernelFacts;
@@ -61,6 +63,8 @@ pub struct Flow {
     pub direction: Direction,
     /// The accepted socket.
     pub socket: tokio::net::TcpStream,
+    /// Outbound: the first bytes of the application, where they have been taken off its socket already.
+    pub early: Vec<u8>,
     /// Where the dialling end wanted to go.
     pub destination: OriginalDst,
     /// Outbound: the application's own address as it sees it. Where it did not bind one and the host's address for the

@@ -16,6 +16,7 @@ pub(crate) use record::{Opener, Sealer};
 use crate::{
     authorize::Permit,
     handshake::{Agreement, Secrets, Session},
+    intercept::Flow,
     refusal::{Culprit, Refusal},
 };
 use socket2::{SockRef, TcpKeepalive};
@@ -27,6 +28,8 @@ pub struct Pipe {
     pub(crate) application: TcpStream,
     pub(crate) network: TcpStream,
     pub(crate) lane: Lane,
+    /// The application's first bytes, which are not in its socket any more.
+    pub(crate) early: Vec<u8>,
     /// What the two ends agreed on, where the connection may be used again.
     pub(crate) agreement: Option<Arc<Agreement>>,
 }
@@ -71,20 +74,14 @@ pub fn arm(session: Session, dialled: Option<TcpStream>, choice: Choice) -> Resu
             return Err(Error { cause, permit: Some(Box::new(permit)) });
         }
     };
-    let own = permit.into_parties().flow.socket;
+    let Flow { socket: own, early, .. } = permit.into_parties().flow;
     let (application, network) = match (network, dialled) {
         (Some(network), _) => (own, network),
         (None, Some(application)) => (application, own),
         (None, None) => return Err(Error { cause: Cause::Legs, permit: None }),
     };
-    Pipe::new(application, network, lane, Some(agreement).filter(|agreement| agreement.reusable))
-}
-
-/// Sets up the socket of an application, so that its bytes go on at once and all of them.
-pub(crate) fn prepare(application: &TcpStream) -> io::Result<()> {
-    application.set_nodelay(true)?;
-    // An urgent byte is a byte: without this it would be missing from the stream.
-    SockRef::from(application).set_out_of_band_inline(true)
+    let agreement = Some(agreement).filter(|agreement| agreement.reusable);
+    Pipe::new(application, network, lane, agreement).map(|pipe| Pipe { early, ..pipe })
 }
 
 enum Keyed {
@@ -128,12 +125,11 @@ impl Pipe {
         agreement: Option<Arc<Agreement>>,
     ) -> Result<Self, Error> {
         let prepare = || -> io::Result<()> {
-            prepare(&application)?;
             network.set_nodelay(true)?;
             SockRef::from(&network).set_tcp_keepalive(&KEEPALIVE)
         };
         match prepare() {
-            Ok(()) => Ok(Self { application, network, lane, agreement }),
+            Ok(()) => Ok(Self { application, network, lane, early: Vec::new(), agreement }),
             Err(error) => {
                 reset(&application);
                 reset(&network);
@@ -243,7 +239,7 @@ impl Refusal for Error {
 mod tests {
     use super::*;
     use crate::config::EngineChoice;
-    use crate::handshake::testing::{World, pair};
+    use crate::handshake::testing::{World, program};
     use aya::maps::{Map, MapData, SockMap};
     use tokio::io::AsyncReadExt;
 
@@ -265,7 +261,7 @@ mod tests {
         let map = MapData::create(aya_obj::Map::new_from_params(SOCKMAP, 4, 4, 1, 0), "half_way", None).unwrap();
         let mut map = SockMap::try_from(Map::SockMap(map)).unwrap();
         map.set(0, &sessions.server.permit().parties().flow.socket, 0).unwrap();
-        let (_application, leg) = pair().await;
+        let (_application, leg) = program().await;
         let error = arm(sessions.server, Some(leg), choice).map(|_| "a pipe").unwrap_err();
         assert!(error.may_redial(), "{error}");
         assert_eq!((error.code(), error.culprit()), ("kernel-tls-failed", Culprit::Host));

@@ -34,6 +34,7 @@ pub fn turned_away(shared: &Shared, direction: Direction, error: &intercept::Err
         tls: None,
         engine: None,
         rule: None,
+        session: None,
     };
     attempt.close(
         Decision::Denied,
@@ -61,6 +62,9 @@ pub(super) struct Attempt<'a> {
     tls: Option<audit::Tls>,
     pub(super) engine: Option<&'static str>,
     pub(super) rule: Option<Arc<str>>,
+    /// The shared connection that this is another use of, until it is carried. What is refused ends it in order, so that the
+    /// peer knows that no byte has gone further, and may make a new connection and hear why.
+    pub(super) session: Option<Box<relay::Shared>>,
 }
 
 impl<'a> Attempt<'a> {
@@ -78,6 +82,7 @@ impl<'a> Attempt<'a> {
             tls: None,
             engine: None,
             rule: None,
+            session: None,
         }
     }
 
@@ -157,10 +162,12 @@ impl<'a> Attempt<'a> {
     }
 
     /// Refuses the flow that `socket` was accepted for: whoever is on it gets a reset. Without one, it is closed already.
-    pub(super) fn refuse(self, socket: impl Into<Option<TcpStream>>, error: &Error) {
-        if let Some(socket) = socket.into() {
+    pub(super) fn refuse(mut self, socket: impl Into<Option<TcpStream>>, error: &Error) {
+        match (socket.into(), self.session.take()) {
+            (Some(socket), Some(session)) => session.close(&socket),
             // A socket that cannot be reset is closed by the drop, and carries no byte either way.
-            let _ = socket.set_zero_linger();
+            (Some(socket), None) => _ = socket.set_zero_linger(),
+            (None, _) => {}
         }
         let end = Ending {
             culprit: Some(error.culprit()),

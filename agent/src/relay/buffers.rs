@@ -70,6 +70,11 @@ impl Pending {
         self.bytes.len() - self.written
     }
 
+    /// Has not a byte of it been taken?
+    pub(super) fn is_untouched(&self) -> bool {
+        self.written == 0
+    }
+
     pub(super) fn keep(&mut self, rest: &[u8]) {
         self.bytes.extend_from_slice(rest);
     }

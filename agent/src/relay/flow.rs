@@ -15,7 +15,7 @@ use super::{
 use crate::sys::tls;
 use rustix::{
     io::writev,
-    net::{Shutdown, shutdown},
+    net::{SendFlags, Shutdown, send, shutdown},
 };
 use socket2::SockRef;
 use std::{
@@ -48,6 +48,15 @@ const MAX_SMALL: u32 = 16;
 /// Pieces of one vectored write.
 const PIECES: usize = 64;
 
+/// What a flow begins with.
+#[derive(Default)]
+pub(super) struct Start {
+    /// The application's first bytes, which are not in its socket any more.
+    pub(super) early: Vec<u8>,
+    /// What the peer has to hear before anything else.
+    pub(super) greeting: Pending,
+}
+
 pub(super) struct Flow<L> {
     application: TcpStream,
     network: TcpStream,
@@ -60,6 +69,8 @@ pub(super) struct Flow<L> {
     down_pending: Pending,
     up_batch: Batch,
     down_batch: Batch,
+    early: Vec<u8>,
+    greeting: Greeting,
     /// What ends the flow as soon as `down_pending` is delivered.
     last: Option<Fault>,
     heard: bool,
@@ -87,6 +98,17 @@ enum Half {
     Draining,
     /// The receiver has been told.
     Closed,
+}
+
+/// How far the greeting has come, which lies in `up_pending`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Greeting {
+    /// The application is given what the peer has sent, and hears it before the peer hears anything.
+    Waits,
+    /// It goes together with what the application has said by now.
+    Joins,
+    /// It is like everything else that is pending, or there was none.
+    Said,
 }
 
 /// What the flow can use now.
@@ -150,23 +172,26 @@ enum Woken {
 }
 
 impl<L: Lane> Flow<L> {
-    pub(super) fn new(application: TcpStream, network: TcpStream, lane: L) -> Self {
-        // Until its stream has ended properly, whatever closes the socket is a reset: also the kernel, when the agent was
-        // killed. On the network a FIN without close_notify says the same.
-        reset(&application);
+    /// Closing the application's socket is a reset already (`intercept::prepare`).
+    pub(super) fn new(application: TcpStream, network: TcpStream, lane: L, start: Start) -> Self {
+        // Until the stream has ended properly, whatever closes the socket is a reset: also the kernel, when the agent was
+        // killed. With TLS a FIN without close_notify says the same.
         if !L::TLS {
             reset(&network);
         }
+        let greeting = if start.greeting.is_empty() { Greeting::Said } else { Greeting::Waits };
         Self {
             application,
             network,
             lane,
             up: Half::Open,
             down: Half::Open,
-            up_pending: Pending::default(),
+            up_pending: start.greeting,
             down_pending: Pending::default(),
             up_batch: Batch::new(),
             down_batch: Batch::new(),
+            early: start.early,
+            greeting,
             last: None,
             heard: false,
             deaf: false,
@@ -211,6 +236,12 @@ impl<L: Lane> Flow<L> {
 
     fn turn(&mut self, scratch: &mut Scratch, progress: &Progress) -> Result<Wants, CloseReason> {
         let mut wants = Wants::default();
+        if self.greeting == Greeting::Waits {
+            self.greeting = Greeting::Joins;
+            self.turn_down(scratch, progress, &mut wants)?;
+            wants.more = true;
+            return Ok(wants);
+        }
         self.turn_up(scratch, progress, &mut wants)?;
         self.turn_down(scratch, progress, &mut wants)?;
         Ok(wants)
@@ -218,7 +249,14 @@ impl<L: Lane> Flow<L> {
 
     /// From the application to the network.
     fn turn_up(&mut self, scratch: &mut Scratch, progress: &Progress, wants: &mut Wants) -> Result<(), CloseReason> {
-        if !self.flush_up()? {
+        let early = std::mem::take(&mut self.early);
+        if !early.is_empty() {
+            progress.sent.fetch_add(early.len() as u64, Ordering::Relaxed);
+            let sealed = self.lane.seal(&early, &mut self.up_pending);
+            sealed.map_err(|fault| self.network_fault(fault))?;
+        }
+        let joins = std::mem::replace(&mut self.greeting, Greeting::Said) == Greeting::Joins;
+        if !joins && !self.flush_up()? {
             wants.network_write = true;
             return Ok(());
         }
@@ -232,7 +270,10 @@ impl<L: Lane> Flow<L> {
         if self.up == Half::Open {
             let outbound = self.lane.outbound(&self.application, self.up_batch, scratch);
             match outbound.map_err(application_fault)? {
-                Outbound::Blocked => wants.application_read = true,
+                Outbound::Blocked => {
+                    wants.application_read = true;
+                    wants.network_write = !self.flush_up()?;
+                }
                 Outbound::End => self.up = Half::Ended,
                 Outbound::Bytes { taken, wire } => {
                     progress.sent.fetch_add(taken as u64, Ordering::Relaxed);
@@ -278,12 +319,17 @@ impl<L: Lane> Flow<L> {
         wants: &mut Wants,
     ) -> Result<(), CloseReason> {
         let bytes = scratch.bytes.get(wire).unwrap_or_default();
-        let written = self.lane.write(&self.network, bytes).map_err(|error| self.network_fault(error.into()))?;
+        let all = if self.up_pending.is_empty() {
+            let written = self.lane.write(&self.network, bytes).map_err(|error| self.network_fault(error.into()))?;
+            self.up_pending.keep(bytes.get(written..).unwrap_or_default());
+            self.up_pending.is_empty()
+        } else {
+            // Behind the greeting, with which it goes out.
+            self.up_pending.keep(bytes);
+            self.flush_up()?
+        };
         let full = taken == self.up_batch.bytes();
-        if let Some(rest) = bytes.get(written..)
-            && !rest.is_empty()
-        {
-            self.up_pending.keep(rest);
+        if !all {
             self.up_batch.was_too_much();
             wants.network_write = true;
         } else if full {
@@ -341,13 +387,13 @@ impl<L: Lane> Flow<L> {
         } else if arrived.taken == self.down_batch.bytes() {
             self.down_batch.was_full();
         }
-        match arrived.then {
+        // A shared connection that ends in the middle of a use has cut it.
+        let then =
+            if arrived.then == Then::End && self.is_shared() { Then::Fault(Fault::Truncated) } else { arrived.then };
+        match then {
             Then::More if delivered && arrived.taken < SMALL => return Ok(true),
             Then::More => wants.more |= delivered,
             Then::Blocked => wants.network_read = delivered,
-            // The end of the whole connection, in the middle of a use.
-            Then::End if self.is_shared() && delivered => return Err(CloseReason::PeerTruncated),
-            Then::End if self.is_shared() => self.last = Some(Fault::Truncated),
             Then::End | Then::Word(Word::End) => self.down = Half::Ended,
             Then::Word(Word::Abort) => {
                 self.aborted = true;
@@ -362,13 +408,15 @@ impl<L: Lane> Flow<L> {
         Ok(false)
     }
 
-    /// Writes the segments of the scratch to the application, and keeps what it does not take.
+    /// Writes the segments of the scratch to the application, and keeps what it does not take. There is nothing pending, so
+    /// there is room as far as is known; of a socket that was made a moment ago nothing is known: it is asked itself.
     fn deliver(&mut self, scratch: &Scratch, total: usize) -> io::Result<()> {
         let mut left = total;
         let mut segments = scratch.segments.iter().map(|range| scratch.bytes.get(range.clone()).unwrap_or_default());
         if scratch.segments.len() == 1 {
             let bytes = segments.next().unwrap_or_default();
-            let written = plain::put(&self.application, bytes)?;
+            let send = || send(&self.application, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL);
+            let written = socket::write_unasked(&self.application, bytes.len(), send)?;
             self.down_pending.keep(bytes.get(written..).unwrap_or_default());
             return Ok(());
         }
@@ -385,7 +433,7 @@ impl<L: Lane> Flow<L> {
                 break;
             }
             let mut written = if self.down_pending.is_empty() {
-                socket::write(&self.application, length, || writev(&self.application, pieces))?
+                socket::write_unasked(&self.application, length, || writev(&self.application, pieces))?
             } else {
                 0
             };

@@ -6,15 +6,21 @@
 use super::{
     Any, CloseReason, Limits, Progress, Stop, Tally, Violation,
     buffers::{Batch, Pending, with_scratch},
-    exchange::Word,
-    flow::{self, Flow, network_fault},
+    exchange::{Exchange, Word},
+    flow::{self, Flow, Start, network_fault},
     kernel::Kernel,
     lane::{Fault, Lane, Say, Then},
     socket,
     user::User,
 };
 use crate::{handshake::Agreement, offload::Engine};
-use std::{future::Future, io, pin::pin, sync::Arc, time::Duration};
+use std::{
+    future::Future,
+    io,
+    pin::pin,
+    sync::{Arc, atomic::Ordering},
+    time::Duration,
+};
 use tokio::{io::Interest, net::TcpStream, time::timeout};
 
 /// How long the peer may take to end a use that this side's application has reset.
@@ -35,10 +41,23 @@ pub struct Left {
     shared: Shared,
 }
 
-/// A shared connection between two uses.
+/// A shared connection between two uses, or one of which the next has begun and moved no byte in this process.
 pub struct Idle {
     network: TcpStream,
+    /// Bytes of the application that went with `begin`.
+    sent: u64,
+    /// `ready`, which goes with the workload's first bytes.
+    greeting: Pending,
     shared: Shared,
+}
+
+/// Why a use has not begun.
+#[derive(Debug)]
+pub struct Unbegun {
+    /// What happened to the connection.
+    pub reason: CloseReason,
+    /// May the workload have been given the bytes that went with `begin`? Then they must not be sent once more.
+    pub lost: bool,
 }
 
 pub(super) enum Kept {
@@ -93,11 +112,15 @@ impl Left {
     pub async fn settle(self) -> Option<Idle> {
         let Self { network, mut pending, mut shared } = self;
         let settled = with_lane!(&mut shared.kept, lane => timeout(SETTLE, settle(&network, lane, &mut pending)).await);
-        matches!(settled, Ok(Ok(()))).then_some(Idle { network, shared })
+        matches!(settled, Ok(Ok(()))).then(|| Idle::new(network, shared))
     }
 }
 
 impl Idle {
+    fn new(network: TcpStream, shared: Shared) -> Self {
+        Self { network, sent: 0, greeting: Pending::default(), shared }
+    }
+
     /// What its two ends agreed on.
     pub fn agreement(&self) -> &Arc<Agreement> {
         &self.shared.agreement
@@ -116,15 +139,17 @@ impl Idle {
         self.shared.uses()
     }
 
-    /// The client: begins the next use, and waits until the server's workload has accepted.
-    pub async fn begin(&mut self) -> Result<(), CloseReason> {
-        let Self { network, shared } = self;
-        with_lane!(&mut shared.kept, lane => begin(network, lane).await).map_err(network_fault)
+    /// The client: begins the next use with the first bytes of its application, at most a record of them, and waits until
+    /// the server's workload has accepted.
+    pub async fn begin(&mut self, early: &[u8]) -> Result<(), Unbegun> {
+        let Self { network, shared, sent, .. } = self;
+        *sent = early.len() as u64;
+        with_lane!(&mut shared.kept, lane => begin(network, lane, early).await)
     }
 
     /// The server: waits for the next use. Cancel safe. An error is how a connection that is not used again ends.
     pub async fn next(&mut self) -> Result<(), CloseReason> {
-        let Self { network, shared } = self;
+        let Self { network, shared, .. } = self;
         with_lane!(&mut shared.kept, lane => expect(network, lane, Word::Begin).await).map_err(network_fault)
     }
 
@@ -133,33 +158,29 @@ impl Idle {
         (self.network, self.shared)
     }
 
-    /// Carries a use that has begun, as [`super::carry`] does the first.
+    /// Carries a use that has begun, as [`super::carry`] does the first. `early`: bytes of the application that are neither in
+    /// its socket any more nor went with `begin`.
     pub(crate) fn carry(
         self,
         application: TcpStream,
+        early: Vec<u8>,
         limits: &Limits,
         stop: impl Future<Output = Stop>,
         progress: &Progress,
     ) -> impl Future<Output = (Tally, Option<Left>)> {
-        let Self { network, shared: Shared { kept, agreement } } = self;
+        let Self { network, sent, greeting, shared: Shared { kept, agreement } } = self;
+        progress.sent.fetch_add(sent, Ordering::Relaxed);
+        let start = Start { early, greeting };
         let flow = match kept {
-            Kept::User(lane) => Any::User(Flow::new(application, network, lane)),
-            Kept::Kernel(lane) => Any::Kernel(Flow::new(application, network, lane)),
+            Kept::User(lane) => Any::User(Flow::new(application, network, lane, start)),
+            Kept::Kernel(lane) => Any::Kernel(Flow::new(application, network, lane, start)),
         };
         run(flow, Some(agreement), limits, stop, progress)
     }
 
     /// Ends the connection in order.
-    pub fn close(mut self) {
-        let mut pending = Pending::default();
-        with_lane!(&mut self.shared.kept, lane => {
-            // Whoever cannot be told finds out by the FIN; between two uses that means the same.
-            if let Ok(true) = lane.say(&self.network, Say::CloseNotify, &mut pending) {
-                _ = pending.flush(|bytes| lane.write(&self.network, bytes));
-            }
-        });
-        socket::discard(&self.network);
-        flow::end(&self.network);
+    pub fn close(self) {
+        self.shared.close(&self.network);
     }
 }
 
@@ -174,54 +195,112 @@ impl Shared {
         with_lane!(&self.kept, lane => lane.exchange()).map_or(0, |exchange| exchange.number())
     }
 
-    /// The server: its workload has accepted, over the socket that these belong to.
+    /// The server: its workload has accepted, over the socket that these belong to. Where the lane leaves it to this
+    /// process, the client hears of it when the use is carried.
     pub(crate) async fn ready(mut self, network: TcpStream) -> Result<Idle, CloseReason> {
+        let mut greeting = Pending::default();
+        let ready = Say::Word(Word::Ready);
+        let said = with_lane!(&mut self.kept, lane => utter(&network, lane, ready, &mut greeting).await);
+        said.map_err(network_fault)?;
+        Ok(Idle { greeting, ..Idle::new(network, self) })
+    }
+
+    /// Ends the connection in order, of which `network` is the socket. Before `ready` it says that no workload has been given
+    /// a byte.
+    pub(crate) fn close(mut self, network: &TcpStream) {
         let mut pending = Pending::default();
-        let said = with_lane!(&mut self.kept, lane => tell(&network, lane, Say::Word(Word::Ready), &mut pending).await);
-        said.map(|()| Idle { network, shared: self }).map_err(network_fault)
+        with_lane!(&mut self.kept, lane => {
+            // Whoever cannot be told finds out by the FIN.
+            if let Ok(true) = lane.say(network, Say::CloseNotify, &mut pending) {
+                _ = pending.flush(|bytes| lane.write(network, bytes));
+            }
+        });
+        socket::discard(network);
+        flow::end(network);
     }
 }
 
 async fn settle<L: Lane>(network: &TcpStream, lane: &mut L, pending: &mut Pending) -> Result<(), Fault> {
     flush(network, lane, pending).await?;
-    let is = |open: fn(super::exchange::Exchange) -> bool, lane: &L| lane.exchange().is_some_and(open);
-    if is(|exchange| exchange.is_ours_open(), lane) {
-        tell(network, lane, Say::Word(Word::Abort), pending).await?;
+    if lane.exchange().is_some_and(Exchange::is_ours_open) {
+        utter(network, lane, Say::Word(Word::Abort), pending).await?;
+        flush(network, lane, pending).await?;
     }
     let mut late = SETTLE_BYTES;
-    while is(|exchange| exchange.is_theirs_open(), lane) {
-        hear(network, lane, &mut late).await?;
+    while lane.exchange().is_some_and(Exchange::is_theirs_open) {
+        hear(network, lane, &mut late).await?.word()?;
     }
     // The last use may have made it large.
     lane.rest();
     Ok(())
 }
 
-async fn begin<L: Lane>(network: &TcpStream, lane: &mut L) -> Result<(), Fault> {
+async fn begin<L: Lane>(network: &TcpStream, lane: &mut L, early: &[u8]) -> Result<(), Unbegun> {
+    let unbegun = |lost: bool| move |fault| Unbegun { reason: network_fault(fault), lost: lost && !early.is_empty() };
+    is_quiet(network, lane).map_err(unbegun(false))?;
     let mut pending = Pending::default();
-    if lane.owes_key_update() {
-        tell(network, lane, Say::KeyUpdate, &mut pending).await?;
+    let begun = async {
+        if lane.owes_key_update() {
+            utter(network, lane, Say::KeyUpdate, &mut pending).await?;
+        }
+        utter(network, lane, Say::Word(Word::Begin), &mut pending).await?;
+        if !early.is_empty() {
+            lane.seal(early, &mut pending)?;
+        }
+        flush(network, lane, &mut pending).await
+    };
+    let begun = begun.await;
+    begun.map_err(|fault| unbegun(!pending.is_untouched())(fault))?;
+    match hear(network, lane, &mut 0).await {
+        Ok(Heard::Word(Word::Ready)) => Ok(()),
+        Ok(Heard::Word(_)) => Err(unbegun(true)(Violation::UnexpectedMessage.into())),
+        // Under the session's keys: nobody but the server has said it, and it says nothing of the kind behind a byte that
+        // it has given to a workload.
+        Ok(Heard::CloseNotify) => Err(unbegun(false)(Fault::Truncated)),
+        Err(fault) => Err(unbegun(!matches!(fault, Fault::Alert(_)))(fault)),
     }
-    tell(network, lane, Say::Word(Word::Begin), &mut pending).await?;
-    expect(network, lane, Word::Ready).await
+}
+
+/// Between two uses the server says nothing: what has come ends the connection.
+fn is_quiet<L: Lane>(network: &TcpStream, lane: &mut L) -> Result<(), Fault> {
+    match with_scratch(|scratch| lane.inbound(network, Batch::new(), scratch))?.then {
+        Then::Blocked | Then::More => Ok(()),
+        Then::End | Then::Word(_) => Err(Fault::Truncated),
+        Then::Fault(fault) => Err(fault),
+    }
 }
 
 /// Waits for this word; data or any other is a violation.
 async fn expect<L: Lane>(network: &TcpStream, lane: &mut L, word: Word) -> Result<(), Fault> {
-    match hear(network, lane, &mut 0).await? {
+    match hear(network, lane, &mut 0).await?.word()? {
         heard if heard == word => Ok(()),
         _ => Err(Violation::UnexpectedMessage.into()),
     }
 }
 
-/// Waits for the peer's next word, and passes over at most so many bytes before it. Cancel safe: what has been taken off
+/// What the peer says where no byte of an application is due.
+enum Heard {
+    Word(Word),
+    CloseNotify,
+}
+
+impl Heard {
+    fn word(self) -> Result<Word, Fault> {
+        match self {
+            Self::Word(word) => Ok(word),
+            Self::CloseNotify => Err(Fault::Truncated),
+        }
+    }
+}
+
+/// Waits for what the peer says next, and passes over at most so many bytes before it. Cancel safe: what has been taken off
 /// the socket is in the lane.
-async fn hear<L: Lane>(network: &TcpStream, lane: &mut L, late: &mut usize) -> Result<Word, Fault> {
+async fn hear<L: Lane>(network: &TcpStream, lane: &mut L, late: &mut usize) -> Result<Heard, Fault> {
     loop {
         let arrived = with_scratch(|scratch| lane.inbound(network, Batch::new(), scratch))?;
         *late = late.checked_sub(arrived.bytes).ok_or(Violation::Flood)?;
         match arrived.then {
-            Then::Word(word) => return Ok(word),
+            Then::Word(word) => return Ok(Heard::Word(word)),
             Then::More => tokio::task::yield_now().await,
             Then::Blocked => {
                 lane.rest();
@@ -231,17 +310,18 @@ async fn hear<L: Lane>(network: &TcpStream, lane: &mut L, late: &mut usize) -> R
                     lane.ask_again();
                 }
             }
-            Then::End => return Err(Fault::Truncated),
+            Then::End => return Ok(Heard::CloseNotify),
             Then::Fault(fault) => return Err(fault),
         }
     }
 }
 
-async fn tell<L: Lane>(network: &TcpStream, lane: &mut L, say: Say, pending: &mut Pending) -> Result<(), Fault> {
+/// Says something, which may lie in `pending` then.
+async fn utter<L: Lane>(network: &TcpStream, lane: &mut L, say: Say, pending: &mut Pending) -> Result<(), Fault> {
     while !lane.say(network, say, pending)? {
         network.writable().await?;
     }
-    flush(network, lane, pending).await
+    Ok(())
 }
 
 async fn flush<L: Lane>(network: &TcpStream, lane: &mut L, pending: &mut Pending) -> Result<(), Fault> {

@@ -25,7 +25,10 @@ pub(super) trait Lane {
     /// Takes from the network, and leaves in the scratch, in its segments, what goes to the application.
     fn inbound(&mut self, network: &TcpStream, batch: Batch, scratch: &mut Scratch) -> Result<Inbound, Fault>;
 
-    /// Writes to the network what `outbound` left; 0 where it takes none.
+    /// Makes bytes of the application into bytes for the network, where they do not come out of its socket. At most a record.
+    fn seal(&mut self, bytes: &[u8], pending: &mut Pending) -> Result<(), Fault>;
+
+    /// Writes to the network what `outbound` or `seal` left; 0 where it takes none.
     fn write(&mut self, network: &TcpStream, bytes: &[u8]) -> io::Result<usize>;
 
     /// Is there a KeyUpdate to send before any more data?

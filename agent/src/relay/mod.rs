@@ -17,11 +17,12 @@ mod reason;
 mod socket;
 mod user;
 
-pub use idle::{Idle, Left, Shared};
+pub use idle::{Idle, Left, Shared, Unbegun};
 pub use reason::{CloseReason, Stop, Violation};
+pub(crate) use socket::first_bytes;
 
 use crate::offload::{Lane, Pipe};
-use flow::Flow;
+use flow::{Flow, Start};
 use kernel::Kernel;
 use plain::Plain;
 use std::{
@@ -84,12 +85,13 @@ pub fn carry(
     stop: impl Future<Output = Stop>,
     progress: &Progress,
 ) -> impl Future<Output = (Tally, Option<Left>)> {
-    let Pipe { application, network, lane, agreement } = pipe;
+    let Pipe { application, network, lane, early, agreement } = pipe;
+    let start = Start { early, ..Start::default() };
     let shared = agreement.is_some();
     let flow = match lane {
-        Lane::Plain => Any::Plain(Flow::new(application, network, Plain)),
-        Lane::User(keys) => Any::User(Flow::new(application, network, User::new(keys, shared))),
-        Lane::Kernel(keys) => Any::Kernel(Flow::new(application, network, Kernel::new(keys, shared))),
+        Lane::Plain => Any::Plain(Flow::new(application, network, Plain, start)),
+        Lane::User(keys) => Any::User(Flow::new(application, network, User::new(keys, shared), start)),
+        Lane::Kernel(keys) => Any::Kernel(Flow::new(application, network, Kernel::new(keys, shared), start)),
     };
     idle::run(flow, agreement, limits, stop, progress)
 }

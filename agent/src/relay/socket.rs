@@ -4,7 +4,12 @@
 //! next one would block, so readiness is given back at once and the next call waits for the next edge.
 //! *Invariant:* nothing here waits.
 
-use rustix::io::Errno;
+use super::buffers::with_scratch;
+use crate::offload::record::MAX_PLAINTEXT;
+use rustix::{
+    io::Errno,
+    net::{RecvFlags, recv},
+};
 use std::io::{self, ErrorKind};
 use tokio::{io::Interest, net::TcpStream};
 
@@ -54,6 +59,20 @@ pub(super) fn read_unasked(socket: &TcpStream, read: impl FnOnce() -> Result<usi
         }
         Err(error) => Err(error.into()),
     }
+}
+
+/// The first bytes of an application, as far as they are there, and at most what one record holds. None at its end as well,
+/// which whoever reads next finds again.
+pub(crate) fn first_bytes(application: &TcpStream) -> io::Result<Vec<u8>> {
+    with_scratch(|scratch| {
+        let room = scratch.bytes.get_mut(..MAX_PLAINTEXT).unwrap_or_default();
+        // Nobody has waited for it yet, so that nothing is known of its readiness.
+        match recv(application, &mut *room, RecvFlags::DONTWAIT) {
+            Ok((_, length)) => Ok(room.get(..length).unwrap_or_default().to_vec()),
+            Err(Errno::AGAIN | Errno::INTR) => Ok(Vec::new()),
+            Err(error) => Err(error.into()),
+        }
+    })
 }
 
 /// Writes `length` bytes or fewer, and says how many; 0 where the socket takes none.

@@ -27,8 +27,9 @@ use std::{
 };
 use tokio::net::TcpStream;
 
-/// The most that a peer may have said behind a word: another word, since bytes of an application wait for an answer.
-const MAX_BEHIND: usize = 64;
+/// The most that a peer may have said behind a word that wants an answer: another word, and the first bytes of an
+/// application.
+const MAX_BEHIND: usize = FULL_RECORD + 64;
 
 /// Content shorter than this is moved up to the content before it, so that a batch of small records goes out as one
 /// piece; longer content is cheaper to leave where it is and name in one more element of the vector.
@@ -118,7 +119,7 @@ impl User {
         let rest = scratch.bytes.get(came..filled).unwrap_or_default();
         match then {
             Then::More => self.partial.extend_from_slice(rest),
-            Then::Word(_) if rest.len() > MAX_BEHIND => {
+            Then::Word(word) if word != Word::Ready && rest.len() > MAX_BEHIND => {
                 return (bytes, Then::Fault(Violation::UnexpectedMessage.into()));
             }
             Then::Word(_) => {
@@ -196,6 +197,15 @@ impl Lane for User {
         let (bytes, then) = self.take(scratch, filled);
         let then = if then == Then::More && taken < want { Then::Blocked } else { then };
         Ok(Inbound { bytes, taken, then })
+    }
+
+    fn seal(&mut self, bytes: &[u8], pending: &mut Pending) -> Result<(), Fault> {
+        let mut slot = vec![0; HEADER + bytes.len() + TRAILER];
+        slot.iter_mut().skip(HEADER).zip(bytes).for_each(|(to, from)| *to = *from);
+        let sealed = self.keys.sealer.seal(ContentType::APPLICATION_DATA, &mut slot, bytes.len());
+        let length = sealed.map_err(|_| Fault::Ours(CloseReason::KeysSpent))?;
+        pending.keep(slot.get(..length).unwrap_or_default());
+        Ok(())
     }
 
     fn write(&mut self, network: &TcpStream, bytes: &[u8]) -> io::Result<usize> {

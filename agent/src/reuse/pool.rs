@@ -10,7 +10,7 @@ use crate::relay::Idle;
 use std::collections::{HashMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 /// Whom a connection may serve: the same workload, from the same address of this host, to the same destination. Who is at
 /// that destination is looked at again when it is used.
@@ -44,10 +44,14 @@ pub struct Pool {
     closed: bool,
 }
 
-struct Spare {
+/// A connection that may be used.
+pub struct Spare {
     idle: Idle,
     since: Instant,
 }
+
+/// For so long after a peer was heard of it is taken to be there still.
+const RECENT: Duration = Duration::from_secs(1);
 
 impl Pool {
     /// An empty one, for so many.
@@ -56,7 +60,7 @@ impl Pool {
     }
 
     /// A connection for this key, the one that was used last.
-    pub fn take(&mut self, policy: &Arc<Policy>, key: &Key) -> Option<Idle> {
+    pub fn take(&mut self, policy: &Arc<Policy>, key: &Key) -> Option<Spare> {
         self.follow(policy);
         let spares = self.spares.get_mut(key)?;
         let mut found = None;
@@ -64,7 +68,7 @@ impl Pool {
             let Some(spare) = spares.pop_back() else { break };
             self.held -= 1;
             if spare.is_good(&self.limits, Instant::now()) {
-                found = Some(spare.idle);
+                found = Some(spare);
             } else {
                 spare.idle.close();
             }
@@ -132,11 +136,6 @@ impl Pool {
         self.clear();
     }
 
-    /// How many there are.
-    pub fn held(&self) -> usize {
-        self.held
-    }
-
     /// What was made under another policy has to be made again.
     fn follow(&mut self, policy: &Arc<Policy>) {
         if self.policy.as_ref().is_some_and(|current| !Arc::ptr_eq(current, policy)) {
@@ -147,6 +146,15 @@ impl Pool {
 }
 
 impl Spare {
+    /// Was the peer heard of a moment ago?
+    pub(super) fn is_recent(&self) -> bool {
+        self.since.elapsed() < RECENT
+    }
+
+    pub(super) fn into_idle(self) -> Idle {
+        self.idle
+    }
+
     fn is_good(&self, limits: &Sessions, now: Instant) -> bool {
         now.saturating_duration_since(self.since) < limits.idle
             && limits.allows(self.idle.agreement().since, self.idle.uses())

@@ -20,7 +20,7 @@ use std::{
 async fn our_server(world: &World, socket: TcpStream, rekey: u64) -> JoinHandle<Tally> {
     let permit = world.permit(Direction::Inbound, socket, WEB, CURL);
     let session = accept(permit, terms(engine().ciphers())).await.unwrap();
-    let (application, leg) = pair().await;
+    let (application, leg) = program().await;
     let pipe = arm(session, Some(leg), engine()).unwrap().rekey_after(rekey);
     tokio::spawn(echo(application));
     Relay::over(pair().await.0, pipe, Limits::default()).tally
@@ -28,7 +28,7 @@ async fn our_server(world: &World, socket: TcpStream, rekey: u64) -> JoinHandle<
 
 /// Our client behind a relay, for a foreign server at `socket`. The application echoes.
 async fn our_client(world: &World, socket: TcpStream, rekey: u64) -> JoinHandle<Tally> {
-    let (application, own) = pair().await;
+    let (application, own) = program().await;
     let permit = world.permit(Direction::Outbound, own, CURL, WEB);
     let session = connect(permit, socket, terms(engine().ciphers())).await.unwrap();
     let pipe = arm(session, None, engine()).unwrap().rekey_after(rekey);

@@ -162,7 +162,7 @@ async fn an_order_to_stop_reaches_both_programs_and_the_peer_at_once_also_in_ful
 async fn a_server_that_refuses_the_client_afterwards_is_reported_as_a_refusal() {
     let world = World::new();
     let (network_client, network_server) = pair().await;
-    let (mut application, own) = pair().await;
+    let (mut application, own) = program().await;
     let client = world.permit(Direction::Outbound, own, CURL, WEB);
     let server = world.permit(Direction::Inbound, network_server, WEB, "spiffe://example.org/somebody-else");
     let (client, server) = tokio::join!(
@@ -184,7 +184,7 @@ async fn a_server_that_refuses_the_client_afterwards_is_reported_as_a_refusal() 
 #[tokio::test]
 async fn a_plain_pipe_passes_resets_and_half_closes_on_too() {
     let plain = async || {
-        let (left, own) = pair().await;
+        let (left, own) = program().await;
         let (network, right) = pair().await;
         (Relay::over(left, Pipe::plain(own, network).unwrap(), Limits::default()), right)
     };
@@ -224,6 +224,10 @@ impl lane::Lane for Stuck {
     fn inbound(&mut self, from: &TcpStream, batch: Batch, scratch: &mut Scratch) -> Result<lane::Inbound, lane::Fault> {
         Plain.inbound(from, batch, scratch)
     }
+    fn seal(&mut self, _bytes: &[u8], _pending: &mut buffers::Pending) -> Result<(), lane::Fault> {
+        Ok(())
+    }
+
     fn write(&mut self, to: &TcpStream, bytes: &[u8]) -> std::io::Result<usize> {
         crate::relay::socket::write_unasked(to, bytes.len(), || Err(rustix::io::Errno::AGAIN))
     }
@@ -238,7 +242,7 @@ impl lane::Lane for Stuck {
 #[tokio::test]
 async fn one_direction_that_is_stuck_is_given_up_though_the_other_moves() {
     let limits = Limits { idle: None, stall: Duration::from_millis(300) };
-    let (mut left, own) = pair().await;
+    let (mut left, own) = program().await;
     let (network, mut right) = pair().await;
     left.write_all(b"never sent").await.unwrap();
     let trickle = tokio::spawn(async move {
@@ -248,7 +252,9 @@ async fn one_direction_that_is_stuck_is_given_up_though_the_other_moves() {
     });
     let progress = Progress::default();
     // The sockets are closed with the flow.
-    let flow = async { Flow::new(own, network, Stuck).run(&limits, std::pin::pin!(pending()), &progress).await };
+    let flow = async {
+        Flow::new(own, network, Stuck, Start::default()).run(&limits, std::pin::pin!(pending()), &progress).await
+    };
     assert_eq!(timeout(patience(5), flow).await.expect("given up"), CloseReason::Stalled);
     assert!(progress.received() > 2, "the other direction did not move");
     trickle.await.unwrap();
@@ -257,16 +263,18 @@ async fn one_direction_that_is_stuck_is_given_up_though_the_other_moves() {
 #[tokio::test]
 async fn a_kernel_that_has_room_and_takes_nothing_is_given_up_and_a_slow_reader_is_not() {
     let limits = Limits { idle: None, stall: Duration::from_millis(300) };
-    let (mut left, own) = pair().await;
+    let (mut left, own) = program().await;
     let (network, _right) = pair().await;
     left.write_all(b"never sent").await.unwrap();
     let progress = Progress::default();
     // The sockets are closed with the flow.
-    let flow = async { Flow::new(own, network, Stuck).run(&limits, std::pin::pin!(pending()), &progress).await };
+    let flow = async {
+        Flow::new(own, network, Stuck, Start::default()).run(&limits, std::pin::pin!(pending()), &progress).await
+    };
     assert_eq!(timeout(patience(5), flow).await.expect("given up"), CloseReason::Stalled);
     assert!(is_reset(&mut left).await);
 
-    let (left, own) = pair().await;
+    let (left, own) = program().await;
     let (network, mut right) = pair().await;
     let relay = Relay::over(left, Pipe::plain(own, network).unwrap(), limits);
     let (mut read, mut write) = relay.application.into_split();

@@ -4,7 +4,7 @@ use super::*;
 use crate::{
     handshake::{
         Ciphers, Secrets, Session,
-        testing::{World, pair},
+        testing::{World, pair, program},
     },
     offload::{Choice, Opener, Sealer, arm, record, selftest},
 };
@@ -98,7 +98,7 @@ impl Relay {
     }
 
     async fn server(session: Session) -> Self {
-        let (application, leg) = pair().await;
+        let (application, leg) = program().await;
         Self::over(application, arm(session, Some(leg), engine()).unwrap(), Limits::default())
     }
 

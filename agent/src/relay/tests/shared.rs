@@ -25,9 +25,9 @@ impl Use {
     }
 
     async fn next(idle: Idle) -> Self {
-        let (application, own) = pair().await;
+        let (application, own) = program().await;
         let ended = tokio::spawn(async move {
-            settled(idle.carry(own, &Limits::default(), pending(), &Progress::default()).await).await
+            settled(idle.carry(own, Vec::new(), &Limits::default(), pending(), &Progress::default()).await).await
         });
         Self { application, ended }
     }
@@ -45,7 +45,7 @@ async fn sessions() -> crate::handshake::testing::Sessions {
 /// Both sides of a shared connection, in its first use.
 async fn shared() -> (Use, Use) {
     let sessions = sessions().await;
-    let (application, leg) = pair().await;
+    let (application, leg) = program().await;
     let server = Use::first(application, arm(sessions.server, Some(leg), engine()).unwrap());
     let client = arm(sessions.client, None, engine()).unwrap();
     (Use::first(sessions.client_application, client), server)
@@ -56,16 +56,25 @@ async fn over(ended: JoinHandle<(CloseReason, Option<Idle>)>) -> (CloseReason, O
 }
 
 /// Begins the next use on both sides.
-async fn again(mut client: Idle, mut server: Idle) -> (Use, Use) {
+async fn again(client: Idle, server: Idle) -> (Use, Use) {
+    again_with(client, server, &[]).await
+}
+
+/// The same with first bytes of the client's application.
+async fn again_with(mut client: Idle, mut server: Idle, early: &[u8]) -> (Use, Use) {
     let serve = async {
         server.next().await.unwrap();
-        let (network, shared) = server.into_parts();
-        shared.ready(network).await.unwrap()
+        ready(server).await
     };
-    let (begun, server) = timeout(patience(20), async { tokio::join!(client.begin(), serve) }).await.unwrap();
+    let (begun, server) = timeout(patience(20), async { tokio::join!(client.begin(early), serve) }).await.unwrap();
     begun.unwrap();
-    assert_eq!(client.uses(), server.uses());
-    (Use::next(client).await, Use::next(server).await)
+    (Use::next(client).await, server)
+}
+
+/// The server's workload accepts.
+async fn ready(server: Idle) -> Use {
+    let (network, shared) = server.into_parts();
+    Use::next(shared.ready(network).await.unwrap()).await
 }
 
 /// Sends `bytes` both ways at once, ends both streams, and gives both sides back.
@@ -87,7 +96,9 @@ async fn talk(client: Use, server: Use, bytes: &[u8]) -> (Idle, Idle) {
     assert!(at_client == bytes && at_server == bytes, "every byte of this use and of no other");
     let (client, server) = (client.end().await, server.end().await);
     assert_eq!((client.0, server.0), (CloseReason::Complete, CloseReason::Complete));
-    (client.1.expect("it can be used again"), server.1.expect("it can be used again"))
+    let (client, server) = (client.1.expect("it can be used again"), server.1.expect("it can be used again"));
+    assert_eq!(client.uses(), server.uses());
+    (client, server)
 }
 
 #[tokio::test]
@@ -157,8 +168,103 @@ async fn an_idle_connection_that_the_peer_closes_begins_nothing_and_loses_nothin
     let (client, server) = shared().await;
     let (mut client, server) = talk(client, server, b"bytes").await;
     server.close();
-    let begun = timeout(patience(20), client.begin()).await.unwrap();
-    assert!(begun.is_err(), "{begun:?}");
+    let begun = timeout(patience(20), client.begin(b"first")).await.unwrap();
+    assert!(!begun.unwrap_err().lost);
+}
+
+#[tokio::test]
+async fn first_bytes_go_with_the_word_that_begins_a_use() {
+    let (mut client, mut server) = shared().await;
+    for length in [1, 64, 16_384] {
+        let (idle_client, idle_server) = talk(client, server, b"before").await;
+        let early = noise(length, 11);
+        (client, server) = again_with(idle_client, idle_server, &early).await;
+        let mut heard = vec![0; length];
+        server.application.read_exact(&mut heard).await.unwrap();
+        assert!(heard == early);
+    }
+    talk(client, server, b"and what comes behind them").await;
+}
+
+#[tokio::test]
+async fn bytes_that_did_not_go_with_the_word_are_the_first_of_the_use() {
+    let (client, server) = shared().await;
+    let (mut client, mut server) = talk(client, server, b"before").await;
+    let (begun, server) = tokio::join!(client.begin(&[]), async {
+        server.next().await.unwrap();
+        ready(server).await
+    });
+    begun.unwrap();
+    let (mut application, own) = program().await;
+    application.write_all(b" and last").await.unwrap();
+    application.shutdown().await.unwrap();
+    let progress = Progress::default();
+    let limits = Limits::default();
+    let carried = client.carry(own, b"first".to_vec(), &limits, pending(), &progress);
+    let Use { application: mut workload, ended } = server;
+    let (_, heard) = tokio::join!(carried, async {
+        workload.shutdown().await.unwrap();
+        read_to_end(&mut workload).await
+    });
+    assert_eq!((heard.as_slice(), progress.sent()), (&b"first and last"[..], 14));
+    over(ended).await;
+}
+
+/// A relay as the client of a shared connection between two uses, and a server that says what it wants.
+async fn against_server() -> (Idle, Peer) {
+    let sessions = sessions().await;
+    let mut relay = Use::first(sessions.client_application, arm(sessions.client, None, engine()).unwrap());
+    let mut peer = Peer::new(sessions.server);
+    relay.application.shutdown().await.unwrap();
+    assert_eq!(peer.receive().await, Some((WORD, vec![3, 0, 0, 0, 1])));
+    peer.send(WORD, &[3, 0, 0, 0, 1]).await;
+    (relay.end().await.1.expect("it can be used again"), peer)
+}
+
+#[tokio::test]
+async fn only_a_sealed_end_says_that_the_first_bytes_went_nowhere() {
+    let said: &[(&str, &[(u8, &[u8])], Option<bool>)] = &[
+        ("ready", &[(WORD, &[2, 0, 0, 0, 2])], None),
+        ("ready after an empty record", &[(23, &[]), (WORD, &[2, 0, 0, 0, 2])], Some(true)),
+        ("close_notify", &[(21, &[1, 0])], Some(false)),
+        ("internal_error", &[(21, &[2, 80])], Some(false)),
+        ("nothing", &[], Some(true)),
+        ("data", &[(23, b"an answer")], Some(true)),
+        ("ready for another use", &[(WORD, &[2, 0, 0, 0, 3])], Some(true)),
+        ("end", &[(WORD, &[3, 0, 0, 0, 2])], Some(true)),
+        ("a broken word", &[(WORD, &[2])], Some(true)),
+    ];
+    for (what, records, lost) in said {
+        for early in [&b""[..], b"GET / HTTP/1.1"] {
+            let (mut client, mut peer) = against_server().await;
+            let serve = async {
+                assert_eq!(peer.receive().await, Some((WORD, vec![1, 0, 0, 0, 2])), "{what}");
+                if !early.is_empty() {
+                    assert_eq!(peer.receive().await, Some((23, early.to_vec())), "{what}");
+                }
+                for (content_type, body) in *records {
+                    peer.send(*content_type, body).await;
+                }
+                peer.socket.shutdown().await.unwrap();
+            };
+            let (begun, ()) = timeout(patience(20), async { tokio::join!(client.begin(early), serve) }).await.unwrap();
+            let lost = lost.map(|lost| lost && !early.is_empty());
+            assert_eq!(begun.as_ref().err().map(|unbegun| unbegun.lost), lost, "{what}: {begun:?}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_use_that_the_server_refuses_leaves_the_first_bytes_with_the_client() {
+    let (client, server) = shared().await;
+    let (mut client, mut server) = talk(client, server, b"bytes").await;
+    let refuse = async {
+        server.next().await.unwrap();
+        let (network, shared) = server.into_parts();
+        shared.close(&network);
+    };
+    let (begun, ()) = timeout(patience(20), async { tokio::join!(client.begin(b"first"), refuse) }).await.unwrap();
+    assert!(!begun.unwrap_err().lost);
 }
 
 #[tokio::test]
@@ -173,7 +279,7 @@ async fn without_the_offer_or_the_answer_a_connection_is_used_once() {
 /// A relay as the server of a shared connection, and a client that says what it wants.
 async fn against_client() -> (Use, Peer) {
     let sessions = sessions().await;
-    let (application, leg) = pair().await;
+    let (application, leg) = program().await;
     let relay = Use::first(application, arm(sessions.server, Some(leg), engine()).unwrap());
     (relay, Peer::new(sessions.client))
 }
@@ -247,22 +353,23 @@ async fn a_client_that_says_end_and_begin_in_one_breath_is_heard() {
 }
 
 #[tokio::test]
-async fn data_before_the_server_is_ready_belongs_to_that_use_or_ends_the_connection() {
+async fn data_before_the_server_is_ready_belongs_to_that_use() {
     let (mut relay, mut peer) = against_client().await;
     relay.application.shutdown().await.unwrap();
     peer.send(WORD, &[3, 0, 0, 0, 1]).await;
     assert!(read_to_end(&mut relay.application).await.is_empty());
+    assert_eq!(peer.receive().await, Some((WORD, vec![3, 0, 0, 0, 1])));
     let mut idle = relay.end().await.1.expect("it can be used again");
     let mut early = peer.seal(WORD, &[1, 0, 0, 0, 2]);
     early.extend(peer.seal(23, b"GET /secret"));
     peer.socket.write_all(&early).await.unwrap();
     let begun = timeout(patience(10), idle.next()).await.unwrap();
     begun.unwrap();
-    let (network, shared) = idle.into_parts();
-    let mut relay = Use::next(shared.ready(network).await.unwrap()).await;
+    let mut relay = ready(idle).await;
     let mut bytes = [0; 11];
-    let read = timeout(patience(10), relay.application.read_exact(&mut bytes)).await.expect("it is told");
-    assert!(read.is_err() || &bytes == b"GET /secret");
+    timeout(patience(10), relay.application.read_exact(&mut bytes)).await.expect("in time").unwrap();
+    assert_eq!(&bytes, b"GET /secret");
+    assert_eq!(peer.receive().await, Some((WORD, vec![2, 0, 0, 0, 2])));
 }
 
 #[tokio::test]
@@ -300,8 +407,9 @@ impl Dice {
 }
 
 async fn random_peer(mut relay: Use, mut peer: Peer, mut dice: Dice) {
+    let mut early = Vec::new();
     for number in 1_u32.. {
-        let (mut wire, mut data) = (Vec::new(), Vec::new());
+        let (mut wire, mut data) = (Vec::new(), std::mem::take(&mut early));
         for _ in 0..dice.below(6) {
             match dice.below(8) {
                 0 => wire.extend(peer.seal(23, b"")),
@@ -374,10 +482,14 @@ async fn random_peer(mut relay: Use, mut peer: Peer, mut dice: Dice) {
         assert!(ended_well && heard == data && closed == CloseReason::Complete, "use {number}: {closed}");
         assert_eq!(peer.receive().await, Some((WORD, word(3, number))));
         let mut idle = left.expect("it can be used again");
-        peer.send(WORD, &word(1, number + 1)).await;
+        let mut breath = peer.seal(WORD, &word(1, number + 1));
+        if dice.below(2) == 0 {
+            early = noise([1, 600, 16_384][dice.below(3) as usize], dice.0 | 1);
+            breath.extend(peer.seal(23, &early));
+        }
+        peer.socket.write_all(&breath).await.unwrap();
         idle.next().await.unwrap();
-        let (network, shared) = idle.into_parts();
-        relay = Use::next(shared.ready(network).await.unwrap()).await;
+        relay = ready(idle).await;
         assert_eq!(peer.receive().await, Some((WORD, word(2, number + 1))));
     }
 }

@@ -30,7 +30,7 @@ fn on_shards(pipes: Vec<Pipe>) -> Vec<thread::JoinHandle<Tally>> {
             runtime.block_on(async {
                 let application = TcpStream::from_std(application).unwrap();
                 let network = TcpStream::from_std(network).unwrap();
-                let pipe = Pipe { application, network, lane, agreement: None };
+                let pipe = Pipe { application, network, lane, early: Vec::new(), agreement: None };
                 carry(pipe, &Limits::default(), pending(), &Progress::default()).await.0
             })
         })
@@ -96,14 +96,14 @@ async fn two_hops_by_each_engine_beside_plain_tcp() {
         let (left, right) = pair().await;
         measure("plain TCP", left, right, Vec::new());
 
-        let ((left, a), (b, c), (d, right)) = (pair().await, pair().await, pair().await);
+        let ((left, a), (b, c), (d, right)) = (program().await, pair().await, pair().await);
         let pipes = vec![Pipe::plain(a, b).unwrap(), Pipe::plain(d, c).unwrap()];
         measure("two plain relays", left, right, pipes);
 
         for ciphers in [Ciphers::All, Ciphers::ChaChaOnly] {
             let sessions = World::new().sessions(ciphers).await;
             let name = format!("two relays, {:?} {}", engine().engine(), sessions.client.cipher());
-            let (right, leg) = pair().await;
+            let (right, leg) = program().await;
             let pipes =
                 vec![arm(sessions.client, None, engine()).unwrap(), arm(sessions.server, Some(leg), engine()).unwrap()];
             measure(&name, sessions.client_application, right, pipes);

@@ -39,7 +39,7 @@ async fn sixty_four_mebibytes_arrive_unchanged_both_ways_at_once() {
 
 #[tokio::test]
 async fn a_plain_pipe_carries_the_same() {
-    let (left, own) = pair().await;
+    let (left, own) = program().await;
     let (network, right) = pair().await;
     let relay = Relay::over(left, Pipe::plain(own, network).unwrap(), Limits::default());
     let (up, down) = (noise(8 << 20, 3), noise(8 << 20, 4));
