@@ -337,7 +337,7 @@ impl<'a> Walk<'a> {
         };
         match permit.parties().flow.direction {
             Direction::Outbound => self.outbound(attempt, permit).await,
-            Direction::Inbound => self.inbound(attempt, permit).await,
+            Direction::Inbound => Box::pin(self.inbound(attempt, permit)).await,
         }
     }
 
@@ -382,7 +382,8 @@ impl<'a> Walk<'a> {
         let origin = Box::new(Origin { key: Key::of(&permit), policy: self.policy.clone() });
         let met = match self.meet_again(&mut attempt, permit, &origin.key).await {
             Ok(Again::Met(met)) => Ok(met),
-            Ok(Again::Not(permit)) => self.meet(&mut attempt, *permit).await,
+            // What only a handshake needs is there only while one is made.
+            Ok(Again::Not(permit)) => Box::pin(self.meet(&mut attempt, *permit)).await,
             Err(unmet) => Err(unmet),
         };
         match met {
