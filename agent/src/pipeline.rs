@@ -255,7 +255,11 @@ async fn again<'a>(
         // Whoever listens now is no workload: a new connection may be carried without TLS, and this one was made with one.
         Admitted::Plaintext(made) => {
             let unfit = reuse::Unfit::NotOurs(agreement.local.id.clone());
-            made.attempt.refuse(None, &Error::Reuse(unfit));
+            let network = match made.carriage {
+                Carriage::Pipe(pipe) => Some(pipe.network),
+                Carriage::Bound(_) => None,
+            };
+            made.attempt.refuse(network, &Error::Reuse(unfit));
             return None;
         }
     };

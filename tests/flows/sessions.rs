@@ -120,6 +120,26 @@ fn a_session_whose_server_is_gone_costs_a_handshake_and_no_connection() {
 }
 
 #[test]
+fn a_use_that_is_refused_is_tried_again_as_a_new_connection() {
+    let lab = lab!();
+    let mesh = or_skip!(lab.only_mesh_with(&Policy::standard(&lab), &one_shard()));
+    let server = lab.serve_echo(&lab.beta, "server", &[lab.beta.at(PORT)]);
+    echo(&lab);
+    echo(&lab);
+    drop(server);
+    // Right after a use, so that the first bytes go along.
+    lab.expect_no_echo(&lab.alpha, "client", lab.beta.at(PORT), &[]);
+    let _server = lab.serve_echo(&lab.beta, "server", &[lab.beta.at(PORT)]);
+    echo(&lab);
+    let records = mesh.alpha().expect_records(PORT, 4);
+    let refused: Vec<_> = records.iter().filter(|record| record["decision"] == "denied").collect();
+    // The session told of it in order, and then it is the new connection that fails, and says why.
+    assert!(refused.len() == 1 && refused[0]["stage"] == "intercept", "{refused:#?}");
+    assert!(mesh.beta().records_for(PORT).iter().any(|record| record["decision"] == "denied"));
+    lab.expect_tls(PORT);
+}
+
+#[test]
 fn sessions_end_by_idle_time_and_by_number_of_uses() {
     let lab = lab!();
     let tables = "[sessions]\nidle = \"1s\"\nuses = 2\n".to_owned();

@@ -5,7 +5,8 @@ use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use wimsey::admin::{self, Connection, Request, Status};
-use wimsey::config::Config;
+use wimsey::config::{Config, EngineChoice};
+use wimsey::offload::Choice;
 
 /// Where configuration and socket are if nothing else is said.
 const DEFAULT_CONFIG: &str = "/etc/wimsey/agent.toml";
@@ -41,7 +42,8 @@ pub fn doctor(json: bool) -> anyhow::Result<ExitCode> {
     if json {
         let mut value = serde_json::to_value(&report)?;
         if let Some(fields) = value.as_object_mut() {
-            fields.insert("auto".into(), serde_json::to_value(report.verdict())?);
+            fields.insert("possible".into(), serde_json::to_value(report.verdict())?);
+            fields.insert("auto".into(), Choice::from(EngineChoice::Auto, &report)?.engine().name().into());
             fields.insert("sandbox".into(), sandbox.to_string().into());
         }
         println!("{value:#}");

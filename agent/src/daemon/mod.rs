@@ -186,11 +186,15 @@ fn bundle(trust: &crate::config::Trust) -> Bundle {
 /// Why this engine, for `wimsey status`.
 fn reason(wanted: EngineChoice, matrix: &Matrix) -> String {
     match (wanted, matrix.verdict()) {
+        (EngineChoice::Auto, _) => "auto is the engine that was measured to be the cheaper (docs/adr/0012)".into(),
         (EngineChoice::User, _) => "configured".into(),
-        (_, Verdict::User { why }) => why,
-        (_, Verdict::Kernel { rekey: true }) => "this kernel passes the self-test".into(),
-        (_, Verdict::Kernel { rekey: false }) => {
-            "this kernel passes the self-test, but takes no fresh keys: ChaCha20-Poly1305 only".into()
+        // It is not started with (`Choice::from`).
+        (EngineChoice::Kernel, Verdict::User { why }) => why,
+        (EngineChoice::Kernel, Verdict::Kernel { rekey: true }) => {
+            "configured, and this kernel passes the self-test".into()
+        }
+        (EngineChoice::Kernel, Verdict::Kernel { rekey: false }) => {
+            "configured, and this kernel passes the self-test, but takes no fresh keys: ChaCha20-Poly1305 only".into()
         }
     }
 }

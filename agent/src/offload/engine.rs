@@ -56,13 +56,12 @@ pub struct Unavailable {
 }
 
 impl Choice {
-    /// Chooses, from the matrix of the self-test.
+    /// Chooses. `auto` is what was measured to be the cheaper, engine `user` (docs/adr/0012); the kernel has to have shown in
+    /// the self-test that it can.
     pub fn from(wanted: EngineChoice, matrix: &Matrix) -> Result<Self, Unavailable> {
         match (wanted, matrix.verdict()) {
-            (EngineChoice::User, _) | (EngineChoice::Auto, Verdict::User { .. }) => Ok(Self::User),
-            (EngineChoice::Auto | EngineChoice::Kernel, Verdict::Kernel { rekey, .. }) => {
-                Ok(Self::Kernel(Ability { rekey }))
-            }
+            (EngineChoice::User | EngineChoice::Auto, _) => Ok(Self::User),
+            (EngineChoice::Kernel, Verdict::Kernel { rekey }) => Ok(Self::Kernel(Ability { rekey })),
             (EngineChoice::Kernel, Verdict::User { why }) => Err(Unavailable { why }),
         }
     }

@@ -53,11 +53,11 @@ pub struct Matrix {
     pub ciphers: Vec<Row>,
 }
 
-/// Which engine follows from it.
+/// Which engine could carry connections here.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(tag = "engine", rename_all = "lowercase")]
 pub enum Verdict {
-    /// The kernel.
+    /// The kernel as well.
     Kernel {
         /// With fresh keys, so with every cipher.
         rekey: bool,
@@ -169,11 +169,11 @@ impl fmt::Display for Matrix {
             }
         }
         match self.verdict() {
-            Verdict::Kernel { rekey: true } => write!(f, "engine: kernel, every cipher"),
+            Verdict::Kernel { rekey: true } => write!(f, "engine kernel: possible, with every cipher"),
             Verdict::Kernel { rekey: false } => {
-                write!(f, "engine: kernel, ChaCha20-Poly1305 alone, because it takes no fresh keys")
+                write!(f, "engine kernel: possible, with ChaCha20-Poly1305 alone, because it takes no fresh keys")
             }
-            Verdict::User { why } => write!(f, "engine: user, because {why}"),
+            Verdict::User { why } => write!(f, "engine kernel: not possible, because {why}"),
         }
     }
 }
@@ -225,7 +225,7 @@ mod tests {
             printed.contains("AES-128-GCM         yes       yes       yes       yes       yes       NO"),
             "{printed}"
         );
-        assert!(printed.ends_with("engine: kernel, ChaCha20-Poly1305 alone, because it takes no fresh keys"));
+        assert!(printed.ends_with("possible, with ChaCha20-Poly1305 alone, because it takes no fresh keys"));
         assert!(printed.contains("AES-128-GCM: rekey: Device or resource busy"));
     }
 

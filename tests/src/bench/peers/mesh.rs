@@ -22,8 +22,9 @@ pub(super) fn wimsey(site: &Site<'_>, engine: &str, fresh: bool) -> Result<Start
     if engine == "kernel" {
         let mut doctor = std::process::Command::new(&binary);
         let said = doctor.arg("doctor").output().map(|output| String::from_utf8_lossy(&output.stdout).into_owned())?;
-        let line = said.lines().find(|line| line.starts_with("engine: ")).unwrap_or("wimsey doctor names no engine");
-        if !line.starts_with("engine: kernel") {
+        let line = said.lines().find(|line| line.starts_with("engine kernel: "));
+        let line = line.unwrap_or("nothing of engine kernel");
+        if !line.starts_with("engine kernel: possible") {
             return Err(Absent::Skipped(format!("wimsey doctor says {line}")));
         }
     }
