@@ -387,7 +387,7 @@ impl<'a> Walk<'a> {
         let met = match self.meet_again(&mut attempt, permit, &origin.key).await {
             Ok(Again::Met(met)) => Ok(met),
             // What only a handshake needs is there only while one is made.
-            Ok(Again::Not(permit)) => Box::pin(self.meet(&mut attempt, *permit)).await,
+            Ok(Again::Not(permit)) => Box::pin(self.meet(&mut attempt, permit)).await,
             Err(unmet) => Err(unmet),
         };
         match met {
@@ -405,7 +405,7 @@ impl<'a> Walk<'a> {
     async fn meet_again(&self, attempt: &mut Attempt<'a>, mut permit: Permit, key: &Key) -> Result<Again, Box<Unmet>> {
         loop {
             let spare = self.site.pool.borrow_mut().take(&self.policy, key);
-            let Some(spare) = spare else { return Ok(Again::Not(Box::new(permit))) };
+            let Some(spare) = spare else { return Ok(Again::Not(permit)) };
             // A peer that does not answer is waited for no longer than one that does not accept.
             match reuse::begin(permit, spare, SystemTime::now(), self.shared.config.timeouts.dial).await {
                 Ok(bound) => {
@@ -656,7 +656,7 @@ struct Met {
 enum Again {
     Met(Met),
     /// There is none that serves, and the flow is as it was.
-    Not(Box<Permit>),
+    Not(Permit),
 }
 
 /// A peer that was not, and the application's socket where it is still open.

@@ -223,7 +223,8 @@ async fn against_server() -> (Idle, Peer) {
 
 #[tokio::test]
 async fn only_a_sealed_end_says_that_the_first_bytes_went_nowhere() {
-    let said: &[(&str, &[(u8, &[u8])], Option<bool>)] = &[
+    type Records = &'static [(u8, &'static [u8])];
+    let said: &[(&str, Records, Option<bool>)] = &[
         ("ready", &[(WORD, &[2, 0, 0, 0, 2])], None),
         ("ready after an empty record", &[(23, &[]), (WORD, &[2, 0, 0, 0, 2])], Some(true)),
         ("close_notify", &[(21, &[1, 0])], Some(false)),
