@@ -447,9 +447,11 @@ impl Demo {
 
     fn configuration(&self, host: &str) -> String {
         let folder = self.folder.display();
+        // The guest is there to show the kernel's TLS.
+        let engine = if std::env::var_os("WIMSEY_GUEST").is_some() { "kernel" } else { "auto" };
         format!(
             "policy_dir = \"{folder}/policies\"\nstate_dir = \"{folder}/{host}/state\"\nrun_dir = \"{folder}/{host}/run\"\n\
-             engine = \"auto\"\n\n[identity]\nprovider = \"embedded\"\nca_dir = \"{folder}/ca\"\n\n\
+             engine = \"{engine}\"\n\n[identity]\nprovider = \"embedded\"\nca_dir = \"{folder}/ca\"\n\n\
              [audit]\npath = \"{folder}/{host}/audit.jsonl\"\n"
         )
     }

@@ -27,6 +27,8 @@ fn answer(world: &World) -> wimsey::intercept::Flow {
     world.run(async {
         let mut flow = door.accept_outbound().await.unwrap();
         flow.socket.write_all(b"answer").await.unwrap();
+        // Closing it would be a reset, which may be there before the program has read.
+        socket2::SockRef::from(&flow.socket).set_linger(None).unwrap();
         flow
     })
 }
