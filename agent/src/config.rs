@@ -34,6 +34,8 @@ pub struct Config {
     pub engine: EngineChoice,
     /// How many data shards.
     pub shards: Shards,
+    /// Do shards stay awake for a moment where bytes follow one another closely?
+    pub busy_poll: bool,
     /// Who issues the identities of this host.
     pub identity: Provider,
     /// Bundles of further trust domains; or, while an authority is replaced, the other one of the host's own.
@@ -217,13 +219,14 @@ impl Config {
     }
 }
 
-const ROOT: [&str; 12] = [
+const ROOT: [&str; 13] = [
     "policy_dir",
     "state_dir",
     "run_dir",
     "cgroup",
     "engine",
     "shards",
+    "busy_poll",
     "identity",
     "trust",
     "audit",
@@ -241,6 +244,10 @@ fn read(root: &Table<'_>, problems: &mut Problems) -> Option<Config> {
     let engines = [("auto", EngineChoice::Auto), ("kernel", EngineChoice::Kernel), ("user", EngineChoice::User)];
     let engine = choice(root, "engine", &engines, problems);
     let shards = shards(root, problems);
+    let busy_poll = match root.boolean("busy_poll", problems) {
+        Some(busy_poll) => Some(busy_poll.value),
+        None => or_default(root, "busy_poll", false),
+    };
     let identity = identity(root, problems);
     let trust = trust(root, problems);
     let audit = audit(root, problems);
@@ -254,6 +261,7 @@ fn read(root: &Table<'_>, problems: &mut Problems) -> Option<Config> {
         cgroup: cgroup?,
         engine: engine?,
         shards: shards?,
+        busy_poll: busy_poll?,
         identity: identity?,
         trust,
         audit: audit?,
@@ -462,6 +470,7 @@ impl fmt::Display for Config {
             Shards::Auto => writeln!(f, "shards = \"auto\"")?,
             Shards::Exactly(number) => writeln!(f, "shards = {number}")?,
         }
+        writeln!(f, "busy_poll = {}", self.busy_poll)?;
         let Provider::Embedded { ca_dir, svid_ttl } = &self.identity;
         writeln!(f, "\n[identity]\nprovider = \"embedded\"\nca_dir = {}", path(ca_dir))?;
         writeln!(f, "svid_ttl = \"{}\"", units::print(*svid_ttl))?;
@@ -528,6 +537,7 @@ mod tests {
         cgroup = "/"
         engine = "auto"
         shards = "auto"
+        busy_poll = false
 
         [identity]
         provider = "embedded"

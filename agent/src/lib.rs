@@ -27,6 +27,7 @@ pub mod identify;
 pub mod authorize;
 pub mod handshake;
 pub mod offload;
+pub mod awake;
 pub mod relay;
 pub mod reuse;
 pub mod audit;

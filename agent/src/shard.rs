@@ -2,6 +2,7 @@
 //!
 //! *Invariant:* no flow leaves the thread that accepted it, and nothing here is shared but what [`Shared`] holds.
 
+use crate::awake;
 use crate::intercept::{Direction, Door, Doorway, Error};
 use crate::pipeline::{self, Shared, Site};
 use crate::reuse::Pool;
@@ -55,6 +56,7 @@ async fn serve(shared: Arc<Shared>, doorway: Doorway, mut closing: watch::Receiv
         () = accept(&shared, &site, &door, Direction::Outbound) => {}
         () = accept(&shared, &site, &door, Direction::Inbound) => {}
         () = tidy(&shared, &site) => {}
+        () = awake::stay(), if shared.config.busy_poll => {}
         _ = closing.wait_for(|closing| *closing) => {}
     }
     site.pool.borrow_mut().close();

@@ -142,6 +142,7 @@ impl Moved {
         if (up, down) == self.marks {
             return;
         }
+        crate::awake::moved();
         let now = Instant::now();
         if up != self.marks.0 {
             self.up = now;

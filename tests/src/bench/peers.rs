@@ -263,7 +263,7 @@ fn try_start(peer: &Peer, layout: &Layout, given: &Given, authority: &Authority)
         Kind::Envoy { resumed } => envoy::start(&site, program, resumed),
         Kind::Wireguard => mesh::wireguard(&site),
         Kind::Ztunnel { pooled } => mesh::ztunnel(&site, program, pooled),
-        Kind::Wimsey { fresh } => mesh::wimsey(&site, peer.engine.unwrap_or("user"), fresh),
+        Kind::Wimsey { fresh } => mesh::wimsey(&site, peer.engine.unwrap_or("user"), fresh, &given.agent),
     }?;
     let proxies = if started.kept.is_empty() { Vec::new() } else { started.proxies.map(str::to_owned).to_vec() };
     let Started { to, kept, note, .. } = started;

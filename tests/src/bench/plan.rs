@@ -48,6 +48,8 @@ pub const AGAIN: usize = 3;
 pub struct Given {
     paths: BTreeMap<String, PathBuf>,
     absent: BTreeMap<String, String>,
+    /// Lines for the configuration of Wimsey's agents, above its tables.
+    pub agent: String,
 }
 
 impl Given {
@@ -71,6 +73,7 @@ lab-bench [option...]
   --only PEER,PEER     these peers alone, variants such as nginx-resumed included when named
   --peer NAME=FILE     a binary that is not on PATH: ztunnel, ghostunnel, envoy, nginx, haproxy, stunnel4
   --absent NAME=WHY    a reason to report for a binary that could not be brought
+  --agent LINE         a line above the tables of the configuration of Wimsey's agents, such as 'busy_poll = true'
   --rounds N           rounds (5; quick: 3)
   --seconds S          of one measurement (3; quick: 1.5)
   --idle N             idle connections of each of three steps of the memory measurement (700; quick: 300)
@@ -117,6 +120,7 @@ impl Plan {
                     let (name, reason) = value.split_once('=').context("want --absent NAME=WHY")?;
                     plan.given.absent.insert(name.to_owned(), reason.to_owned());
                 }
+                "--agent" => plan.given.agent += &format!("{value}\n"),
                 "--rounds" => plan.rounds = value.parse()?,
                 "--seconds" => plan.seconds = value.parse()?,
                 "--idle" => plan.idle = value.parse()?,

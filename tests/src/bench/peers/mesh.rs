@@ -16,7 +16,7 @@ const ZTUNNEL_OUTBOUND: u16 = 15001;
 const ZTUNNEL_INBOUND: u16 = 15008;
 
 /// The two agents, with one engine.
-pub(super) fn wimsey(site: &Site<'_>, engine: &str, fresh: bool) -> Result<Started, Absent> {
+pub(super) fn wimsey(site: &Site<'_>, engine: &str, fresh: bool, lines: &str) -> Result<Started, Absent> {
     let lab = site.lab;
     let binary = skip::wimsey()?;
     if engine == "kernel" {
@@ -30,7 +30,7 @@ pub(super) fn wimsey(site: &Site<'_>, engine: &str, fresh: bool) -> Result<Start
     }
     let settings = Settings {
         engine: engine.to_owned(),
-        top: format!("cgroup = \"{}\"", lab.cgroup_path()),
+        top: format!("cgroup = \"{}\"\n{lines}", lab.cgroup_path()),
         tables: if fresh { "[sessions]\nreuse = false\n".to_owned() } else { String::new() },
         ..Settings::default()
     };
@@ -47,11 +47,12 @@ pub(super) fn wimsey(site: &Site<'_>, engine: &str, fresh: bool) -> Result<Start
         return Err(anyhow::anyhow!("the agent runs engine {running}").into());
     }
     let sessions = if fresh { "a full handshake for every connection" } else { "the agent's defaults" };
+    let said: Vec<&str> = std::iter::once("audit log on").chain(lines.lines()).collect();
     Ok(Started {
         to: lab.beta.at(PORT),
         proxies: ["agent-alpha", "agent-beta"],
         kept: vec![Box::new(mesh)],
-        note: format!("engine {engine}, {sessions}, audit log on"),
+        note: format!("engine {engine}, {sessions}, {}", said.join(", ")),
     })
 }
 
