@@ -4,7 +4,10 @@
 //! processor to spare gains by staying awake; everywhere else it only burns it. So it stays awake for [`WINDOW`] after it
 //! has moved bytes, and only where the bytes before came within as much: what the last pause was like, the next one will be.
 //!
-//! *Invariant:* a shard that moves nothing sleeps, and one that is held up by others keeps off for [`PAUSE`].
+//! Where others want the processor, staying awake keeps them from making the very bytes that are waited for.
+//!
+//! *Invariant:* a shard that moves nothing sleeps, and one that stayed awake in vain, or that was kept from its processor,
+//! leaves off, for longer each time.
 
 use std::{
     cell::{Cell, RefCell},
@@ -15,10 +18,10 @@ use std::{
 
 /// How long to stay awake for the next bytes: what a round trip of a short message takes through two agents in one rack.
 const WINDOW: Duration = Duration::from_micros(200);
-/// A turn that takes longer than this was held up: others want this processor.
-const HELD_UP: Duration = Duration::from_millis(2);
-/// So long it is left to them.
-const PAUSE: Duration = Duration::from_millis(100);
+/// So much time without the processor, while this thread wanted it, says that others want it too.
+const HELD_UP: Duration = Duration::from_micros(50);
+/// So long it is left to them, at first and at most.
+const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
 
 thread_local! {
     static MOVED: Cell<u64> = const { Cell::new(0) };
@@ -45,24 +48,36 @@ pub async fn stay() {
             false => Poll::Ready(()),
         })
         .await;
-        let mut before = Instant::now();
-        loop {
-            let now = Instant::now();
-            if now.duration_since(before) > HELD_UP {
-                pace.held_up(now);
-            }
-            if MOVED.get() != seen {
-                seen = MOVED.get();
-                pace.moved(now);
-            }
-            if !pace.pays(now) {
-                break;
-            }
-            before = now;
+        seen = MOVED.get();
+        let mut now = Instant::now();
+        pace.moved(now);
+        if !pace.pays(now) {
+            continue;
+        }
+        let (mut since, mut in_vain) = ((now, processor_time()), true);
+        while pace.pays(now) {
             // The runtime asks its sockets, without waiting, before it comes back here.
             tokio::task::yield_now().await;
+            now = Instant::now();
+            if MOVED.get() == seen {
+                continue;
+            }
+            (seen, in_vain) = (MOVED.get(), false);
+            pace.moved(now);
+            // Nothing waits in this loop: what the clock has gone on without this thread, others have had.
+            let used = processor_time();
+            pace.took(now, now.duration_since(since.0), used.saturating_sub(since.1));
+            since = (now, used);
+        }
+        if in_vain {
+            pace.leave_it(now);
         }
     }
+}
+
+fn processor_time() -> Duration {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    Duration::try_from(time).unwrap_or_default()
 }
 
 /// When it pays. Pure.
@@ -74,6 +89,8 @@ struct Pace {
     soon: bool,
     /// Not before.
     off_until: Option<Instant>,
+    /// How long it was left to others the last time; none since it has gone well.
+    pause: Option<Duration>,
 }
 
 impl Pace {
@@ -82,8 +99,19 @@ impl Pace {
         self.last = Some(now);
     }
 
-    fn held_up(&mut self, now: Instant) {
-        self.off_until = Some(now + PAUSE);
+    /// Staying awake took so much time, of which this thread had the processor for so much.
+    fn took(&mut self, now: Instant, time: Duration, used: Duration) {
+        if time.saturating_sub(used) <= HELD_UP {
+            self.pause = None;
+        } else {
+            self.leave_it(now);
+        }
+    }
+
+    /// It did not pay.
+    fn leave_it(&mut self, now: Instant) {
+        let pause = self.pause.map_or(PAUSES.0, |pause| (2 * pause).min(PAUSES.1));
+        (self.pause, self.off_until) = (Some(pause), Some(now + pause));
     }
 
     fn pays(&self, now: Instant) -> bool {
@@ -112,17 +140,23 @@ mod tests {
     }
 
     #[test]
-    fn whoever_else_wants_the_processor_gets_it() {
-        let (mut pace, start) = (Pace::default(), Instant::now());
-        pace.moved(start);
-        pace.moved(start);
-        assert!(pace.pays(start));
-        pace.held_up(start);
-        assert!(!pace.pays(start));
-        let later = start + PAUSE;
-        pace.moved(later);
-        pace.moved(later);
-        assert!(pace.pays(later));
+    fn whoever_else_wants_the_processor_gets_it_for_longer_each_time() {
+        let (mut pace, mut now) = (Pace::default(), Instant::now());
+        let (short, long) = (Duration::from_micros(30), Duration::from_micros(300));
+        for pause in [100, 200, 400].map(Duration::from_millis) {
+            pace.moved(now);
+            pace.moved(now);
+            assert!(pace.pays(now));
+            pace.took(now, long, short);
+            assert!(!pace.pays(now));
+            pace.moved(now + pause - short);
+            pace.moved(now + pause - short);
+            assert!(!pace.pays(now + pause - short));
+            now += pause;
+        }
+        pace.took(now, long, long - short);
+        pace.took(now, long, short);
+        assert_eq!(pace.pause, Some(PAUSES.0), "it went well in between");
     }
 
     #[tokio::test]
