@@ -1,7 +1,7 @@
 //! Busy polling: a shard that asks its sockets again and again for a moment, instead of sleeping until one reports.
 //!
 //! Waking a thread costs more than the bytes of a short message. Where messages follow one another closely, a shard with a
-//! processor to spare gains by staying awake; everywhere else it only burns it. So it stays awake for [`WINDOW`] after it
+//! processor to spare gains by staying awake; everywhere else it only burns it. So it stays awake for `WINDOW` after it
 //! has moved bytes, and only where the bytes before came within as much: what the last pause was like, the next one will be.
 //!
 //! Where others want the processor, staying awake keeps them from making the very bytes that are waited for.
