@@ -56,10 +56,12 @@ fn parent() -> anyhow::Result<PathBuf> {
 }
 
 fn enter(cgroup: &Path) -> std::io::Result<()> {
-    // Between making and entering it, another sweep may remove an empty cgroup: try again then.
+    // Between making and entering it, another sweep may remove an empty cgroup: try again then. Where its file was open
+    // already, the kernel says that there is no such device (kernel/cgroup/cgroup.c, cgroup_kn_lock_live).
     for _ in 0..16 {
         match std::fs::create_dir_all(cgroup).and_then(|()| std::fs::write(cgroup.join("cgroup.procs"), "0")) {
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error)
+                if error.kind() == std::io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ENODEV) => {}
             outcome => return outcome,
         }
     }
