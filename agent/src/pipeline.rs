@@ -15,7 +15,7 @@ use crate::authorize::{self, Authorized, Permit};
 use crate::config::Config;
 use crate::handshake::{self, Terms};
 use crate::identify::{self, Identities, Parties};
-use crate::intercept::{self, Dialler, Direction, Flow, OriginalDst};
+use crate::intercept::{self, Dialler, Direction, Flow, Opening, OriginalDst};
 use crate::live::{Basis, Place, Registry};
 use crate::offload::{self, Choice, Engine, Pipe};
 use crate::policy::{Policy, Rule};
@@ -271,7 +271,11 @@ async fn again<'a>(
             return None;
         }
     };
-    let leg = match walk.leg(&permit.parties().flow).await {
+    let opening = match &attempt.session {
+        Some(session) if session.speaks() => Opening::Speaks,
+        _ => Opening::Waits,
+    };
+    let leg = match walk.leg(&permit.parties().flow, opening).await {
         Ok(leg) => leg,
         Err(error) => {
             attempt.refuse(permit.into_parties().flow.socket, &error);
@@ -351,20 +355,20 @@ impl<'a> Walk<'a> {
             Ok(parties) => parties,
             Err(refused) => {
                 if refused.error.is_unknown() && self.is_nobodys_business(&refused.flow) {
-                    let made = self.plaintext(attempt, refused.flow, Basis::LeftAlone, None).await;
+                    let made = Box::pin(self.plaintext(attempt, refused.flow, Basis::LeftAlone, None)).await;
                     return made.map(Admitted::Plaintext);
                 }
                 attempt.refuse(refused.flow.socket, &Error::Identify(refused.error));
                 return None;
             }
         };
-        attempt.local().id = Some(parties.workload.id.to_string());
+        attempt.local().id = Some(parties.workload.id.clone());
         match authorize::authorize(&self.policy, parties) {
             Ok(Authorized::Mesh(permit)) => Some(Admitted::Mesh(attempt, permit)),
             Ok(Authorized::Bypass(bypass)) => {
                 let (parties, rule) = bypass.into_parts();
                 let basis = Basis::Plaintext { local: parties.workload.id.clone() };
-                self.plaintext(attempt, parties.flow, basis, Some(rule)).await.map(Admitted::Plaintext)
+                Box::pin(self.plaintext(attempt, parties.flow, basis, Some(rule))).await.map(Admitted::Plaintext)
             }
             Err(denied) => {
                 attempt.refuse(denied.parties.flow.socket, &Error::Authorize(denied.reason));
@@ -522,7 +526,7 @@ impl<'a> Walk<'a> {
         };
         let (basis, rule) = (attempt.agreed(session.agreement(), 1), session.rule().clone());
         // Only now does the workload hear of it: whoever is not admitted cannot even make it accept.
-        let leg = match self.leg(&session.permit().parties().flow).await {
+        let leg = match self.leg(&session.permit().parties().flow, Opening::Waits).await {
             Ok(leg) => leg,
             Err(error) => {
                 attempt.refuse(session.into_permit().into_parties().flow.socket, &error);
@@ -548,7 +552,7 @@ impl<'a> Walk<'a> {
     ) -> Option<Made<'a>> {
         let other = match flow.direction {
             Direction::Outbound => self.dial(&flow).await,
-            Direction::Inbound => self.leg(&flow).await,
+            Direction::Inbound => self.leg(&flow, Opening::Waits).await,
         };
         let other = match other {
             Ok(other) => other,
@@ -579,8 +583,8 @@ impl<'a> Walk<'a> {
         }
     }
 
-    async fn leg(&self, flow: &Flow) -> Result<TcpStream, Error> {
-        let leg = self.site.dialler.leg(flow.destination, flow.source);
+    async fn leg(&self, flow: &Flow, opening: Opening) -> Result<TcpStream, Error> {
+        let leg = self.site.dialler.leg(flow.destination, flow.source, opening);
         match tokio::time::timeout(self.shared.config.timeouts.dial, leg).await {
             Ok(outcome) => outcome.map_err(Error::Intercept),
             Err(_) => Err(Error::DialTimeout(self.shared.config.timeouts.dial)),

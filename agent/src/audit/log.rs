@@ -1,28 +1,27 @@
 //! The audit log on disk: a thread that appends lines, and what happens when it cannot.
 //!
-//! Shards hand over finished lines through a bounded queue and never wait for the disk. When the disk refuses a write,
-//! the thread keeps what it holds, tries again every second, and continues in the middle of the line where it stopped,
-//! so that the file never holds half a line followed by another. While it is failing, [`Sender::refuses`] tells the
-//! pipeline to take no new connections, unless the configuration says `when_full = "continue"`.
+//! Shards append finished lines to what waits, of which there is a bound, and never wait for the disk. When the disk
+//! refuses a write, the thread keeps what it holds, tries again every second, and continues in the middle of the line where
+//! it stopped, so that the file never holds half a line followed by another. While it is failing, [`Sender::refuses`] tells
+//! the pipeline to take no new connections, unless the configuration says `when_full = "continue"`.
 //!
 //! *Invariant:* a line that was taken is written once and whole, or counted in [`Health::lost`].
 
 use super::Record;
 use crate::lock::lock;
+use std::cell::RefCell;
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
-use std::sync::mpsc::{self, Receiver, RecvTimeoutError};
-use std::sync::{Arc, Mutex};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::Duration;
 
-/// Lines that may wait for the disk: about 40 MB at 600 bytes a line. They are counted: a channel of bounded size has room
-/// for all of them from the start, which is 2 MB that most agents never use.
-const QUEUE: usize = 65_536;
-/// How much is written at once.
-const BATCH: usize = 256 * 1024;
+/// Lines that may wait for the disk: about 40 MB at 600 bytes a line.
+const LINES: usize = 65_536;
+/// How much memory is kept for lines while few come.
+const USUAL: usize = 64 * 1024;
 /// Pause between two writes. A line that comes alone is written at once; where they come in thousands, waking the thread
 /// for each would cost more than writing it.
 const PAUSE: Duration = Duration::from_millis(5);
@@ -40,8 +39,6 @@ pub struct OpenError {
 /// How the log is doing; for `wimsey status`.
 #[derive(Debug, Default)]
 pub struct Health {
-    /// Orders that wait for the writer, [`QUEUE`] at most.
-    waiting: AtomicUsize,
     written: AtomicU64,
     lost: AtomicU64,
     failing: AtomicBool,
@@ -53,7 +50,7 @@ impl Health {
     pub fn written(&self) -> u64 {
         self.written.load(Ordering::Relaxed)
     }
-    /// Lines dropped since the start because the queue was full.
+    /// Lines dropped since the start because too many were waiting.
     pub fn lost(&self) -> u64 {
         self.lost.load(Ordering::Relaxed)
     }
@@ -67,24 +64,71 @@ impl Health {
     }
 }
 
-enum Order {
-    Line(Vec<u8>),
-    Reopen,
-    Stop,
+/// What is between the shards and the writer.
+#[derive(Debug, Default)]
+struct Queue {
+    waiting: Mutex<Waiting>,
+    ring: Condvar,
+}
+
+#[derive(Debug, Default)]
+struct Waiting {
+    /// Whole lines that the writer has not taken.
+    text: Vec<u8>,
+    /// How many these are.
+    lines: usize,
+    /// Lines that the writer has taken and not written.
+    taken: usize,
+    /// The writer waits for the next line.
+    asleep: bool,
+    reopen: bool,
+    /// The writer ends: nothing is taken any more.
+    stop: bool,
+}
+
+impl Queue {
+    /// False where there is no room, or no writer any more.
+    fn put(&self, line: &[u8]) -> bool {
+        let mut waiting = lock(&self.waiting);
+        if waiting.stop || waiting.lines + waiting.taken >= LINES {
+            return false;
+        }
+        waiting.text.extend_from_slice(line);
+        waiting.lines += 1;
+        if std::mem::take(&mut waiting.asleep) {
+            self.ring.notify_one();
+        }
+        true
+    }
+
+    fn tell(&self, what: impl FnOnce(&mut Waiting)) {
+        what(&mut lock(&self.waiting));
+        self.ring.notify_one();
+    }
 }
 
 /// The handle that shards write through.
 #[derive(Clone, Debug)]
 pub struct Sender {
-    queue: mpsc::Sender<Order>,
+    queue: Arc<Queue>,
     health: Arc<Health>,
     refuse_when_failing: bool,
 }
 
+thread_local! {
+    /// Where a line is written before it is handed over.
+    static LINE: RefCell<Vec<u8>> = const { RefCell::new(Vec::new()) };
+}
+
 impl Sender {
-    /// Hands over a record. Never waits and never fails: what does not fit is counted.
+    /// Hands over a record. Never waits for the disk and never fails: what does not fit is counted.
     pub fn send(&self, record: &Record) {
-        if !self.order(Order::Line(record.line())) {
+        let taken = LINE.with_borrow_mut(|line| {
+            line.clear();
+            record.write(line);
+            self.queue.put(line)
+        });
+        if !taken {
             self.health.lost.fetch_add(1, Ordering::Relaxed);
         }
     }
@@ -98,17 +142,7 @@ impl Sender {
     }
     /// Closes the file and opens it again by name, after a rotation.
     pub fn reopen(&self) {
-        // A full queue means that the disk is failing, and then the file is opened again anyway.
-        let _ = self.order(Order::Reopen);
-    }
-    /// False if there is no room, or no writer any more.
-    fn order(&self, order: Order) -> bool {
-        // Counted first, so that the writer never takes away what is not counted yet.
-        let taken = self.health.waiting.fetch_add(1, Ordering::Relaxed) < QUEUE && self.queue.send(order).is_ok();
-        if !taken {
-            self.health.waiting.fetch_sub(1, Ordering::Relaxed);
-        }
-        taken
+        self.queue.tell(|waiting| waiting.reopen = true);
     }
 }
 
@@ -123,10 +157,9 @@ impl Log {
     /// Opens the log for appending (mode 0600) and starts the thread.
     pub fn open(path: &Path, refuse_when_failing: bool) -> Result<Self, OpenError> {
         let file = open(path).map_err(|source| OpenError { path: path.to_owned(), source })?;
-        let (queue, orders) = mpsc::channel();
-        let health = Arc::new(Health::default());
-        let sender = Sender { queue, health: health.clone(), refuse_when_failing };
-        let writer = Writer { path: path.to_owned(), file, health, orders, batch: Vec::new(), lines: 0, start: 0 };
+        let (queue, health) = (Arc::<Queue>::default(), Arc::<Health>::default());
+        let sender = Sender { queue: queue.clone(), health: health.clone(), refuse_when_failing };
+        let writer = Writer { path: path.to_owned(), file, health, queue, batch: Vec::new(), lines: 0, start: 0 };
         let thread = std::thread::Builder::new()
             .name("wimsey-audit".into())
             .spawn(move || writer.run())
@@ -137,9 +170,9 @@ impl Log {
     pub fn sender(&self) -> Sender {
         self.sender.clone()
     }
-    /// Writes out what is queued and ends the thread. Lines sent later are counted as lost.
+    /// Writes out what is waiting and ends the thread. Lines sent later are counted as lost.
     pub fn close(mut self) {
-        let _ = self.sender.queue.send(Order::Stop);
+        self.sender.queue.tell(|waiting| waiting.stop = true);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();
         }
@@ -154,60 +187,48 @@ struct Writer {
     path: PathBuf,
     file: File,
     health: Arc<Health>,
-    orders: Receiver<Order>,
+    queue: Arc<Queue>,
     batch: Vec<u8>,
-    lines: u64,
+    /// Lines in the batch.
+    lines: usize,
     /// How much of the batch is on disk already.
     start: usize,
 }
 
 impl Writer {
     fn run(mut self) {
-        let mut stopping = false;
         loop {
-            if self.batch.is_empty() && !stopping {
-                match self.orders.recv() {
-                    Ok(order) => stopping |= self.take(order),
-                    Err(_) => return,
-                }
-            }
-            while self.batch.len() < BATCH {
-                match self.orders.try_recv() {
-                    Ok(order) => stopping |= self.take(order),
-                    Err(_) => break,
-                }
-            }
+            let stopping = self.batch.is_empty() && self.take();
             match self.write() {
                 Ok(()) if stopping => return,
                 Ok(()) => std::thread::sleep(PAUSE),
-                // Nothing more can be done for these lines, and the process has to end.
-                Err(_) if stopping => {
-                    self.health.lost.fetch_add(self.lines, Ordering::Relaxed);
-                    return;
+                Err(error) => {
+                    self.fail(&error);
+                    if self.wait_after() {
+                        return self.give_up();
+                    }
                 }
-                Err(error) => self.wait_after(&error, &mut stopping),
             }
         }
     }
 
-    /// Takes an order; true if it was the last.
-    fn take(&mut self, order: Order) -> bool {
-        // The last order is not counted: it has to get through where there is no room.
-        if !matches!(order, Order::Stop) {
-            self.health.waiting.fetch_sub(1, Ordering::Relaxed);
+    /// Waits until there is something to do, and takes all of it. True: nothing will come after it.
+    fn take(&mut self) -> bool {
+        let queue = self.queue.clone();
+        let mut waiting = lock(&queue.waiting);
+        while waiting.lines == 0 && !waiting.reopen && !waiting.stop {
+            waiting.asleep = true;
+            waiting = queue.ring.wait(waiting).unwrap_or_else(PoisonError::into_inner);
         }
-        match order {
-            Order::Line(line) => {
-                self.batch.extend_from_slice(&line);
-                self.lines += 1;
-                false
-            }
-            Order::Reopen => {
-                self.reopen();
-                false
-            }
-            Order::Stop => true,
+        std::mem::swap(&mut self.batch, &mut waiting.text);
+        self.lines = std::mem::take(&mut waiting.lines);
+        waiting.taken = self.lines;
+        let (reopen, stop) = (std::mem::take(&mut waiting.reopen), waiting.stop);
+        drop(waiting);
+        if reopen {
+            self.reopen();
         }
+        stop
     }
 
     fn reopen(&mut self) {
@@ -227,11 +248,11 @@ impl Writer {
             }
         }
         if self.lines > 0 {
-            self.health.written.fetch_add(self.lines, Ordering::Relaxed);
+            self.health.written.fetch_add(self.lines as u64, Ordering::Relaxed);
             self.batch.clear();
-            self.batch.shrink_to(BATCH);
-            self.lines = 0;
-            self.start = 0;
+            self.batch.shrink_to(USUAL);
+            (self.lines, self.start) = (0, 0);
+            lock(&self.queue.waiting).taken = 0;
         }
         if self.health.failing.swap(false, Ordering::Relaxed) {
             tracing::info!(path = %self.path.display(), "the audit log is being written again");
@@ -247,20 +268,27 @@ impl Writer {
         }
     }
 
-    fn wait_after(&mut self, error: &std::io::Error, stopping: &mut bool) {
-        self.fail(error);
-        // In the middle of a line the same file must go on; between lines a new file may be better than none.
-        if self.start == 0 {
+    /// Waits before the next attempt. True: there is no time for one, the process has to end.
+    fn wait_after(&mut self) -> bool {
+        let queue = self.queue.clone();
+        // In the middle of a line the same file must go on; before it a new file may be better than none.
+        let may_reopen = self.start == 0;
+        let nothing = |waiting: &mut Waiting| !(waiting.stop || waiting.reopen && may_reopen);
+        let woken = queue.ring.wait_timeout_while(lock(&queue.waiting), RETRY, nothing);
+        let (mut waiting, _) = woken.unwrap_or_else(PoisonError::into_inner);
+        let stop = waiting.stop;
+        if may_reopen {
+            waiting.reopen = false;
+            drop(waiting);
             self.reopen();
         }
-        match self.orders.recv_timeout(RETRY) {
-            Ok(Order::Stop) | Err(RecvTimeoutError::Disconnected) => *stopping = true,
-            Ok(order) => {
-                self.take(order);
-                std::thread::sleep(RETRY / 10);
-            }
-            Err(RecvTimeoutError::Timeout) => {}
-        }
+        stop && self.write().is_err()
+    }
+
+    /// Nothing more can be done for what could not be written.
+    fn give_up(self) {
+        let waiting = lock(&self.queue.waiting);
+        self.health.lost.fetch_add((self.lines + waiting.lines) as u64, Ordering::Relaxed);
     }
 }
 
@@ -323,14 +351,15 @@ mod tests {
         let log = Log::open(Path::new("/dev/full"), true).unwrap();
         let sender = log.sender();
         let line = record(1).line();
-        // As much again may be in the writer's batch, and a few lines go there while it tries again.
-        let sent = QUEUE + BATCH / line.len() + 1000;
-        let taken = (0..sent).filter(|_| sender.order(Order::Line(line.clone()))).count();
-        assert!((QUEUE..sent).contains(&taken), "{taken} of {sent}");
-        assert!(sender.health().waiting.load(Ordering::Relaxed) <= QUEUE);
-        while sender.health().lost() == 0 {
-            sender.send(&record(2));
-        }
+        // Some are in the writer's hands meanwhile, which count as well.
+        let taken = (0..2 * LINES).filter(|_| sender.queue.put(&line)).count();
+        assert_eq!(taken, LINES);
+        sender.send(&record(2));
+        assert_eq!(sender.health().lost(), 1);
+        log.close();
+        assert_eq!((sender.health().written(), sender.health().lost()), (0, LINES as u64 + 1));
+        sender.send(&record(3));
+        assert_eq!(sender.health().lost(), LINES as u64 + 2, "nobody writes any more");
     }
 
     #[test]

@@ -10,10 +10,13 @@ mod log;
 
 pub use log::{Health, Log, OpenError, Sender};
 
-use crate::intercept::Direction;
+use crate::intercept::{Comm, Direction};
 use crate::refusal::Culprit;
+use crate::spiffe::SpiffeId;
 use serde::Serialize;
+use std::borrow::Cow;
 use std::net::SocketAddr;
+use std::sync::Arc;
 use time::OffsetDateTime;
 
 /// What became of an attempt.
@@ -47,7 +50,7 @@ pub enum Method {
 pub struct End {
     /// SPIFFE ID: attested for the local end, verified on the wire for the other; absent if neither happened.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub id: Option<String>,
+    pub id: Option<SpiffeId>,
     /// Address and port as the dialling application knows them.
     pub address: SocketAddr,
 }
@@ -65,9 +68,9 @@ impl std::fmt::Display for End {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 pub struct Tls {
     /// Key exchange group.
-    pub group: String,
+    pub group: &'static str,
     /// Cipher suite.
-    pub cipher: String,
+    pub cipher: &'static str,
     /// Which connection of the applications on this TLS connection: 1 shook hands, the others came after it.
     #[serde(rename = "use")]
     pub number: u32,
@@ -83,14 +86,12 @@ pub struct Process {
     /// Cgroup id on the unified hierarchy.
     pub cgroup: u64,
     /// Name of the task: a hint for people, chosen by the program itself.
-    pub comm: String,
+    pub comm: Comm,
 }
 
 impl From<&wimsey_common::Task> for Process {
     fn from(task: &wimsey_common::Task) -> Self {
-        let comm = task.comm.split(|byte| *byte == 0).next().unwrap_or_default();
-        let comm = String::from_utf8_lossy(comm).into_owned();
-        Self { pid: task.tgid, uid: task.uid, cgroup: task.cgroup, comm }
+        Self { pid: task.tgid, uid: task.uid, cgroup: task.cgroup, comm: Comm::of(task) }
     }
 }
 
@@ -131,7 +132,8 @@ pub struct Record {
     pub engine: Option<&'static str>,
     /// The policy rule that let it pass.
     #[serde(skip_serializing_if = "Option::is_none")]
-    pub rule: Option<String>,
+    #[serde(serialize_with = "name")]
+    pub rule: Option<Arc<str>>,
     /// The local process.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub process: Option<Process>,
@@ -143,26 +145,32 @@ pub struct Record {
     /// Stable code of the close reason or of the refusal.
     pub code: &'static str,
     /// The same for people.
-    pub reason: String,
+    pub reason: Cow<'static, str>,
     /// Bytes carried.
     pub bytes: Bytes,
     /// From accept, or from the kernel's refusal, to the end, in milliseconds.
     pub duration_ms: u64,
 }
 
-/// Bytes of most lines: they are written without growing.
-const USUAL_LINE: usize = 1024;
-
 impl Record {
     /// The JSON line, newline included.
     pub fn line(&self) -> Vec<u8> {
-        let mut line = Vec::with_capacity(USUAL_LINE);
-        // A record is strings and integers: the only errors serde_json knows here are a failing writer and maps with
-        // keys that are no strings, and there is neither.
-        _ = serde_json::to_writer(&mut line, self);
-        line.push(b'\n');
+        let mut line = Vec::new();
+        self.write(&mut line);
         line
     }
+
+    /// Appends that line.
+    fn write(&self, line: &mut Vec<u8>) {
+        // A record is strings and integers: the only errors serde_json knows here are a failing writer and maps with
+        // keys that are no strings, and there is neither.
+        _ = serde_json::to_writer(&mut *line, self);
+        line.push(b'\n');
+    }
+}
+
+fn name<S: serde::Serializer>(name: &Option<Arc<str>>, serializer: S) -> Result<S::Ok, S::Error> {
+    name.as_deref().serialize(serializer)
 }
 
 fn rfc3339<S: serde::Serializer>(time: &OffsetDateTime, serializer: S) -> Result<S::Ok, S::Error> {
@@ -185,13 +193,19 @@ pub(crate) mod tests_support {
             direction: Direction::Outbound,
             protocol: "tcp",
             decision: Decision::Allowed,
-            source: End { id: Some("spiffe://example.org/curl".into()), address: "10.0.0.1:40000".parse().unwrap() },
-            destination: End { id: Some("spiffe://example.org/web".into()), address: "10.0.0.2:80".parse().unwrap() },
+            source: End {
+                id: Some("spiffe://example.org/curl".parse().unwrap()),
+                address: "10.0.0.1:40000".parse().unwrap(),
+            },
+            destination: End {
+                id: Some("spiffe://example.org/web".parse().unwrap()),
+                address: "10.0.0.2:80".parse().unwrap(),
+            },
             method: Method::Mtls,
-            tls: Some(Tls { group: "X25519MLKEM768".into(), cipher: "TLS13_AES_128_GCM_SHA256".into(), number: 1 }),
+            tls: Some(Tls { group: "X25519MLKEM768", cipher: "TLS13_AES_128_GCM_SHA256", number: 1 }),
             engine: Some("user"),
             rule: Some("curl-to-web".into()),
-            process: Some(Process { pid: 4242, uid: 1000, cgroup: 77, comm: "curl".into() }),
+            process: Some(Process { pid: 4242, uid: 1000, cgroup: 77, comm: Comm::from("curl") }),
             stage: "relay",
             culprit: None,
             code: "complete",
@@ -258,7 +272,7 @@ mod tests {
 
     #[test]
     fn a_program_name_with_quotes_and_newlines_stays_one_line() {
-        let process = Process { pid: 1, uid: 0, cgroup: 1, comm: "a\"b\n{".into() };
+        let process = Process { pid: 1, uid: 0, cgroup: 1, comm: Comm::from("a\"b\n{") };
         let line = Record { process: Some(process), ..record(17) }.line();
         assert_eq!(line.iter().filter(|byte| **byte == b'\n').count(), 1);
         serde_json::from_slice::<serde_json::Value>(&line).unwrap();

@@ -57,9 +57,9 @@ fn record(
     decision: Decision,
     culprit: Option<Culprit>,
     code: &'static str,
-    reason: &str,
+    reason: &'static str,
 ) -> Record {
-    let source = policy.workload(event.task.workload).map(|workload| workload.id.to_string());
+    let source = policy.workload(event.task.workload).map(|workload| workload.id.clone());
     let destination = socket_address(&event.destination, event.destination_port);
     let expected = policy.expected(destination).map(ToString::to_string);
     Record {
@@ -74,14 +74,14 @@ fn record(
         method: if decision == Decision::Bypassed { Method::Plaintext } else { Method::None },
         tls: None,
         engine: None,
-        rule: policy.rule(event.rule).map(|rule| rule.name.to_string()),
+        rule: policy.rule(event.rule).map(|rule| rule.name.clone()),
         process: (event.task.tgid != 0).then(|| Process::from(&event.task)),
         stage: "kernel",
         culprit,
         code,
         reason: match expected {
-            Some(expected) => format!("{reason} (expected there: {expected})"),
-            None => reason.to_owned(),
+            Some(expected) => format!("{reason} (expected there: {expected})").into(),
+            None => reason.into(),
         },
         bytes: Bytes::default(),
         duration_ms: 0,

@@ -136,7 +136,7 @@ pub(super) fn connections(registry: &Registry) -> Vec<Connection> {
 }
 
 fn connection(live: &Live) -> Connection {
-    let end = |end: &End| ConnectionEnd { id: end.id.clone(), address: end.address };
+    let end = |end: &End| ConnectionEnd { id: end.id.as_ref().map(ToString::to_string), address: end.address };
     Connection {
         flow: live.flow,
         direction: match live.direction {

@@ -13,6 +13,7 @@ use super::{
     process::{Executable, Ids, Process, StartTime, is_gone},
 };
 use crate::{
+    intercept::Comm,
     lock::lock,
     policy::{Ambiguous, Evidence, Policy, Workload},
     refusal::{Culprit, Refusal},
@@ -66,7 +67,7 @@ pub struct Facts {
     /// Real group id.
     pub gid: u32,
     /// What it calls itself; it proves nothing.
-    pub comm: String,
+    pub comm: Comm,
     /// Its executable, as far as it was looked at.
     pub executable: Option<PathBuf>,
     /// Its cgroup's path from the root of the unified hierarchy.
@@ -203,10 +204,15 @@ impl Attestor {
     /// it lives and its next connections are recorded with the same ids and cgroup: the record is made in the process's own
     /// context, so what is verified besides is only that nothing has changed since.
     pub async fn dialler(&self, task: &Task, registry: &dyn Registry) -> Result<Attested, AttestError> {
-        let mut facts = self.recorded(task);
-        if let Some(attested) = self.recall(task, &facts, registry)? {
-            return Ok(attested);
+        let facts = self.recorded(task);
+        match self.recall(task, &facts, registry)? {
+            Some(attested) => Ok(attested),
+            // Seldom, and it takes room.
+            None => Box::pin(self.look_at(task, facts, registry)).await,
         }
+    }
+
+    async fn look_at(&self, task: &Task, mut facts: Facts, registry: &dyn Registry) -> Result<Attested, AttestError> {
         let process = pin(task, &facts)?;
         let ids = process.ids().map_err(|error| failed(error, &facts))?;
         if (ids.real_uid, ids.real_gid) != (task.uid, task.gid) {
@@ -268,13 +274,26 @@ impl Attestor {
         cookie: u64,
         registry: &dyn Registry,
     ) -> Result<Attested, AttestError> {
-        let Some(task) = task.filter(|task| task.tgid != 0) else { return self.unrecorded(cookie, registry).await };
+        let Some(task) = task.filter(|task| task.tgid != 0) else {
+            return Box::pin(self.unrecorded(cookie, registry)).await;
+        };
         let mut facts = self.recorded(task);
         facts.cgroup = self.hierarchy.path_of(task.cgroup).map_err(|error| failed(error, &facts))?;
         let gathered = Gathered::new(Some(task.uid), Some(task.gid), facts.cgroup.clone());
         if let Decision::Final(workload) = gathered.decide(registry, &facts)? {
             return Ok(Attested { workload, facts });
         }
+        // Seldom, and it takes room.
+        Box::pin(self.look_at_owner(task, facts, cookie, registry)).await
+    }
+
+    async fn look_at_owner(
+        &self,
+        task: &Task,
+        mut facts: Facts,
+        cookie: u64,
+        registry: &dyn Registry,
+    ) -> Result<Attested, AttestError> {
         let process = match pin(task, &facts) {
             Ok(process) => process,
             Err(AttestError::Died(_) | AttestError::Reused(_)) => {
@@ -298,7 +317,7 @@ impl Attestor {
             pid: process.pid(),
             uid: u32::MAX,
             gid: u32::MAX,
-            comm: String::new(),
+            comm: Comm::default(),
             executable: None,
             cgroup: None,
             note: None,
@@ -405,12 +424,11 @@ impl Attestor {
     }
 
     fn recorded(&self, task: &Task) -> Facts {
-        let comm = task.comm.split(|byte| *byte == 0).next().unwrap_or_default();
         Facts {
             pid: task.tgid,
             uid: task.uid,
             gid: task.gid,
-            comm: String::from_utf8_lossy(comm).into_owned(),
+            comm: Comm::of(task),
             executable: None,
             cgroup: None,
             note: None,
@@ -421,9 +439,9 @@ impl Attestor {
 impl fmt::Display for Facts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "process {}", self.pid)?;
-        if !self.comm.is_empty() {
+        if self.comm != Comm::default() {
             // Escaped: the name may hold anything, control characters included.
-            write!(f, " ({})", self.comm.escape_debug())?;
+            write!(f, " ({})", self.comm.to_string().escape_debug())?;
         }
         write!(f, ", uid {}, gid {}", self.uid, self.gid)?;
         if let Some(executable) = &self.executable {
@@ -894,7 +912,7 @@ mod tests {
             pid: 1,
             uid: 2,
             gid: 3,
-            comm: "a\nb\u{1b}[31m".into(),
+            comm: Comm::from("a\nb\u{1b}[31m"),
             executable: Some("/tmp/x\ny".into()),
             cgroup: Some("/a".into()),
             note: None,

@@ -283,7 +283,7 @@ impl Programs {
         let full = map_error(map::FLOWS);
         let before = self.tables.flows.keys().map_err(&full)?;
         let alive: HashSet<u64> =
-            diagnostics::sockets(diagnostics::ALL)?.into_iter().map(|socket| socket.cookie).collect();
+            diagnostics::sockets(diagnostics::ALIVE)?.into_iter().map(|socket| socket.cookie).collect();
         for cookie in before {
             // A socket between `connect()` and its SYN is on no list yet, so the young are left alone.
             let young = |origin: &Origin| owners::now().saturating_sub(origin.task.at) < 60_000_000_000;

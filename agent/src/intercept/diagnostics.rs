@@ -30,8 +30,11 @@ const INET_DIAG_SKV6ONLY: u16 = 11;
 pub(super) const LISTENING: u32 = 1 << 10;
 /// Established, or on the way there, or half closed.
 pub(super) const CONNECTED: u32 = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 8;
+/// Every state that a program's socket may be in. Of one that waits for stray segments (`TCP_TIME_WAIT`) only the ports are
+/// left, and where connections come and go there are tens of thousands.
+pub(super) const ALIVE: u32 = !(1 << 6);
 /// Every state.
-pub(super) const ALL: u32 = u32::MAX;
+const ALL: u32 = u32::MAX;
 
 /// A TCP socket.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

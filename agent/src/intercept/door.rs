@@ -70,6 +70,15 @@ enum Side {
     Network,
 }
 
+/// What the first bytes for a workload wait for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Opening {
+    /// They are here, and go out as soon as there is a connection.
+    Speaks,
+    /// Nobody knows whose they will be.
+    Waits,
+}
+
 /// Makes the agent's own connections. Outlives the door, for flows that are under way when the agent stops to take new ones.
 #[derive(Clone, Debug)]
 pub struct Dialler {
@@ -208,13 +217,20 @@ impl Dialler {
     }
 
     /// Connects to the local workload's own socket, which is shown `client` as its peer. No other program can make a
-    /// connection that passes as this one. Closing it is a reset, until that is taken back.
-    pub async fn leg(&self, to: OriginalDst, client: SocketAddr) -> Result<TcpStream, Error> {
+    /// connection that passes as this one. Closing it is a reset, until that is taken back. `opening`: what its first bytes
+    /// wait for.
+    pub async fn leg(&self, to: OriginalDst, client: SocketAddr, opening: Opening) -> Result<TcpStream, Error> {
         let OriginalDst(to) = to;
         let failed = |error| Error::Leg { to, error };
         let own = Own { kind: OWN_LEG, pad: 0, client_port: client.port(), client: address(client.ip()) };
         let socket = self.own_socket(to, own, failed)?;
         prepare(&socket, self.congestion).map_err(failed)?;
+        if opening == Opening::Speaks {
+            // The last segment of the handshake goes with the first bytes, and the workload is woken up once for both. It
+            // holds for that segment only (net/ipv4/tcp_input.c, `tcp_rcv_synsent_state_process`), and if no bytes come after
+            // all, the segment goes by itself after 0.2 s.
+            rustix::net::sockopt::set_tcp_quickack(&socket, false).map_err(|error| failed(error.into()))?;
+        }
         connect(socket, to).await.map_err(failed)
     }
 

@@ -29,14 +29,14 @@ mod tables;
 pub use control::{Notice, OldConnection, Options, Programs};
 #[cfg(test)]
 pub(crate) use door::{Congestion, prepare};
-pub use door::{Dialler, Door, Doorway};
+pub use door::{Dialler, Door, Doorway, Opening};
 pub use error::{Error, Holder};
 pub use install::KernelFacts;
 pub use programs::release;
 pub use registry::Listening;
 pub use tables::{address, canonical, ip, listener_key, socket_address};
 
-use std::net::SocketAddr;
+use std::{fmt, net::SocketAddr};
 use wimsey_common::Task;
 
 /// Which way a connection goes, seen from this host's workload.
@@ -47,6 +47,42 @@ pub enum Direction {
     Outbound,
     /// A peer dialled a protected listener of this host.
     Inbound,
+}
+
+/// What a program calls itself, or whoever started it: a hint for people. It may hold any byte, and proves nothing.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Comm([u8; 16]);
+
+impl Comm {
+    /// The name of a task.
+    pub fn of(task: &Task) -> Self {
+        Self(task.comm)
+    }
+
+    fn bytes(&self) -> &[u8] {
+        self.0.split(|byte| *byte == 0).next().unwrap_or_default()
+    }
+}
+
+/// What does not fit into it is cut off, as the kernel does it.
+impl From<&str> for Comm {
+    fn from(name: &str) -> Self {
+        let mut bytes = [0; 16];
+        bytes.iter_mut().zip(name.bytes()).take(15).for_each(|(to, from)| *to = from);
+        Self(bytes)
+    }
+}
+
+impl fmt::Display for Comm {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&String::from_utf8_lossy(self.bytes()))
+    }
+}
+
+impl serde::Serialize for Comm {
+    fn serialize<S: serde::Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        serializer.serialize_str(&String::from_utf8_lossy(self.bytes()))
+    }
 }
 
 /// The address that the dialling end dialled.

@@ -10,6 +10,7 @@ use crate::intercept::{self, Direction, Flow};
 use crate::live::{Basis, Live};
 use crate::refusal::{Culprit, Refusal};
 use crate::relay::{self, Progress, Stop, Tally};
+use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Instant;
 use time::OffsetDateTime;
@@ -42,7 +43,7 @@ pub fn turned_away(shared: &Shared, direction: Direction, error: &intercept::Err
         Ending {
             culprit: Some(error.culprit()),
             code: error.code(),
-            reason: error.to_string(),
+            reason: error.to_string().into(),
             bytes: Bytes::default(),
         },
     );
@@ -103,16 +104,15 @@ impl<'a> Attempt<'a> {
     /// Notes what the handshake came to, of this use of the connection or of an earlier one; `number`: which use this is.
     pub(super) fn agreed(&mut self, agreement: &Agreement, number: u32) -> Basis {
         let (local, peer) = (agreement.local.id.clone(), agreement.peer.id.clone());
-        self.peer().id = Some(peer.to_string());
+        self.peer().id = Some(peer.clone());
         self.method = Method::Mtls;
-        let (group, cipher) = (agreement.group.to_owned(), agreement.cipher.to_owned());
-        self.tls = Some(audit::Tls { group, cipher, number });
+        self.tls = Some(audit::Tls { group: agreement.group, cipher: agreement.cipher, number });
         Basis::Mesh { local, peer, path: agreement.peer.path.clone() }
     }
 
     /// Notes who the peer proved to be although the handshake failed.
     pub(super) fn unmet(&mut self, error: handshake::Error) -> (Error, Permit) {
-        self.peer().id = error.peer().map(ToString::to_string);
+        self.peer().id = error.peer().cloned();
         let (cause, permit) = error.into_parts();
         (Error::Handshake(cause), permit)
     }
@@ -146,7 +146,7 @@ impl<'a> Attempt<'a> {
             method: self.method,
             tls: self.tls,
             engine: self.engine,
-            rule: self.rule.map(|name| name.to_string()),
+            rule: self.rule,
             process: self.process,
             stage,
             culprit: end.culprit,
@@ -172,7 +172,7 @@ impl<'a> Attempt<'a> {
         let end = Ending {
             culprit: Some(error.culprit()),
             code: error.code(),
-            reason: error.to_string(),
+            reason: error.to_string().into(),
             bytes: Bytes::default(),
         };
         self.close(Decision::Denied, error.stage(), end);
@@ -182,7 +182,7 @@ impl<'a> Attempt<'a> {
         let end = Ending {
             culprit: tally.closed.culprit(),
             code: tally.closed.code(),
-            reason: tally.closed.to_string(),
+            reason: tally.closed.to_string().into(),
             bytes: Bytes { sent: tally.sent, received: tally.received },
         };
         // In TLS 1.3 a client has finished before the server judges its certificate: what looked like a session was none.
@@ -195,6 +195,6 @@ impl<'a> Attempt<'a> {
 struct Ending {
     culprit: Option<Culprit>,
     code: &'static str,
-    reason: String,
+    reason: Cow<'static, str>,
     bytes: Bytes,
 }

@@ -195,6 +195,11 @@ impl Shared {
         with_lane!(&self.kept, lane => lane.exchange()).map_or(0, |exchange| exchange.number())
     }
 
+    /// The server: have the client's first bytes come along, so that they can go to the workload at once?
+    pub(crate) fn speaks(&self) -> bool {
+        with_lane!(&self.kept, lane => lane.has_record())
+    }
+
     /// The server: its workload has accepted, over the socket that these belong to. Where the lane leaves it to this
     /// process, the client hears of it when the use is carried.
     pub(crate) async fn ready(mut self, network: TcpStream) -> Result<Idle, CloseReason> {

@@ -40,6 +40,11 @@ pub(super) trait Lane {
     /// the network takes nothing now.
     fn say(&mut self, network: &TcpStream, what: Say, pending: &mut Pending) -> Result<bool, Fault>;
 
+    /// Has this side read a whole record of the peer already that it has not opened?
+    fn has_record(&self) -> bool {
+        false
+    }
+
     /// How far the uses of the connection have come, where it is shared.
     fn exchange(&self) -> Option<Exchange> {
         None

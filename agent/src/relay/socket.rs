@@ -54,7 +54,7 @@ pub(super) fn read_unasked(socket: &TcpStream, read: impl FnOnce() -> Result<usi
         Ok(0) => Ok(Read::End),
         Ok(length) => Ok(Read::Bytes(length)),
         Err(Errno::AGAIN | Errno::INTR) => {
-            attempt(socket.try_io(Interest::READABLE, || Err(ErrorKind::WouldBlock.into())))?;
+            is_dry(socket)?;
             Ok(Read::Blocked)
         }
         Err(error) => Err(error.into()),
@@ -66,13 +66,22 @@ pub(super) fn read_unasked(socket: &TcpStream, read: impl FnOnce() -> Result<usi
 pub(crate) fn first_bytes(application: &TcpStream) -> io::Result<Vec<u8>> {
     with_scratch(|scratch| {
         let room = scratch.bytes.get_mut(..MAX_PLAINTEXT).unwrap_or_default();
-        // Nobody has waited for it yet, so that nothing is known of its readiness.
-        match recv(application, &mut *room, RecvFlags::DONTWAIT) {
-            Ok((_, length)) => Ok(room.get(..length).unwrap_or_default().to_vec()),
-            Err(Errno::AGAIN | Errno::INTR) => Ok(Vec::new()),
-            Err(error) => Err(error.into()),
+        // Nobody has waited for it yet, so that nothing may be known of its readiness.
+        match read_unasked(application, || Ok(recv(application, &mut *room, RecvFlags::DONTWAIT)?.1))? {
+            Read::Bytes(length) => {
+                if length < room.len() {
+                    is_dry(application)?;
+                }
+                Ok(room.get(..length).unwrap_or_default().to_vec())
+            }
+            Read::Blocked | Read::End => Ok(Vec::new()),
         }
     })
+}
+
+/// Gives readiness to read back: the next read waits for the next edge.
+fn is_dry(socket: &TcpStream) -> io::Result<()> {
+    attempt(socket.try_io(Interest::READABLE, || Err(ErrorKind::WouldBlock.into())))
 }
 
 /// Writes `length` bytes or fewer, and says how many; 0 where the socket takes none.

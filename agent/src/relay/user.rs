@@ -243,6 +243,10 @@ impl Lane for User {
         Ok(true)
     }
 
+    fn has_record(&self) -> bool {
+        self.behind && matches!(record::measure(&self.partial), Ok(Some(length)) if length <= self.partial.len())
+    }
+
     fn exchange(&self) -> Option<Exchange> {
         self.control.exchange()
     }

@@ -9,7 +9,7 @@ mod world;
 
 use std::{io::Write, net::TcpListener, sync::Arc, time::Duration};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use wimsey::intercept::{Direction, Error, KernelFacts, Notice, OriginalDst, listener_key};
+use wimsey::intercept::{Direction, Error, KernelFacts, Notice, Opening, OriginalDst, listener_key};
 use wimsey_common::*;
 use world::{Facts, HERE, SERVER, SERVER6, WORKLOAD, World, world};
 
@@ -313,7 +313,7 @@ fn a_protected_listener_is_reached_through_the_agent_and_sees_the_true_client() 
         assert_eq!((flow.task.unwrap().tgid, flow.listener_cookie), (server.pid(), listening.row.cookie));
         assert!(remote.line().starts_with("connected"));
 
-        let mut leg = world.run(door.dialler().leg(flow.destination, flow.source)).unwrap();
+        let mut leg = world.run(door.dialler().leg(flow.destination, flow.source, Opening::Waits)).unwrap();
         world.run(leg.write_all(b"hello")).unwrap();
         let shown = match at.starts_with('[') && !from.contains(':') {
             true => format!("[::ffff:{from}]:7000"),
@@ -346,7 +346,7 @@ fn nobody_imitates_the_agents_last_leg() {
     assert_eq!(server.line(), "listening");
     let door = world.door();
     let to = OriginalDst("10.77.0.2:8080".parse().unwrap());
-    let leg = world.run(door.dialler().leg(to, "10.77.0.1:7000".parse().unwrap())).unwrap();
+    let leg = world.run(door.dialler().leg(to, "10.77.0.1:7000".parse().unwrap(), Opening::Speaks)).unwrap();
     let had = leg.local_addr().unwrap();
     server.line();
     leg.set_zero_linger().unwrap();
