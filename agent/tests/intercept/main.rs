@@ -7,7 +7,12 @@
 
 mod world;
 
-use std::{io::Write, net::TcpListener, sync::Arc, time::Duration};
+use std::{
+    io::Write,
+    net::TcpListener,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use wimsey::intercept::{Direction, Error, KernelFacts, Notice, Opening, OriginalDst, listener_key};
 use wimsey_common::*;
@@ -338,6 +343,26 @@ fn a_protected_listener_is_reached_through_the_agent_and_sees_the_true_client() 
 }
 
 #[test]
+fn first_bytes_arrive_with_the_connection_and_without_them_it_comes_a_little_later() {
+    let mut world = world!();
+    let facts = world.enrol();
+    world.install(facts);
+    let mut server = world.client("listen 10.77.0.2:8080;accept;read;accept");
+    assert_eq!(server.line(), "listening");
+    let door = world.door();
+    let (to, client) = (OriginalDst("10.77.0.2:8080".parse().unwrap()), "10.77.0.1:7000".parse().unwrap());
+    let mut leg = world.run(door.dialler().leg(to, client, Opening::Speaks)).unwrap();
+    world.run(leg.write_all(b"hello")).unwrap();
+    assert!(server.line().starts_with("accepted"));
+    assert_eq!(server.line(), "hello");
+    let began = Instant::now();
+    let _leg = world.run(door.dialler().leg(to, client, Opening::Speaks)).unwrap();
+    assert!(server.line().starts_with("accepted"));
+    let took = began.elapsed();
+    assert!((100..10_000).contains(&took.as_millis()), "the handshake's last segment waited {took:?}");
+}
+
+#[test]
 fn nobody_imitates_the_agents_last_leg() {
     let mut world = world!();
     let facts = world.enrol();
@@ -346,7 +371,7 @@ fn nobody_imitates_the_agents_last_leg() {
     assert_eq!(server.line(), "listening");
     let door = world.door();
     let to = OriginalDst("10.77.0.2:8080".parse().unwrap());
-    let leg = world.run(door.dialler().leg(to, "10.77.0.1:7000".parse().unwrap(), Opening::Speaks)).unwrap();
+    let leg = world.run(door.dialler().leg(to, "10.77.0.1:7000".parse().unwrap(), Opening::Waits)).unwrap();
     let had = leg.local_addr().unwrap();
     server.line();
     leg.set_zero_linger().unwrap();

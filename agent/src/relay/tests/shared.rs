@@ -256,6 +256,27 @@ async fn only_a_sealed_end_says_that_the_first_bytes_went_nowhere() {
 }
 
 #[tokio::test]
+async fn the_server_knows_of_first_bytes_that_came_with_the_word() {
+    for early in [&b""[..], b"GET / HTTP/1.1"] {
+        let (client, server) = shared().await;
+        let (mut client, mut server) = talk(client, server, b"bytes").await;
+        let serve = async {
+            server.next().await.unwrap();
+            let (network, shared) = server.into_parts();
+            // What the kernel has not given out nobody knows of.
+            assert_eq!(shared.speaks(), !early.is_empty() && engine() == Choice::User);
+            Use::next(shared.ready(network).await.unwrap()).await
+        };
+        let both = async { tokio::join!(client.begin(early), serve) };
+        let (begun, mut server) = timeout(patience(20), both).await.unwrap();
+        begun.unwrap();
+        let mut heard = vec![0; early.len()];
+        server.application.read_exact(&mut heard).await.unwrap();
+        assert_eq!(heard, early);
+    }
+}
+
+#[tokio::test]
 async fn a_use_that_the_server_refuses_leaves_the_first_bytes_with_the_client() {
     let (client, server) = shared().await;
     let (mut client, mut server) = talk(client, server, b"bytes").await;
