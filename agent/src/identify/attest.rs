@@ -439,7 +439,7 @@ impl Attestor {
 impl fmt::Display for Facts {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "process {}", self.pid)?;
-        if self.comm != Comm::default() {
+        if !self.comm.is_empty() {
             // Escaped: the name may hold anything, control characters included.
             write!(f, " ({})", self.comm.to_string().escape_debug())?;
         }

@@ -59,6 +59,11 @@ impl Comm {
         Self(task.comm)
     }
 
+    /// Has it none?
+    pub fn is_empty(&self) -> bool {
+        self.bytes().is_empty()
+    }
+
     fn bytes(&self) -> &[u8] {
         self.0.split(|byte| *byte == 0).next().unwrap_or_default()
     }

@@ -235,7 +235,10 @@ async fn only_a_sealed_end_says_that_the_first_bytes_went_nowhere() {
         ("end", &[(WORD, &[3, 0, 0, 0, 2])], Some(true)),
         ("a broken word", &[(WORD, &[2])], Some(true)),
     ];
-    for (what, records, lost) in said {
+    // Of an empty record nobody hears where the kernel opens it and nothing is behind it yet (net/tls/tls_sw.c,
+    // `tls_sw_recvmsg`).
+    let is_heard = |records: Records| engine() == Choice::User || !records.contains(&(23, &[]));
+    for (what, records, lost) in said.iter().filter(|(_, records, _)| is_heard(records)) {
         for early in [&b""[..], b"GET / HTTP/1.1"] {
             let (mut client, mut peer) = against_server().await;
             let serve = async {
