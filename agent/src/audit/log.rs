@@ -159,7 +159,7 @@ impl Log {
         let file = open(path).map_err(|source| OpenError { path: path.to_owned(), source })?;
         let (queue, health) = (Arc::<Queue>::default(), Arc::<Health>::default());
         let sender = Sender { queue: queue.clone(), health: health.clone(), refuse_when_failing };
-        let writer = Writer { path: path.to_owned(), file, health, queue, batch: Vec::new(), lines: 0, start: 0 };
+        let writer = Writer { path: path.to_owned(), file, health, queue, batch: Vec::new(), start: 0 };
         let thread = std::thread::Builder::new()
             .name("wimsey-audit".into())
             .spawn(move || writer.run())
@@ -188,9 +188,8 @@ struct Writer {
     file: File,
     health: Arc<Health>,
     queue: Arc<Queue>,
+    /// Lines that were taken, of which `Waiting` knows how many there are.
     batch: Vec<u8>,
-    /// Lines in the batch.
-    lines: usize,
     /// How much of the batch is on disk already.
     start: usize,
 }
@@ -221,8 +220,7 @@ impl Writer {
             waiting = queue.ring.wait(waiting).unwrap_or_else(PoisonError::into_inner);
         }
         std::mem::swap(&mut self.batch, &mut waiting.text);
-        self.lines = std::mem::take(&mut waiting.lines);
-        waiting.taken = self.lines;
+        waiting.taken = std::mem::take(&mut waiting.lines);
         let (reopen, stop) = (std::mem::take(&mut waiting.reopen), waiting.stop);
         drop(waiting);
         if reopen {
@@ -247,12 +245,12 @@ impl Writer {
                 Err(error) => return Err(error),
             }
         }
-        if self.lines > 0 {
-            self.health.written.fetch_add(self.lines as u64, Ordering::Relaxed);
+        if !self.batch.is_empty() {
             self.batch.clear();
             self.batch.shrink_to(USUAL);
-            (self.lines, self.start) = (0, 0);
-            lock(&self.queue.waiting).taken = 0;
+            self.start = 0;
+            let lines = std::mem::take(&mut lock(&self.queue.waiting).taken);
+            self.health.written.fetch_add(lines as u64, Ordering::Relaxed);
         }
         if self.health.failing.swap(false, Ordering::Relaxed) {
             tracing::info!(path = %self.path.display(), "the audit log is being written again");
@@ -288,7 +286,7 @@ impl Writer {
     /// Nothing more can be done for what could not be written.
     fn give_up(self) {
         let waiting = lock(&self.queue.waiting);
-        self.health.lost.fetch_add((self.lines + waiting.lines) as u64, Ordering::Relaxed);
+        self.health.lost.fetch_add((waiting.taken + waiting.lines) as u64, Ordering::Relaxed);
     }
 }
 

@@ -153,14 +153,7 @@ pub struct Record {
 }
 
 impl Record {
-    /// The JSON line, newline included.
-    pub fn line(&self) -> Vec<u8> {
-        let mut line = Vec::new();
-        self.write(&mut line);
-        line
-    }
-
-    /// Appends that line.
+    /// Appends the JSON line, newline included.
     fn write(&self, line: &mut Vec<u8>) {
         // A record is strings and integers: the only errors serde_json knows here are a failing writer and maps with
         // keys that are no strings, and there is neither.
@@ -185,6 +178,14 @@ fn rfc3339<S: serde::Serializer>(time: &OffsetDateTime, serializer: S) -> Result
 #[cfg(test)]
 pub(crate) mod tests_support {
     use super::*;
+
+    impl Record {
+        pub(crate) fn line(&self) -> Vec<u8> {
+            let mut line = Vec::new();
+            self.write(&mut line);
+            line
+        }
+    }
 
     pub(crate) fn record(flow: u64) -> Record {
         Record {

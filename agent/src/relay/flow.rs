@@ -562,7 +562,7 @@ impl<L: Lane> Flow<L> {
             Side::Network => &self.network,
             Side::Application => &self.application,
         };
-        _ = socket.try_io(Interest::ERROR, || Err::<(), _>(io::ErrorKind::WouldBlock.into()));
+        _ = socket::forget(socket, Interest::ERROR);
         match side {
             Side::Network if self.down == Half::Open => {
                 self.lane.ask_again();

@@ -16,7 +16,6 @@ use super::{
 use crate::{handshake::Agreement, offload::Engine};
 use std::{
     future::Future,
-    io,
     pin::pin,
     sync::{Arc, atomic::Ordering},
     time::Duration,
@@ -311,7 +310,7 @@ async fn hear<L: Lane>(network: &TcpStream, lane: &mut L, late: &mut usize) -> R
                 lane.rest();
                 let signs = if L::FAILS_UNREAD { Interest::READABLE | Interest::ERROR } else { Interest::READABLE };
                 if network.ready(signs).await?.is_error() && L::FAILS_UNREAD {
-                    _ = network.try_io(Interest::ERROR, || Err::<(), _>(io::ErrorKind::WouldBlock.into()));
+                    _ = socket::forget(network, Interest::ERROR);
                     lane.ask_again();
                 }
             }

@@ -54,7 +54,7 @@ pub(super) fn read_unasked(socket: &TcpStream, read: impl FnOnce() -> Result<usi
         Ok(0) => Ok(Read::End),
         Ok(length) => Ok(Read::Bytes(length)),
         Err(Errno::AGAIN | Errno::INTR) => {
-            is_dry(socket)?;
+            forget(socket, Interest::READABLE)?;
             Ok(Read::Blocked)
         }
         Err(error) => Err(error.into()),
@@ -70,7 +70,7 @@ pub(crate) fn first_bytes(application: &TcpStream) -> io::Result<Vec<u8>> {
         match read_unasked(application, || Ok(recv(application, &mut *room, RecvFlags::DONTWAIT)?.1))? {
             Read::Bytes(length) => {
                 if length < room.len() {
-                    is_dry(application)?;
+                    forget(application, Interest::READABLE)?;
                 }
                 Ok(room.get(..length).unwrap_or_default().to_vec())
             }
@@ -79,9 +79,9 @@ pub(crate) fn first_bytes(application: &TcpStream) -> io::Result<Vec<u8>> {
     })
 }
 
-/// Gives readiness to read back: the next read waits for the next edge.
-fn is_dry(socket: &TcpStream) -> io::Result<()> {
-    attempt(socket.try_io(Interest::READABLE, || Err(ErrorKind::WouldBlock.into())))
+/// Gives readiness back: whoever waits for it again waits for the next edge.
+pub(super) fn forget(socket: &TcpStream, readiness: Interest) -> io::Result<()> {
+    attempt(socket.try_io(readiness, || Err(ErrorKind::WouldBlock.into())))
 }
 
 /// Writes `length` bytes or fewer, and says how many; 0 where the socket takes none.
@@ -111,7 +111,7 @@ pub(super) fn write_unasked(
         Err(error) => return Err(error.into()),
     };
     if taken < length {
-        attempt(socket.try_io(Interest::WRITABLE, || Err(ErrorKind::WouldBlock.into())))?;
+        forget(socket, Interest::WRITABLE)?;
     }
     Ok(taken)
 }
