@@ -155,10 +155,13 @@ pub struct ListenerStatus {
     pub address: SocketAddr,
     /// Identity of its owner, once attested.
     pub id: Option<String>,
-    /// Process that bound it.
+    /// Process for which it listens: that bound it, began to listen, or holds it.
     pub pid: u32,
-    /// `protected`, `unknown` or `left-alone`.
+    /// `protected` or `undecided`: in both cases no plaintext comes in.
     pub mode: String,
+    /// Why connections to it are refused.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub refused: Option<String>,
 }
 
 /// A connection from before its workload was enrolled.

@@ -337,7 +337,7 @@ mod tests {
                 dial_from: None,
                 task: None,
                 cookie: 0,
-                protected: true,
+                sharers: Box::default(),
                 listener_cookie: 0,
             },
             workload: Workload { number: 1, id: id(workload) },

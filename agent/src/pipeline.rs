@@ -382,7 +382,7 @@ impl<'a> Walk<'a> {
     fn is_nobodys_business(&self, flow: &Flow) -> bool {
         match flow.direction {
             Direction::Outbound => !self.policy.is_mesh(flow.destination.0),
-            Direction::Inbound => !flow.protected,
+            Direction::Inbound => false,
         }
     }
 

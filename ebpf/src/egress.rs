@@ -9,12 +9,16 @@
 use crate::{
     ALLOW, REFUSE,
     facts::*,
-    maps::{FLOWS, FOREIGN, OWN, VERDICTS},
+    maps::{FLOWS, FOREIGN, OWN, SERVED, VERDICTS},
     tell::{self, NOWHERE, count},
 };
 use aya_ebpf::{
-    bindings::{__sk_buff, bpf_sock, bpf_sock_addr},
-    helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_set_retval},
+    bindings::{__sk_buff, bpf_sock, bpf_sock_addr, bpf_sock_ops},
+    helpers::{
+        bpf_get_current_pid_tgid, bpf_get_current_uid_gid, bpf_get_netns_cookie, bpf_get_socket_cookie,
+        bpf_get_socket_uid, bpf_ktime_get_boot_ns, bpf_set_retval, bpf_sk_fullsock, bpf_skb_cgroup_id,
+        bpf_skb_load_bytes,
+    },
     programs::SockAddrContext,
 };
 use aya_log_ebpf::warn;
@@ -22,6 +26,12 @@ use core::ptr::{addr_of, addr_of_mut};
 use wimsey_common::*;
 
 const ECONNREFUSED: i32 = 111;
+const ETH_P_IP: u16 = 0x0800;
+const ETH_P_IPV6: u16 = 0x86dd;
+/// Index of the loopback device, in every network namespace.
+const LOOPBACK_DEVICE: u32 = 1;
+/// Longer than one `connect()` takes from one program to the next, in nanoseconds.
+const ONE_CALL: u64 = 100_000_000;
 
 /// What becomes of a connection.
 #[derive(Clone, Copy)]
@@ -122,14 +132,24 @@ pub fn sendmsg6(ctx: *mut bpf_sock_addr) -> i32 {
 /// The last line: a SYN to a mesh destination leaves only from a socket of the agent. It catches what the connect hooks
 /// cannot see: sockets from before they were attached, from a cgroup outside the covered tree, made by the kernel.
 ///
-/// Every packet of the host comes by, so the first thing asked is the state of its socket: only a socket in `SYN_SENT`
-/// sends a SYN of its own, whatever options or extension headers the packet has.
+/// Every packet of the host comes by, so the first thing asked is the state of its socket: only a TCP socket in `SYN_SENT`
+/// sends a SYN of its own, whatever options or extension headers the packet has. Other protocols have [`beside_tcp`].
 #[inline(always)]
 pub fn guard(skb: *mut __sk_buff) -> i32 {
-    // SAFETY: fields of the context that this hook may read; the verifier insists on the null check.
+    // SAFETY: fields of the context that this hook may read; the verifier insists on the null checks.
     let sk: *mut bpf_sock = unsafe { (*skb).__bindgen_anon_2.sk };
-    if sk.is_null() || unsafe { word(addr_of!((*sk).state)) } != TCP_SYN_SENT {
+    if sk.is_null() {
         return ALLOW;
+    }
+    // SAFETY: as above. What is no whole socket (a handshake, the end of a connection) is TCP.
+    unsafe {
+        if word(addr_of!((*sk).state)) != TCP_SYN_SENT {
+            let full = bpf_sk_fullsock(sk);
+            if full.is_null() || is_tcp(word(addr_of!((*full).protocol))) {
+                return ALLOW;
+            }
+            return beside_tcp(skb, word(addr_of!((*full).protocol)));
+        }
     }
     let Some(config) = config() else { return ALLOW };
     // SAFETY: a socket that the verifier knows not to be null.
@@ -157,6 +177,105 @@ pub fn guard(skb: *mut __sk_buff) -> i32 {
     REFUSE
 }
 
+/// A packet of a socket that is not TCP: of an enrolled workload, it reaches a mesh destination as UDP by a rule, and in no
+/// other way.
+#[inline(never)]
+fn beside_tcp(skb: *mut __sk_buff, protocol: u32) -> i32 {
+    let Some(config) = config() else { return ALLOW };
+    let mut event = tell::event(EVENT_REFUSED, REASON_PROTOCOL, protocol);
+    let mut ipv6 = false;
+    // SAFETY: helpers and fields that this hook may use; each load is of as many bytes as there is room for.
+    unsafe {
+        match u16::from_be(word(addr_of!((*skb).protocol)) as u16) {
+            ETH_P_IP => {
+                let mut to = 0_u32;
+                if bpf_skb_load_bytes(skb.cast(), 16, addr_of_mut!(to).cast(), 4) != 0 {
+                    return ALLOW;
+                }
+                event.destination = mapped(to);
+            }
+            ETH_P_IPV6 => {
+                ipv6 = true;
+                if bpf_skb_load_bytes(skb.cast(), 24, addr_of_mut!(event.destination).cast(), 16) != 0 {
+                    return ALLOW;
+                }
+            }
+            _ => return ALLOW,
+        }
+    }
+    if !is_mesh_address(config, &event.destination) {
+        return ALLOW;
+    }
+    // SAFETY: helpers that this hook may use. Who made the socket is all that is known of a packet.
+    unsafe {
+        if bpf_get_netns_cookie(skb.cast()) != config.netns_cookie {
+            return ALLOW;
+        }
+        event.task.uid = bpf_get_socket_uid(skb);
+        event.task.gid = ANY;
+        event.task.cgroup = bpf_skb_cgroup_id(skb);
+        event.cookie = bpf_get_socket_cookie(skb.cast());
+    }
+    let who = workload(config, event.task.uid, event.task.gid, event.task.cgroup);
+    if who == NOT_ENROLLED {
+        return ALLOW;
+    }
+    if protocol == IPPROTO_UDP || protocol == IPPROTO_UDPLITE {
+        event.reason = REASON_UDP;
+        event.protocol = IPPROTO_UDP;
+        event.destination_port = udp_port(skb, ipv6);
+        let Some(found) = destination(config, &event.destination, event.destination_port) else { return ALLOW };
+        event.destination_id = found.id;
+        if datagram(config, found.mode, found.id, who).action == PASS {
+            return ALLOW;
+        }
+        count(counter::UDP_REFUSED);
+    } else {
+        count(counter::PROTOCOL_DROPPED);
+    }
+    tell::send(&event);
+    REFUSE
+}
+
+/// The destination port of a UDP packet, or 0 where its header is not in its usual place (fragments, extension headers).
+#[inline(always)]
+fn udp_port(skb: *mut __sk_buff, ipv6: bool) -> u16 {
+    let mut first = 0_u8;
+    let mut port = 0_u16;
+    // SAFETY: each load is of as many bytes as there is room for.
+    unsafe {
+        if bpf_skb_load_bytes(skb.cast(), 0, addr_of_mut!(first).cast(), 1) != 0 {
+            return 0;
+        }
+        let header = if ipv6 { 40 } else { (first as u32 & 15) * 4 };
+        if bpf_skb_load_bytes(skb.cast(), header + 2, addr_of_mut!(port).cast(), 2) != 0 {
+            return 0;
+        }
+    }
+    u16::from_be(port)
+}
+
+/// A `connect()` in another network namespace, to an address that is a mesh destination in this one. Where that namespace
+/// has no agent, nobody can protect the connection: whoever is enrolled is refused, others are counted.
+#[inline(never)]
+fn elsewhere(config: &Config, netns: u64, event: &mut Event) -> bool {
+    let Some(found) = destination(config, &event.destination, event.destination_port) else { return true };
+    // SAFETY: only asked whether it is there.
+    if found.mode != MODE_MESH || unsafe { SERVED.get(&netns) }.is_some() {
+        return true;
+    }
+    count(counter::OTHER_NAMESPACES);
+    event.task = task();
+    if workload(config, event.task.uid, event.task.gid, event.task.cgroup) == NOT_ENROLLED {
+        return true;
+    }
+    event.kind = EVENT_REFUSED;
+    event.reason = REASON_NAMESPACE;
+    event.destination_id = found.id;
+    tell::send(event);
+    false
+}
+
 enum Outcome {
     Allow,
     Refuse,
@@ -168,9 +287,20 @@ enum Outcome {
 fn connect(ctx: *mut bpf_sock_addr, dialled: Address, port: u16, family: u16) -> Outcome {
     let Some(config) = config() else { return Outcome::Allow };
     // SAFETY: helpers and fields that this hook may use.
-    let (netns, transport, (near, near_port), cookie) =
-        unsafe { (bpf_get_netns_cookie(ctx.cast()), transport(ctx), near_end(ctx), bpf_get_socket_cookie(ctx.cast())) };
-    if netns != config.netns_cookie || transport == 0 {
+    let (netns, transport, (near, near_port), cookie, device) = unsafe {
+        let sk: *mut bpf_sock = (*ctx).__bindgen_anon_1.sk;
+        let device = word(addr_of!((*sk).bound_dev_if));
+        (bpf_get_netns_cookie(ctx.cast()), transport(ctx), near_end(ctx), bpf_get_socket_cookie(ctx.cast()), device)
+    };
+    let mut event = tell::event(0, 0, transport);
+    event.cookie = cookie;
+    event.source_port = near_port;
+    event.destination_port = port;
+    if netns != config.netns_cookie {
+        event.destination = dialled;
+        return if transport == 0 || elsewhere(config, netns, &mut event) { Outcome::Allow } else { Outcome::Refuse };
+    }
+    if transport == 0 {
         return Outcome::Allow;
     }
     // SAFETY: rows are never changed in place.
@@ -179,17 +309,15 @@ fn connect(ctx: *mut bpf_sock_addr, dialled: Address, port: u16, family: u16) ->
     }
     let near = blurred(near, config);
     let address = blurred(reached(dialled, &near), config);
-    // While a new agent takes over, the programs of the old one have been here for the same call.
+    // While a new agent takes over, the programs of the old one have been here for the same call. What an earlier call of
+    // this socket has left is nobody's any more: somebody else may have the socket now.
     if turned_before(config, cookie, &address, port) {
         return Outcome::Allow;
     }
+    released(cookie);
     let found = destination(config, &address, port);
-    let mut event = tell::event(0, 0, transport);
     event.task = task();
-    event.cookie = cookie;
-    event.source_port = near_port;
     event.destination = address;
-    event.destination_port = port;
     let mut mode = 0;
     let mut hint = NOWHERE;
     if let Some(found) = found {
@@ -213,14 +341,12 @@ fn connect(ctx: *mut bpf_sock_addr, dialled: Address, port: u16, family: u16) ->
     if verdict.action == TURN {
         agent = agent_port(listener);
         if agent == 0 {
-            verdict = if who == UNKNOWN && mode != MODE_MESH {
-                left_alone()
-            } else {
-                refused(REASON_NO_AGENT, counter::REFUSED_NO_AGENT)
-            };
-        } else if let Err(error) = remember(config, &event, family, agent) {
+            verdict = refused(REASON_NO_AGENT, counter::REFUSED_NO_AGENT);
+        } else if device > LOOPBACK_DEVICE {
+            verdict = refused(REASON_DEVICE, counter::REFUSED_NOT_ALLOWED);
+        } else if !remember(config, &event, family, agent) {
             verdict = refused(REASON_MAP_FULL, counter::REFUSED_MAP_FULL);
-            warn!(&SockAddrContext::new(ctx), "no room for another connection in FLOWS: error {}", error);
+            warn!(&SockAddrContext::new(ctx), "no room for another connection in FLOWS");
         }
     }
     count(verdict.counter);
@@ -249,10 +375,11 @@ fn judge(config: &Config, transport: u32, mode: u32, destination: u32, who: u32)
     if transport == IPPROTO_UDP {
         return datagram(config, mode, destination, who);
     }
-    if who == ASK || who == UNKNOWN {
-        return turned();
-    }
     if mode == MODE_MESH {
+        // Only a connection to a mesh destination is the agent's: it attests who dials before anything is sent.
+        if who == ASK || who == UNKNOWN {
+            return turned();
+        }
         if who == NOT_ENROLLED {
             return refused(REASON_NO_IDENTITY, counter::REFUSED_NO_IDENTITY);
         }
@@ -262,7 +389,8 @@ fn judge(config: &Config, transport: u32, mode: u32, destination: u32, who: u32)
             _ => refused(REASON_NOT_ALLOWED, counter::REFUSED_NOT_ALLOWED),
         };
     }
-    if who == NOT_ENROLLED {
+    // What only the agent could tell apart is not confined: whoever shares the kernel's facts with a workload can be it.
+    if who == NOT_ENROLLED || who == ASK || who == UNKNOWN {
         return left_alone();
     }
     match verdict(config, who, destination, IPPROTO_TCP) {
@@ -331,9 +459,9 @@ fn sendmsg(ctx: *mut bpf_sock_addr, dialled: Address, port: u16) -> i32 {
     REFUSE
 }
 
-/// Records where a connection that is turned to the agent wanted to go.
-#[inline(always)]
-fn remember(config: &Config, event: &Event, family: u16, agent_port: u16) -> Result<(), i32> {
+/// Records where a connection that is turned to the agent wanted to go. Not inlined: what it needs of the stack it gives back.
+#[inline(never)]
+fn remember(config: &Config, event: &Event, family: u16, agent_port: u16) -> bool {
     let origin = Origin {
         task: event.task,
         cookie: event.cookie,
@@ -345,8 +473,10 @@ fn remember(config: &Config, event: &Event, family: u16, agent_port: u16) -> Res
         generation: config.generation,
         family,
         agent_port,
+        thread: bpf_get_current_pid_tgid() as u32,
+        arrived: 0,
     };
-    FLOWS.insert(&event.cookie, &origin, 0)
+    FLOWS.insert(&event.cookie, &origin, 0).is_ok()
 }
 
 /// Is this what a `connect()` of this socket was turned to?
@@ -360,11 +490,53 @@ pub fn turned_to(cookie: u64, address: &Address, port: u16) -> Option<&'static O
     if origin.agent_port == port { Some(origin) } else { None }
 }
 
-/// The same, and the agent is still the one who listens there.
+/// The same, by this very call, and the agent is still the one who listens there.
 #[inline(always)]
 fn turned_before(config: &Config, cookie: u64, address: &Address, port: u16) -> bool {
-    turned_to(cookie, address, port).is_some()
+    let Some(origin) = turned_to(cookie, address, port) else { return false };
+    // SAFETY: a helper without arguments.
+    let age = unsafe { bpf_ktime_get_boot_ns() }.wrapping_sub(origin.task.at);
+    let ids = bpf_get_current_uid_gid();
+    bpf_get_current_pid_tgid() as u32 == origin.thread
+        && (ids as u32, (ids >> 32) as u32) == (origin.task.uid, origin.task.gid)
+        && age < ONE_CALL
         && agent_port(outbound_listener(config, cookie, !is_mapped(address))) == port
+}
+
+/// The connection that was turned to the agent stands: the agent tells what becomes of it.
+#[inline(always)]
+pub fn arrived(ops: *mut bpf_sock_ops) {
+    // SAFETY: the helper takes the context.
+    let cookie = unsafe { bpf_get_socket_cookie(ops.cast()) };
+    if let Some(origin) = FLOWS.get_ptr_mut(&cookie) {
+        // SAFETY: a row that the verifier has seen to be there; one store.
+        unsafe { addr_of_mut!((*origin).arrived).write_volatile(1) };
+    }
+}
+
+/// A socket was closed. One that was turned to the agent and never arrived there has left no line yet.
+#[inline(always)]
+pub fn released(cookie: u64) {
+    // SAFETY: rows are replaced only by this same socket's next connect.
+    if let Some(origin) = unsafe { FLOWS.get(&cookie) } {
+        if origin.arrived == 0 {
+            never_arrived(origin);
+        }
+        let _ = FLOWS.remove(&cookie);
+    }
+}
+
+#[inline(never)]
+fn never_arrived(origin: &Origin) {
+    let mut event = tell::event(EVENT_REFUSED, REASON_NEVER_ARRIVED, IPPROTO_TCP);
+    event.task = origin.task;
+    event.cookie = origin.cookie;
+    event.source = origin.source;
+    event.source_port = origin.source_port;
+    event.destination = origin.destination;
+    event.destination_port = origin.destination_port;
+    event.destination_id = origin.destination_id;
+    tell::send(&event);
 }
 
 #[inline(always)]

@@ -4,11 +4,11 @@
 //! verifier refuses what a compiler makes of it otherwise (wider, narrower or shared loads).
 
 use crate::maps::{CANDIDATES, CGROUPS, CONFIG, DESTINATIONS, OUTBOUND};
-use crate::tell::NOWHERE;
+use crate::tell::{NOBODY, NOWHERE};
 use aya_ebpf::{
     bindings::{bpf_sock, bpf_sock_addr},
     helpers::{
-        bpf_get_current_cgroup_id, bpf_get_current_comm, bpf_get_current_pid_tgid, bpf_get_current_uid_gid,
+        bpf_get_current_cgroup_id, bpf_get_current_comm, bpf_get_current_task, bpf_probe_read_kernel, bpf_get_current_pid_tgid, bpf_get_current_uid_gid,
         bpf_ktime_get_boot_ns, bpf_map_lookup_elem, bpf_sk_release,
     },
     maps::lpm_trie::Key,
@@ -35,6 +35,19 @@ pub fn config() -> Option<&'static Config> {
         return None;
     }
     Some(config)
+}
+
+/// The configuration, as soon as sockets are to be recorded: also before there is a policy.
+#[inline(always)]
+pub fn recording() -> Option<&'static Config> {
+    let config = CONFIG.get(0)?;
+    if config.abi != ABI || config.netns_cookie == 0 { None } else { Some(config) }
+}
+
+/// TCP, or what becomes TCP where the peer has one path only.
+#[inline(always)]
+pub fn is_tcp(protocol: u32) -> bool {
+    protocol == IPPROTO_TCP || protocol == IPPROTO_MPTCP
 }
 
 /// Reads one word of a context, exactly as written here.
@@ -171,6 +184,45 @@ pub fn task() -> Task {
     }
 }
 
+/// Who is running, for programs that have no helper which tells. All zero where the layout of a task is not known.
+#[inline(never)]
+pub fn running(layout: &TaskLayout) -> Task {
+    let mut found = NOBODY;
+    if layout.real_cred == 0 {
+        return found;
+    }
+    // SAFETY: helpers without arguments; memory of the kernel is read by a helper that checks what it reads.
+    unsafe {
+        let task = bpf_get_current_task();
+        let credentials = pointer(task, layout.real_cred);
+        let groups = pointer(task, layout.cgroups);
+        let node = pointer(pointer(groups, layout.dfl_cgrp), layout.kn);
+        found.uid = number(credentials, layout.uid);
+        found.gid = number(credentials, layout.gid);
+        found.cgroup = pointer(node, layout.id);
+        // Last: a task without a number is nobody.
+        if found.cgroup != 0 && credentials != 0 {
+            found.tgid = number(task, layout.tgid);
+        }
+        found.at = bpf_ktime_get_boot_ns();
+    }
+    found
+}
+
+/// Eight bytes of the kernel's memory, or 0 where they cannot be read.
+#[inline(always)]
+unsafe fn pointer(base: u64, offset: u32) -> u64 {
+    // SAFETY: the helper checks what it reads.
+    unsafe { bpf_probe_read_kernel((base + offset as u64) as *const u64) }.unwrap_or(0)
+}
+
+/// Four bytes likewise; where they cannot be read, an id that nobody has.
+#[inline(always)]
+unsafe fn number(base: u64, offset: u32) -> u32 {
+    // SAFETY: the helper checks what it reads.
+    unsafe { bpf_probe_read_kernel((base + offset as u64) as *const u32) }.unwrap_or(u32::MAX)
+}
+
 /// No registration entry can match.
 pub const NOT_ENROLLED: u32 = 0;
 /// The agent has to attest the process before anybody knows.
@@ -227,6 +279,13 @@ pub fn destination(config: &Config, address: &Address, port: u16) -> Option<&'st
     }
     key.key.port = 0;
     covering(&key)
+}
+
+/// Is some port of this address a mesh destination?
+#[inline(always)]
+pub fn is_mesh_address(config: &Config, address: &Address) -> bool {
+    let key = DestinationKey { generation: config.generation, port: 0, pad: DESTINATION_ADDRESS, address: *address };
+    covering(&Prefixed { bits: DESTINATION_KEY_BITS, key }).is_some()
 }
 
 #[inline(always)]

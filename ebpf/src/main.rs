@@ -9,18 +9,20 @@
 //! leaves everything alone: there are no mesh destinations then.
 #![no_std]
 #![no_main]
+#![feature(asm_experimental_arch)]
 
 mod egress;
 mod facts;
 mod ingress;
 mod maps;
 mod names;
+mod registry;
 mod tell;
 
 use aya_ebpf::{
     EbpfContext,
-    macros::{cgroup_skb, cgroup_sock, cgroup_sock_addr, sk_lookup, sock_ops},
-    programs::{SkBuffContext, SkLookupContext, SockAddrContext, SockContext, SockOpsContext},
+    macros::{cgroup_skb, cgroup_sock, cgroup_sock_addr, sk_lookup, sock_ops, xdp},
+    programs::{SkBuffContext, SkLookupContext, SockAddrContext, SockContext, SockOpsContext, XdpContext},
 };
 
 /// What a cgroup program returns to let the call or the packet go on.
@@ -74,14 +76,14 @@ fn getsockname6(ctx: SockAddrContext) -> i32 {
 
 #[cgroup_sock(post_bind4)]
 fn post_bind4(ctx: SockContext) -> i32 {
-    ingress::bound(ctx.sock);
-    ALLOW
+    // SAFETY: a field that this hook may read, and the other may not.
+    registry::bound(ctx.sock, facts::mapped(unsafe { facts::word(&raw const (*ctx.sock).src_ip4) }))
 }
 
 #[cgroup_sock(post_bind6)]
 fn post_bind6(ctx: SockContext) -> i32 {
-    ingress::bound(ctx.sock);
-    ALLOW
+    // SAFETY: as above.
+    registry::bound(ctx.sock, unsafe { facts::words(&raw const (*ctx.sock).src_ip6) })
 }
 
 #[cgroup_sock(sock_release)]
@@ -106,6 +108,12 @@ fn steer(ctx: SkLookupContext) -> u32 {
     ingress::steer(&ctx)
 }
 
+/// Attached nowhere: the agent runs it by itself.
+#[xdp]
+fn registry(ctx: XdpContext) -> u32 {
+    registry::command(ctx.ctx)
+}
+
 #[panic_handler]
 fn panic(_: &core::panic::PanicInfo) -> ! {
     // No program has a way to panic; the linker refuses an object in which one has.
@@ -114,4 +122,4 @@ fn panic(_: &core::panic::PanicInfo) -> ! {
 
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]
-static LICENSE: [u8; 11] = *b"Apache-2.0\0";
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

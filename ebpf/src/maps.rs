@@ -29,13 +29,15 @@ pub static OWN: HashMap<u64, Own> = HashMap::pinned(262_144, BPF_F_NO_PREALLOC);
 #[map]
 pub static LEGS: HashMap<TupleKey, Leg> = HashMap::pinned(131_072, BPF_F_NO_PREALLOC);
 #[map]
-pub static LISTENERS: HashMap<ListenerKey, Listener> = HashMap::pinned(65_536, BPF_F_NO_PREALLOC);
+pub static LISTENERS: HashMap<ListenerKey, Listeners> = HashMap::pinned(131_072, BPF_F_NO_PREALLOC);
 #[map]
-pub static BINDS: HashMap<u64, Task> = HashMap::pinned(131_072, BPF_F_NO_PREALLOC);
+pub static SOCKETS: HashMap<u64, Socket> = HashMap::pinned(131_072, BPF_F_NO_PREALLOC);
 #[map]
-pub static LISTENING: HashMap<u64, ListenerKey> = HashMap::pinned(65_536, BPF_F_NO_PREALLOC);
+pub static PROTECTED: HashMap<ProtectedKey, u32> = HashMap::pinned(65_536, BPF_F_NO_PREALLOC);
 #[map]
 pub static FOREIGN: LruHashMap<u64, u32> = LruHashMap::pinned(8_192, 0);
+#[map]
+pub static SERVED: HashMap<u64, u32> = HashMap::pinned(4_096, BPF_F_NO_PREALLOC);
 #[map]
 pub static INBOUND: SockMap = SockMap::pinned(2 * MAX_SHARDS as u32, 0);
 #[map]

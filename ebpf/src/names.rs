@@ -3,9 +3,9 @@
 //! A program whose connection was turned to the agent sees the address that it dialled and the source address that it would
 //! have had. A workload that accepts the agent's last leg sees the true client.
 //!
-//! *Invariant:* nothing is decided by what is shown here.
+//! *Invariant:* nothing is decided by what is shown here. That a listening socket is asked for its name tells who holds it.
 
-use crate::{egress::turned_to, facts::*, maps::LEGS};
+use crate::{egress::turned_to, facts::*, maps::LEGS, registry};
 use aya_ebpf::{bindings::bpf_sock_addr, helpers::bpf_get_socket_cookie};
 use core::ptr::{addr_of, addr_of_mut};
 use wimsey_common::*;
@@ -70,7 +70,13 @@ fn true_self(ctx: *mut bpf_sock_addr) -> Option<(Address, u16)> {
     config()?;
     // SAFETY: helpers and fields that this hook may use; rows are never changed in place.
     unsafe {
-        let (peer, peer_port) = far_end((*ctx).__bindgen_anon_1.sk);
+        let sk = (*ctx).__bindgen_anon_1.sk;
+        if word(addr_of!((*sk).state)) == TCP_LISTEN {
+            // Whoever is given a listening socket asks for its name.
+            registry::held(bpf_get_socket_cookie(ctx.cast()));
+            return None;
+        }
+        let (peer, peer_port) = far_end(sk);
         let origin = turned_to(bpf_get_socket_cookie(ctx.cast()), &peer, peer_port)?;
         if split(&origin.source) == [0; 4] {
             return None;

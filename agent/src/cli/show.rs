@@ -124,7 +124,8 @@ fn write_status(out: &mut String, status: &Status) -> std::fmt::Result {
     })?;
     section(out, "listeners", &status.listeners, |listener| {
         let id = listener.id.as_deref().unwrap_or("-");
-        format!("{} {} {id} pid {}", listener.address, listener.mode, listener.pid)
+        let refused = listener.refused.as_deref().map(|why| format!("; refused: {why}")).unwrap_or_default();
+        format!("{} {} {id} pid {}{refused}", listener.address, listener.mode, listener.pid)
     })?;
     section(out, "connections from before", &status.preexisting, |connection| {
         format!("{} - {} ({})", connection.local, connection.remote, connection.action)

@@ -3,12 +3,12 @@
 //! *Invariant:* nothing in the loop waits for a connection, a disk or a peer. Attestation, which may read a large file, runs
 //! beside it and reports back.
 
+use super::listeners::Listeners;
 use super::{Error, kernel_record, settings, status, warn_of_second_authorities};
 use crate::admin::{self, Asked, PreexistingStatus, Request};
-use crate::identify::attest::{AttestError, Attested};
 use crate::identify::embedded::Embedded;
 use crate::identify::provider::Provider;
-use crate::intercept::{Listening, Notice, OldConnection, Programs};
+use crate::intercept::{Notice, OldConnection, Programs};
 use crate::pipeline::Shared;
 use crate::policy::{Policy, Preexisting};
 use crate::privilege::Sandbox;
@@ -21,10 +21,11 @@ use std::time::{Duration, Instant};
 use time::OffsetDateTime;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
-use wimsey_common::{LISTENER_LEFT_ALONE, LISTENER_PROTECTED, ListenerKey};
 
 /// How often what nobody announces is looked for.
 const TICK: Duration = Duration::from_secs(10);
+/// How often it is looked whether an enrolled process was given a listening socket that was left alone.
+const LOOK: Duration = Duration::from_secs(2);
 /// How long shards may take to end after their last connection was told to.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 
@@ -47,21 +48,14 @@ pub(super) struct Control {
     /// Why the last reload was refused.
     pub(super) reload_refused: Option<String>,
     pub(super) draining: bool,
-    /// Identity of each listener's owner, or why it has none.
-    pub(super) owners: HashMap<ListenerKey, (Listening, Option<String>)>,
+    /// What listens, and what it was found to be.
+    pub(super) listeners: Listeners,
     /// Connections from before, and when each is to be closed.
     old: HashMap<(SocketAddr, SocketAddr), (OldConnection, Option<Instant>)>,
-    attested: (mpsc::UnboundedSender<Verdict>, mpsc::UnboundedReceiver<Verdict>),
     /// Flows there had been when it was tidied up last.
     tidied: u64,
     /// Events that the kernel had had no room for when the listeners were looked at last.
     lost: u64,
-}
-
-/// What became of attesting a listener's owner.
-struct Verdict {
-    listening: Listening,
-    outcome: Result<Attested, AttestError>,
 }
 
 impl Control {
@@ -73,6 +67,7 @@ impl Control {
     ) -> Result<Self, Error> {
         let now = OffsetDateTime::now_utc();
         let lost = programs.events_lost()?;
+        let listeners = Listeners::new(programs.hierarchy());
         Ok(Self {
             shared,
             provider,
@@ -82,9 +77,8 @@ impl Control {
             policy_loaded: now,
             reload_refused: None,
             draining: false,
-            owners: HashMap::new(),
+            listeners,
             old: HashMap::new(),
-            attested: mpsc::unbounded_channel(),
             tidied: 0,
             lost,
         })
@@ -102,6 +96,8 @@ impl Control {
         let maintenance = tokio::task::spawn_local(async move { provider.maintain().await });
         let mut changes = self.provider.changes();
         let mut tick = tokio::time::interval(TICK);
+        let mut look = tokio::time::interval(LOOK);
+        look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         self.look_at_listeners()?;
         self.look_for_old_connections()?;
         ready();
@@ -109,6 +105,7 @@ impl Control {
             Ok(bytes) => tracing::debug!(bytes, "what only the start needed is given back"),
             Err(error) => tracing::debug!(%error, "what only the start needed stays in memory"),
         }
+        self.listeners.judge(self.shared.identities.attestor(), self.shared.policy.load_full());
         loop {
             tokio::select! {
                 notice = self.programs.notice() => self.heed(notice?),
@@ -116,12 +113,14 @@ impl Control {
                     // Whoever asked may have gone away.
                     let _ = answer.send(self.answer(request));
                 }
-                Some(verdict) = self.attested.1.recv() => self.judge(verdict)?,
+                Some(report) = self.listeners.report() => self.listeners.take(report, &self.programs)?,
+                _ = look.tick() => self.listeners.look_again(),
                 Ok(()) = changes.changed() => self.revoke("the trust bundles changed"),
                 _ = hangup.recv() => self.reload(),
                 _ = tick.tick() => self.tidy()?,
                 _ = stop(&mut terminate, &mut interrupt) => break,
             }
+            self.listeners.judge(self.shared.identities.attestor(), self.shared.policy.load_full());
         }
         self.drain(closing, shards, &mut questions, [&mut terminate, &mut interrupt]).await;
         admin.abort();
@@ -141,50 +140,15 @@ impl Control {
                 self.shared.audit.send(&record);
             }
             Notice::Bypassed(event) => self.shared.audit.send(&kernel_record::bypassed(&event, &policy)),
-            Notice::Listening(listening) => self.attest(listening),
-            Notice::Closed(key) => drop(self.owners.remove(&key)),
+            Notice::Listening(listening) => self.listeners.note(listening),
+            Notice::Closed(cookie) => self.listeners.closed(cookie),
         }
     }
 
     /// Attests the owner of a listening socket, beside the loop.
-    fn attest(&mut self, listening: Listening) {
-        self.owners.entry(listening.key).or_insert((listening, None)).0 = listening;
-        let (shared, report) = (self.shared.clone(), self.attested.0.clone());
-        tokio::task::spawn_local(async move {
-            let policy = shared.policy.load_full();
-            let owner = Some(&listening.row.owner).filter(|owner| owner.tgid != 0);
-            let outcome = shared.identities.attestor().owner(owner, listening.row.cookie, policy.as_ref()).await;
-            // The loop outlives all reports but those that nobody needs any more.
-            let _ = report.send(Verdict { listening, outcome });
-        });
-    }
-
-    fn judge(&mut self, Verdict { mut listening, outcome }: Verdict) -> Result<(), Error> {
-        let (mode, workload, id) = match outcome {
-            Ok(Attested { workload: Some(workload), .. }) => {
-                (LISTENER_PROTECTED, workload.number, Some(workload.id.to_string()))
-            }
-            Ok(Attested { workload: None, .. }) => (LISTENER_LEFT_ALONE, 0, None),
-            // Whose it is cannot be said, so it is nobody's: what comes is refused until it can.
-            Err(error) => {
-                tracing::warn!(address = %listening.address(), %error, "the owner of a listening socket cannot be attested");
-                (LISTENER_PROTECTED, 0, None)
-            }
-        };
-        if self.programs.set_listener_mode(&listening, mode, workload)? {
-            listening.row.mode = mode;
-            listening.row.owner.workload = workload;
-            self.owners.insert(listening.key, (listening, id));
-        }
-        Ok(())
-    }
-
     fn look_at_listeners(&mut self) -> Result<(), Error> {
         let listeners = self.programs.listeners()?;
-        self.owners.retain(|key, _| listeners.iter().any(|listening| listening.key == *key));
-        for listening in listeners {
-            self.attest(listening);
-        }
+        self.listeners.note_all(listeners);
         Ok(())
     }
 

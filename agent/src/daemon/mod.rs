@@ -7,6 +7,7 @@
 
 mod control;
 mod kernel_record;
+mod listeners;
 mod status;
 
 use crate::admin;

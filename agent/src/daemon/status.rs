@@ -29,6 +29,11 @@ const COUNTERS: [&str; wimsey_common::counter::COUNT as usize] = [
     "legs-admitted",
     "refused-no-agent",
     "events-lost",
+    "refused-undecided",
+    "no-listener",
+    "other-namespaces",
+    "protocol-dropped",
+    "unrecorded",
 ];
 
 pub(super) fn status(control: &Control) -> Status {
@@ -117,14 +122,15 @@ pub(super) fn status(control: &Control) -> Status {
 
 fn listeners(control: &Control) -> Vec<ListenerStatus> {
     let mut listeners: Vec<ListenerStatus> = control
-        .owners
-        .values()
-        .filter(|(listening, _)| listening.row.mode != LISTENER_LEFT_ALONE)
-        .map(|(listening, id)| ListenerStatus {
-            address: listening.address(),
-            id: id.clone(),
-            pid: listening.row.owner.tgid,
-            mode: if listening.row.mode == LISTENER_PROTECTED { "protected" } else { "unknown" }.into(),
+        .listeners
+        .iter()
+        .filter(|known| known.listening.mode() != LISTENER_LEFT_ALONE)
+        .map(|known| ListenerStatus {
+            address: known.listening.address(),
+            id: known.finding.as_ref().and_then(|finding| finding.id.clone()),
+            pid: known.listening.row.owner.tgid,
+            mode: if known.listening.mode() == LISTENER_PROTECTED { "protected" } else { "undecided" }.into(),
+            refused: known.finding.as_ref().and_then(|finding| finding.why.clone()),
         })
         .collect();
     listeners.sort_by_key(|listener| (listener.address.port(), listener.address));

@@ -287,6 +287,15 @@ impl Attestor {
         Box::pin(self.look_at_owner(task, facts, cookie, registry)).await
     }
 
+    /// Do the facts that the kernel recorded of a task suffice for an entry that asks for more besides?
+    pub fn may_be_enrolled(&self, task: &Task, policy: &Policy) -> bool {
+        let path = self.hierarchy.path_of(task.cgroup).ok().flatten();
+        let set = path.map(|path| policy.cgroup_set(&path)).unwrap_or_default();
+        policy.candidates(&set).iter().any(|candidate| {
+            candidate.uid.is_none_or(|uid| uid == task.uid) && candidate.gid.is_none_or(|gid| gid == task.gid)
+        })
+    }
+
     async fn look_at_owner(
         &self,
         task: &Task,

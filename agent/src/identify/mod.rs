@@ -82,6 +82,14 @@ pub enum Error {
     /// Nothing was recorded about who dialled.
     #[error("nothing was recorded about the process that dialled")]
     NoRecord,
+    /// The connection could reach somebody else.
+    #[error("the address of {id} is shared (SO_REUSEPORT) by {other}, who is not that workload: stop that one, or enrol it")]
+    Shared {
+        /// The workload.
+        id: SpiffeId,
+        /// Who shares its address.
+        other: Box<Facts>,
+    },
     /// It cannot be attested.
     #[error(transparent)]
     Attestation(#[from] AttestError),
@@ -130,6 +138,13 @@ impl Identities {
             (Direction::Inbound, task) => self.attestor.owner(task.as_ref(), flow.listener_cookie, registry).await?,
         };
         let Some(workload) = workload else { return Err(Error::Unknown(Box::new(facts))) };
+        for (task, cookie) in &flow.sharers {
+            let task = Some(task).filter(|task| task.tgid != 0);
+            let other = self.attestor.owner(task, *cookie, registry).await?;
+            if other.workload.as_ref().map(|other| &other.id) != Some(&workload.id) {
+                return Err(Error::Shared { id: workload.id, other: Box::new(other.facts) });
+            }
+        }
         let credential = match self.provider.ready(&workload) {
             Some(credential) => credential,
             None => self.provider.obtain(&workload).await?,
@@ -156,7 +171,7 @@ impl Refusal for Error {
     fn culprit(&self) -> Culprit {
         match self {
             Error::Unknown(_) => Culprit::Policy,
-            Error::NoRecord => Culprit::Host,
+            Error::NoRecord | Error::Shared { .. } => Culprit::Host,
             Error::Attestation(error) => error.culprit(),
             Error::Credential(error) => error.culprit(),
         }
@@ -165,6 +180,7 @@ impl Refusal for Error {
         match self {
             Error::Unknown(_) => "unknown-workload",
             Error::NoRecord => "no-origin",
+            Error::Shared { .. } => "listener-shared",
             Error::Attestation(error) => error.code(),
             Error::Credential(error) => error.code(),
         }
@@ -281,7 +297,7 @@ mod tests {
             dial_from: None,
             task,
             cookie: 0,
-            protected: true,
+            sharers: Box::default(),
             listener_cookie: 0,
         }
     }

@@ -12,8 +12,9 @@ use super::{
     error::During,
     host::{self, Host},
     install::{self, Classes, KernelFacts, Rows},
-    owners,
+    layout, owners,
     programs::{self, Loaded, Readers, ToTracing},
+    registry::Commands,
     tables::{Tables, map_error, tuple_key},
 };
 use crate::sys::{self, bpf};
@@ -47,14 +48,19 @@ pub struct Options {
 pub struct Programs {
     pub(super) host: Host,
     pub(super) tables: Tables,
-    cgroups: Cgroups,
+    pub(super) cgroups: Cgroups,
+    pub(super) commands: Commands,
     doorways: Vec<Doorway>,
     shards: u32,
     facts: Option<Arc<dyn KernelFacts>>,
     classes: Classes,
     generation: u32,
     /// Addresses that policy protects whether or not anybody listens.
-    pub(super) protected: HashSet<ListenerKey>,
+    pub(super) protected: HashSet<ProtectedKey>,
+    /// Where the kernel keeps what the programs want to know of a task.
+    layout: TaskLayout,
+    /// Every listening socket is recorded.
+    complete: bool,
     events: RingBuf<MapData>,
     /// Wakes when there are events, or changes of the cgroup tree; made on the runtime that waits first.
     wakers: Option<[AsyncFd<OwnedFd>; 2]>,
@@ -72,10 +78,10 @@ pub enum Notice {
     Refused(Event),
     /// Something passed by a named bypass.
     Bypassed(Event),
-    /// Somebody listens. The owner is to be attested, and [`Programs::set_listener_mode`] called.
+    /// Somebody listens, or holds what was left alone. It is to be judged, and [`Programs::set_listener_mode`] called.
     Listening(Listening),
-    /// Nobody listens there any more.
-    Closed(ListenerKey),
+    /// The socket with this cookie listens no more.
+    Closed(u64),
 }
 
 /// A connection from before the agent, between this host's programs and what is protected now.
@@ -109,30 +115,47 @@ impl Programs {
         discard_foreign(&host)?;
         let pins_lock = host.make_pins()?;
         let loaded = Loaded::load(&host, &options.sizes)?;
-        let tables = Tables::open(&host.pins)?;
+        let tables = Tables::open(&host.pins, &host.shared_pin(map::SERVED))?;
         let config = tables.config.get(&0).map_err(map_error(map::CONFIG))?;
         let generation = config.filter(|config| config.abi == ABI).map_or(0, |config| config.generation);
         // What an agent that was killed in the middle has left.
         install::sweep(&tables, |of| of == generation)?;
-        let Readers { events, counters, log } = loaded.attach(&host, &options.cgroup)?;
+        let layout = layout::running();
+        let before = config.filter(|_| generation != 0).unwrap_or(Config {
+            abi: ABI,
+            generation: 0,
+            netns_cookie: host.netns_cookie,
+            shards,
+            flags: 0,
+            layout,
+        });
+        // Sockets are recorded from the moment that the programs are attached.
+        let config_now = Config { layout, shards: before.shards, ..before };
+        tables.config.put(&0, &config_now, bpf::ANY).map_err(map_error(map::CONFIG))?;
+        let Readers { events, counters, log, registry } = loaded.attach(&host, &options.cgroup)?;
+        tables.served.put(&host.netns_cookie, &1, bpf::ANY).map_err(map_error(map::SERVED))?;
         for stale in tables.origins.keys().map_err(map_error(map::ORIGINS))? {
             tables.origins.remove(&stale).map_err(map_error(map::ORIGINS))?;
         }
         let flows = Arc::new(AtomicU64::new(0));
         let doorways: Result<Vec<Doorway>, Error> =
-            (0..options.shards).map(|shard| Doorway::make(shard, &tables, Arc::clone(&flows))).collect();
+            (0..options.shards).map(|shard| Doorway::make(shard, &tables, host.netns_cookie, Arc::clone(&flows))).collect();
         let cgroups = Cgroups::watch(&host.cgroup2)?;
+        let protected = tables.protected.keys().map_err(map_error(map::PROTECTED))?.into_iter().collect();
         let programs = Self {
             covered: host.cgroup2.join(options.cgroup.strip_prefix("/").unwrap_or(&options.cgroup)),
             host,
             tables,
             cgroups,
+            commands: Commands::new(registry),
             doorways: doorways?,
             shards,
             facts: None,
             classes: Classes::default(),
             generation,
-            protected: HashSet::new(),
+            protected,
+            layout,
+            complete: before.flags & FLAG_REGISTRY_COMPLETE != 0,
             events,
             wakers: None,
             counters,
@@ -140,9 +163,7 @@ impl Programs {
             notices: VecDeque::new(),
             _locks: [lock, pins_lock],
         };
-        if let Some(config) = config.filter(|_| generation != 0) {
-            programs.configure(generation, config.flags)?;
-        }
+        programs.configure(generation, before.flags)?;
         Ok(programs)
     }
 
@@ -159,27 +180,36 @@ impl Programs {
         let generation = self.generation.checked_add(1).unwrap_or(1);
         let rows = Rows::of(facts.as_ref(), generation, &self.cgroups.all(), install::source_for);
         let in_force = self.generation;
-        let prepared = rows.write(&self.tables).and_then(|()| install::protect(&self.tables, &rows.protected));
-        let protected = match prepared {
-            Ok(protected) => protected,
+        let protected: HashSet<ProtectedKey> = rows.protected.iter().copied().collect();
+        let prepared = rows.write(&self.tables).and_then(|()| self.protect(&protected));
+        let new = match prepared {
+            Ok(new) => new,
             Err(error) => {
                 install::sweep(&self.tables, |of| of == in_force)?;
                 return Err(error);
             }
         };
-        if let Err(error) = self.flip(generation, rows.flags) {
+        let flags = rows.flags | if protected.is_empty() { 0 } else { FLAG_PROTECTED_ADDRESSES };
+        // Listeners from before, and those that the new policy may see with other eyes, are refused until they are judged.
+        let complete = self.complete;
+        let flipped = self.listeners().and_then(|_| self.raise(facts.as_ref())).and_then(|()| {
+            self.complete = true;
+            self.flip(generation, flags)
+        });
+        if let Err(error) = flipped {
+            self.complete = complete;
             install::sweep(&self.tables, |of| of == in_force)?;
-            install::unprotect(&self.tables, &protected)?;
+            self.unprotect(&new)?;
             return Err(error);
         }
         self.generation = generation;
         self.classes = rows.classes;
         self.facts = Some(facts);
-        let before = std::mem::replace(&mut self.protected, rows.protected.into_iter().collect());
+        let before = std::mem::replace(&mut self.protected, protected);
         // From here on the new policy is in force, and what cannot be tidied up is only a loss of room.
-        let over: Vec<ListenerKey> = before.difference(&self.protected).copied().collect();
+        let over: Vec<ProtectedKey> = before.difference(&self.protected).copied().collect();
         if let Err(error) =
-            install::sweep(&self.tables, |of| of == generation).and_then(|()| install::unprotect(&self.tables, &over))
+            install::sweep(&self.tables, |of| of == generation).and_then(|()| self.unprotect(&over))
         {
             tracing::warn!(%error, "rows of the policy before could not be removed from the kernel maps");
         }
@@ -310,7 +340,15 @@ impl Programs {
     }
 
     fn configure(&self, generation: u32, flags: u32) -> Result<(), Error> {
-        let config = Config { abi: ABI, generation, netns_cookie: self.host.netns_cookie, shards: self.shards, flags };
+        let complete = if self.complete { FLAG_REGISTRY_COMPLETE } else { 0 };
+        let config = Config {
+            abi: ABI,
+            generation,
+            netns_cookie: self.host.netns_cookie,
+            shards: self.shards,
+            flags: flags & !FLAG_REGISTRY_COMPLETE | complete,
+            layout: self.layout,
+        };
         self.tables.config.put(&0, &config, bpf::ANY).map_err(map_error(map::CONFIG))
     }
 
@@ -326,8 +364,8 @@ impl Programs {
             match event.kind {
                 EVENT_REFUSED => self.notices.push_back(Notice::Refused(event)),
                 EVENT_BYPASSED => self.notices.push_back(Notice::Bypassed(event)),
-                EVENT_LISTENING => self.somebody_listens(&event)?,
-                EVENT_CLOSED => self.somebody_closed(&event)?,
+                EVENT_LISTENING | EVENT_HELD => self.somebody_listens(&event)?,
+                EVENT_CLOSED => self.somebody_closed(&event),
                 EVENT_UNKNOWN_CGROUP => self.classify_unknown(event.task.cgroup)?,
                 _ => {}
             }
@@ -370,8 +408,8 @@ impl Programs {
     }
 
     fn is_protected(&self, local: SocketAddr) -> Result<bool, Error> {
-        let found = self.tables.listener_for(local).map_err(map_error(map::LISTENERS))?;
-        Ok(found.is_some_and(|(_, row)| row.mode == LISTENER_PROTECTED))
+        let mode = self.tables.strictest_at(local, self.host.netns_cookie).map_err(map_error(map::LISTENERS))?;
+        Ok(mode == LISTENER_PROTECTED)
     }
 }
 

@@ -53,7 +53,8 @@ pub(super) struct Socket {
     pub ipv6_only: bool,
     /// The family, which tells `[::]` from `0.0.0.0` mapped.
     pub family: u8,
-    interface: u32,
+    /// The device that it is bound to, or 0.
+    pub interface: u32,
 }
 
 /// Lists the TCP sockets in these states.

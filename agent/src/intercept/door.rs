@@ -7,6 +7,7 @@
 
 use super::{
     Direction, Error, Flow, OriginalDst,
+    registry::Shared,
     tables::{Tables, address, canonical, map_error, socket_address, tuple_key},
 };
 use crate::sys::{self, bpf};
@@ -38,6 +39,7 @@ pub struct Doorway {
     outbound: Pair<std::net::TcpListener>,
     inbound: Pair<std::net::TcpListener>,
     tables: Tables,
+    netns: u64,
     flows: Arc<AtomicU64>,
     congestion: Congestion,
 }
@@ -83,19 +85,21 @@ pub enum Opening {
 #[derive(Clone, Debug)]
 pub struct Dialler {
     tables: Tables,
+    netns: u64,
+    shared: Shared,
     flows: Arc<AtomicU64>,
     congestion: Congestion,
 }
 
 impl Doorway {
     /// Makes the listeners of a shard and shows them to the kernel programs.
-    pub(super) fn make(shard: usize, tables: &Tables, flows: Arc<AtomicU64>) -> Result<Self, Error> {
+    pub(super) fn make(shard: usize, tables: &Tables, netns: u64, flows: Arc<AtomicU64>) -> Result<Self, Error> {
         let outbound = Pair::listen(tables, Side::Programs)?;
         let inbound = Pair::listen(tables, Side::Network)?;
         let congestion = Congestion::of(&inbound.four);
         outbound.show(&tables.outbound, map::OUTBOUND, shard)?;
         inbound.show(&tables.inbound, map::INBOUND, shard)?;
-        Ok(Self { shard, outbound, inbound, tables: tables.clone(), flows, congestion })
+        Ok(Self { shard, outbound, inbound, tables: tables.clone(), netns, flows, congestion })
     }
 
     /// Number of the shard, from 0.
@@ -109,7 +113,13 @@ impl Doorway {
         let forbidden = self.inbound.addresses().map_err(|error| Error::Accept { error })?;
         let outbound = self.outbound.register().map_err(|error| Error::Accept { error })?;
         let inbound = self.inbound.register().map_err(|error| Error::Accept { error })?;
-        let dialler = Dialler { tables: self.tables, flows: self.flows, congestion: self.congestion };
+        let dialler = Dialler {
+            tables: self.tables,
+            netns: self.netns,
+            shared: Shared::default(),
+            flows: self.flows,
+            congestion: self.congestion,
+        };
         Ok(Door { outbound, inbound, turned_to, forbidden, dialler })
     }
 }
@@ -154,7 +164,7 @@ impl Door {
             source,
             dial_from,
             task: Some(origin.task),
-            protected: false,
+            sharers: Box::default(),
             cookie: origin.cookie,
             listener_cookie: 0,
         })
@@ -176,14 +186,14 @@ impl Dialler {
     /// A connection from `source` to a listener of this host, on a socket that is here already: who listens there is asked
     /// now. An error resets the socket.
     pub fn inbound(&self, socket: TcpStream, source: SocketAddr, destination: OriginalDst) -> Result<Flow, Error> {
-        let listener = match self.tables.listener_for(destination.0) {
-            Ok(listener) => listener,
+        let mut listeners = match self.shared.reached(&self.tables, destination.0, self.netns) {
+            Ok(listeners) => listeners.into_iter(),
             Err(error) => {
                 reset(socket);
                 return Err(Error::Map { map: map::LISTENERS, error });
             }
         };
-        let (_, row) = listener.unzip();
+        let first = listeners.next();
         Ok(Flow {
             id: self.next_id(),
             direction: Direction::Inbound,
@@ -192,10 +202,10 @@ impl Dialler {
             destination,
             source,
             dial_from: None,
-            task: row.map(|row| row.owner).filter(|owner| owner.tgid != 0),
-            protected: row.is_none_or(|row| row.mode == LISTENER_PROTECTED),
+            task: first.map(|listening| listening.row.owner).filter(|owner| owner.tgid != 0),
+            sharers: listeners.map(|listening| (listening.row.owner, listening.cookie)).collect(),
             cookie: 0,
-            listener_cookie: row.map_or(0, |row| row.cookie),
+            listener_cookie: first.map_or(0, |listening| listening.cookie),
         })
     }
 

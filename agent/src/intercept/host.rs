@@ -75,6 +75,11 @@ impl Host {
         exclusively(directory.into(), &self.pins)
     }
 
+    /// Where a map is pinned that all agents of the host share.
+    pub fn shared_pin(&self, map: &str) -> PathBuf {
+        Path::new(BPFFS).join("wimsey").join(format!("abi{ABI}-{map}"))
+    }
+
     /// Opens a directory of the hierarchy; `/` is its root.
     pub fn open_cgroup(&self, path: &Path) -> Result<OwnedFd, Error> {
         let path = self.cgroup2.join(path.strip_prefix("/").unwrap_or(path));

@@ -98,7 +98,7 @@ impl ClassRows {
 pub(super) struct Rows {
     pub flags: u32,
     pub classes: Classes,
-    pub protected: Vec<ListenerKey>,
+    pub protected: Vec<ProtectedKey>,
     destinations: Vec<(Key<DestinationKey>, Destination)>,
     verdicts: Vec<(VerdictKey, Verdict)>,
     candidates: Vec<(CandidateKey, Candidate)>,
@@ -120,7 +120,9 @@ impl Rows {
         } else {
             Vec::new()
         };
-        let destinations = policy.destinations.iter().map(|destination| {
+        let candidates = candidate_rows(facts, generation, CLASS_NONE, &[]);
+        let by_user = if candidates.is_empty() { 0 } else { FLAG_ENTRIES_BY_USER };
+        let destinations = policy.destinations.iter().flat_map(|destination| {
             let network = destination.network;
             let (bits, of_family) = (u32::from(network.prefix_len()), u32::from(network.max_prefix_len()));
             // The host's address is shown only where it is the same for the whole network.
@@ -133,10 +135,12 @@ impl Rows {
                 pad: 0,
                 address: address(network.network()),
             };
-            (
-                Key::new(DESTINATION_FIXED_BITS + 128 - of_family + bits, key),
-                Destination { id: destination.number, mode: destination.mode, source: hint },
-            )
+            let bits = DESTINATION_FIXED_BITS + 128 - of_family + bits;
+            let row = Destination { id: destination.number, mode: destination.mode, source: hint };
+            // For packets that have no ports: some port of this address is a mesh destination.
+            let address = DestinationKey { port: 0, pad: DESTINATION_ADDRESS, ..key };
+            let address = (destination.mode == MODE_MESH).then_some((Key::new(bits, address), row));
+            std::iter::once((Key::new(bits, key), row)).chain(address)
         });
         let verdicts = policy.verdicts.iter().map(|row| {
             let key =
@@ -144,15 +148,15 @@ impl Rows {
             (key, Verdict { action: row.action, rule: row.rule })
         });
         Self {
-            flags: if policy.cgroup_classes { FLAG_CGROUP_CLASSES } else { 0 },
+            flags: by_user | if policy.cgroup_classes { FLAG_CGROUP_CLASSES } else { 0 },
             protected: policy
                 .protected
                 .iter()
-                .map(|(ip, port)| super::tables::listener_key(SocketAddr::new(*ip, *port)))
+                .map(|(ip, port)| ProtectedKey { address: address(*ip), port: *port, pad: [0; 3] })
                 .collect(),
             destinations: destinations.collect(),
             verdicts: verdicts.collect(),
-            candidates: candidate_rows(facts, generation, CLASS_NONE, &[]),
+            candidates,
             cgroups: of_cgroups,
             classes,
         }
@@ -210,43 +214,6 @@ pub(super) fn sweep(tables: &Tables, stays: impl Fn(u32) -> bool) -> Result<(), 
     for key in tables.cgroups.keys().map_err(map_error(map::CGROUPS))? {
         if !stays(key.generation) {
             tables.cgroups.remove(&key).map_err(map_error(map::CGROUPS))?;
-        }
-    }
-    Ok(())
-}
-
-/// Makes sure that these addresses are protected, and says which rows are new.
-pub(super) fn protect(tables: &Tables, addresses: &[ListenerKey]) -> Result<Vec<ListenerKey>, Error> {
-    let mut new = Vec::new();
-    for key in addresses {
-        let row = tables.listeners.get(key).map_err(map_error(map::LISTENERS))?;
-        let nobody = Task { tgid: 0, uid: 0, gid: 0, workload: 0, cgroup: 0, at: 0, comm: [0; 16] };
-        let mut raised = row.unwrap_or(Listener { owner: nobody, cookie: 0, mode: 0, dual: 1 });
-        if raised.mode == LISTENER_PROTECTED {
-            continue;
-        }
-        raised.mode = LISTENER_PROTECTED;
-        if let Err(error) = tables.listeners.put(key, &raised, bpf::ANY) {
-            unprotect(tables, &new)?;
-            return Err(map_error(map::LISTENERS)(error));
-        }
-        if row.is_none() {
-            new.push(*key);
-        }
-    }
-    Ok(new)
-}
-
-/// Takes protection from addresses on which nobody listens. Where somebody does, the agent looks at the owner first.
-pub(super) fn unprotect(tables: &Tables, addresses: &[ListenerKey]) -> Result<(), Error> {
-    for key in addresses {
-        let free = matches!(tables.listeners.get(key), Ok(Some(row)) if row.cookie == 0);
-        if free
-            && let Some(row) = tables.listeners.take(key).map_err(map_error(map::LISTENERS))?
-            && row.cookie != 0
-        {
-            // Somebody began to listen in between.
-            tables.listeners.put(key, &row, bpf::NEW).map_err(map_error(map::LISTENERS))?;
         }
     }
     Ok(())

@@ -21,6 +21,7 @@ mod door;
 mod error;
 mod host;
 mod install;
+mod layout;
 mod owners;
 mod programs;
 mod registry;
@@ -33,7 +34,7 @@ pub use door::{Dialler, Door, Doorway, Opening};
 pub use error::{Error, Holder};
 pub use install::KernelFacts;
 pub use programs::release;
-pub use registry::Listening;
+pub use registry::{Held, Listening, holders};
 pub use tables::{address, canonical, ip, listener_key, socket_address};
 
 use std::{fmt, net::SocketAddr};
@@ -117,8 +118,9 @@ pub struct Flow {
     pub dial_from: Option<SocketAddr>,
     /// Outbound: the process that dialled. Inbound: the process that bound the listener, if any was recorded.
     pub task: Option<Task>,
-    /// Inbound: the listener is known to be protected, so nobody but its attested owner is spoken for.
-    pub protected: bool,
+    /// Inbound: others that share the listener's address (`SO_REUSEPORT`), and the cookies of their sockets. The connection may
+    /// reach any of them.
+    pub sharers: Box<[(Task, u64)]>,
     /// Outbound: cookie of the application's socket.
     pub cookie: u64,
     /// Inbound: cookie of the listening socket.

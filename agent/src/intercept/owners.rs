@@ -30,6 +30,30 @@ pub(super) fn owners(inodes: &HashSet<u32>, cgroup2: &Path) -> HashMap<u32, Task
     oldest.into_iter().filter_map(|(inode, (_, pid))| Some((inode, task(pid, cgroup2)?))).collect()
 }
 
+/// For each of these sockets, the processes that have it: one for each different user, group and cgroup.
+pub(super) fn holders(inodes: &HashSet<u32>, cgroup2: &Path) -> HashMap<u32, Vec<Task>> {
+    let mut found: HashMap<u32, Vec<Task>> = HashMap::new();
+    if inodes.is_empty() {
+        return found;
+    }
+    for pid in numbers(Path::new("/proc")) {
+        let mut held = sockets_of(pid);
+        held.retain(|inode| inodes.contains(inode));
+        if held.is_empty() {
+            continue;
+        }
+        let Some(task) = task(pid, cgroup2) else { continue };
+        for inode in held {
+            let holders = found.entry(inode).or_default();
+            let same = |other: &Task| (other.uid, other.gid, other.cgroup) == (task.uid, task.gid, task.cgroup);
+            if !holders.iter().any(same) {
+                holders.push(task);
+            }
+        }
+    }
+    found
+}
+
 /// Inode numbers of the sockets that a process has.
 pub(super) fn sockets_of(pid: u32) -> Vec<u32> {
     let Ok(descriptors) = fs::read_dir(format!("/proc/{pid}/fd")) else { return Vec::new() };

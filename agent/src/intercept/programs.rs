@@ -21,7 +21,7 @@ use aya::{
 use aya_log::EbpfLogger;
 use std::{
     fs, io,
-    os::fd::OwnedFd,
+    os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
 };
 use wimsey_common::map;
@@ -41,11 +41,14 @@ enum At {
     Everywhere,
     /// The network namespace.
     Namespace,
+    /// Nowhere: the agent runs it by itself.
+    Nowhere,
 }
 
 /// A program, the hook as the kernel's documentation calls it, the first version that has all that the program needs, and
 /// where it goes. In the order of attaching: what records comes before what relies on the records.
-const PROGRAMS: [(&str, &str, &str, At); 14] = [
+const PROGRAMS: [(&str, &str, &str, At); 15] = [
+    ("registry", "xdp by BPF_PROG_TEST_RUN", "5.12", At::Nowhere),
     ("sock_release", "cgroup/sock_release", "5.9", At::Everywhere),
     ("post_bind4", "cgroup/post_bind4", "4.17", At::Everywhere),
     ("post_bind6", "cgroup/post_bind6", "4.17", At::Everywhere),
@@ -67,6 +70,8 @@ pub(super) struct Readers {
     pub events: RingBuf<MapData>,
     pub counters: PerCpuArray<MapData, u64>,
     pub log: Option<EbpfLogger<ToTracing>>,
+    /// The program `registry`, which the agent runs.
+    pub registry: OwnedFd,
 }
 
 /// Hands what the programs log to the agent's own log.
@@ -97,6 +102,8 @@ impl Loaded {
         let mut loader = EbpfLoader::new();
         loader.default_map_pin_directory(&host.pins);
         loader.map_max_entries(LOG.0, LOG.1);
+        // Which namespaces have an agent is known to all agents of the host.
+        loader.map_pin_path(map::SERVED, host.shared_pin(map::SERVED));
         for (map, rows) in sizes {
             loader.map_max_entries(map, *rows);
         }
@@ -126,6 +133,9 @@ impl Loaded {
         let covered = host.open_cgroup(covered)?;
         for (name, hook, since, at) in PROGRAMS {
             let program = self.object.program_mut(name).ok_or(Error::NoObject)?;
+            if at == At::Nowhere {
+                continue;
+            }
             let cgroup = if at == At::Covered { &covered } else { &everywhere };
             let link = attach(program, cgroup, &host.netns).map_err(|error| match code(&error) {
                 Some(libc::EINVAL | libc::EOPNOTSUPP) => hook_missing(hook, since),
@@ -137,12 +147,20 @@ impl Loaded {
         let events = self.object.take_map(map::EVENTS).ok_or_else(|| missing(map::EVENTS))?;
         let counters = self.object.take_map(map::COUNTERS).ok_or_else(|| missing(map::COUNTERS))?;
         let unusable = |map| move |error: MapError| Error::Map { map, error: io::Error::other(error) };
+        let unusable_program = |error: ProgramError| Error::Host {
+            what: "using the program registry".into(),
+            error: io::Error::other(error),
+        };
+        let registry = self.object.program("registry").ok_or(Error::NoObject)?;
+        let registry = registry.fd().map_err(unusable_program)?.as_fd().try_clone_to_owned();
+        let registry = registry.during(|| "using the program registry".into())?;
         // The programs of the agent before have a log of their own, which nobody reads any more.
         let log = EbpfLogger::init_with_logger(&mut self.object, ToTracing).ok();
         Ok(Readers {
             events: RingBuf::try_from(events).map_err(unusable(map::EVENTS))?,
             counters: PerCpuArray::try_from(counters).map_err(unusable(map::COUNTERS))?,
             log,
+            registry,
         })
     }
 }
@@ -207,6 +225,7 @@ fn load(program: &mut Program) -> Result<(), ProgramError> {
         Program::CgroupSkb(program) => program.load(),
         Program::SockOps(program) => program.load(),
         Program::SkLookup(program) => program.load(),
+        Program::Xdp(program) => program.load(),
         _ => Err(ProgramError::UnexpectedProgramType),
     }
 }

@@ -1,176 +1,327 @@
-//! The registry of listening sockets: who bound them, and what they are.
+//! The registry of listening sockets: who bound them, who holds them, and what they are.
 //!
-//! The kernel programs write a row when a socket begins to listen and say so. What they could not see is found here: sockets
-//! from before, sockets that were never bound by hand, sockets that share an address.
+//! The kernel programs write a row when a socket is bound, judge binder and listener, and say so. What they could not see is
+//! found here: sockets from before, sockets that were never bound by hand, processes that were given a socket. What the agent
+//! finds out it says by [`Commands`]: rows and counts change in the kernel only.
 //!
 //! *Invariant:* the protection of a listener is lowered here only, and only for the socket that was looked at.
 
 use super::{
-    Error, Notice, Programs,
-    diagnostics::{self, Socket},
+    Error, KernelFacts, Notice, Programs,
+    cgroups::Cgroup,
+    diagnostics::{self, Socket as Listed},
     owners,
-    tables::{canonical, listener_key, map_error, socket_address},
+    tables::{Tables, address, canonical, listener_key, map_error, socket_address},
 };
-use crate::sys::bpf;
+use crate::{lock::lock, sys::bpf};
 use std::{
     collections::{HashMap, HashSet},
-    net::SocketAddr,
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::fd::{AsFd, OwnedFd},
+    path::Path,
+    sync::{Arc, Mutex},
 };
 use wimsey_common::*;
 
-/// A listening socket and its owner.
+/// A listening socket, and who is behind it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Listening {
-    /// Where it listens.
-    pub key: ListenerKey,
-    /// Owner, cookie and mode.
-    pub row: Listener,
+    /// Its cookie.
+    pub cookie: u64,
+    /// Where it is, who bound it, for whom it listens and what it is.
+    pub row: Socket,
 }
 
 impl Listening {
     /// Address and port.
     pub fn address(&self) -> SocketAddr {
-        socket_address(&self.key.address, self.key.port)
+        socket_address(&self.row.key.address, self.row.key.port)
+    }
+
+    /// One of the `LISTENER_` modes.
+    pub fn mode(&self) -> u32 {
+        u32::try_from(self.row.mode).unwrap_or(LISTENER_PROTECTED)
     }
 }
 
+/// Who holds a listening socket, and whether it is one that takes no IPv4.
+#[derive(Clone, Debug, Default)]
+pub struct Held {
+    /// One task for each different user, group and cgroup.
+    pub holders: Vec<Task>,
+    /// It does not take IPv4.
+    pub ipv6_only: bool,
+}
+
+/// Looks who holds these listening sockets. It walks `/proc`, which takes milliseconds: not for a thread that others wait for.
+pub fn holders(cookies: &HashSet<u64>, cgroup2: &Path) -> Result<HashMap<u64, Held>, Error> {
+    let listed: Vec<Listed> =
+        diagnostics::sockets(diagnostics::LISTENING)?.into_iter().filter(|it| cookies.contains(&it.cookie)).collect();
+    let inodes = listed.iter().map(|socket| socket.inode).collect();
+    let mut by_inode = owners::holders(&inodes, cgroup2);
+    let held = |socket: &Listed| Held {
+        holders: by_inode.remove(&socket.inode).unwrap_or_default(),
+        ipv6_only: socket.ipv6_only,
+    };
+    let mut held = held;
+    Ok(listed.iter().map(|socket| (socket.cookie, held(socket))).collect())
+}
+
+/// The program `registry`, by which the agent says what a socket is.
+#[derive(Clone, Debug)]
+pub(super) struct Commands(Arc<OwnedFd>);
+
+impl Commands {
+    pub fn new(program: OwnedFd) -> Self {
+        Self(Arc::new(program))
+    }
+
+    /// Carries a command out. Says whether there was such a socket (or, to be recorded, none).
+    pub fn run(&self, command: &Command) -> Result<bool, Error> {
+        match bpf::run(self.0.as_fd(), command) {
+            Ok(COMMAND_DONE) => Ok(true),
+            Ok(COMMAND_STALE) => Ok(false),
+            Ok(COMMAND_FULL) => Err(Error::MapFull { map: map::SOCKETS }),
+            Ok(other) => Err(Error::Map {
+                map: map::SOCKETS,
+                error: io::Error::other(format!("the program registry answered {other}")),
+            }),
+            Err(error) => Err(Error::Map { map: map::SOCKETS, error }),
+        }
+    }
+}
+
+const NOBODY: Task = Task { tgid: 0, uid: 0, gid: 0, workload: 0, cgroup: 0, at: 0, comm: [0; 16] };
+
 impl Programs {
     /// Looks at every listening socket of the namespace: those from before the programs are recorded, those that are gone are
-    /// forgotten. All that are left are to be attested, and [`Programs::set_listener_mode`] called for each.
+    /// forgotten. All that are left are to be judged, and [`Programs::set_listener_mode`] called for each.
     pub fn listeners(&mut self) -> Result<Vec<Listening>, Error> {
-        let sockets = self.listening_sockets()?;
-        let mut by_key: HashMap<ListenerKey, Vec<Socket>> = HashMap::new();
-        for socket in sockets {
-            by_key.entry(key_of(&socket)).or_default().push(socket);
-        }
-        let tables = self.tables.clone();
-        let full = map_error(map::LISTENERS);
+        let full = map_error(map::SOCKETS);
+        let listed = self.listening_sockets()?;
         let mut unrecorded = Vec::new();
-        let mut found = Vec::new();
-        for (key, sockets) in &by_key {
-            let row = tables.listeners.get(key).map_err(&full)?;
-            match row.filter(|row| row.owner.tgid != 0 && sockets.iter().any(|socket| socket.cookie == row.cookie)) {
-                Some(row) => found.push(Listening { key: *key, row }),
-                None => unrecorded.extend(sockets.first().map(|socket| (*key, *socket, row))),
+        for socket in &listed {
+            match self.tables.sockets.get(&socket.cookie).map_err(&full)? {
+                None => unrecorded.push(*socket),
+                Some(row) if socket.ipv6_only && row.key.address == [0; 16] && row.key.ipv6_only == 0 => {
+                    self.set(socket.cookie, &row, u32::try_from(row.mode).unwrap_or(LISTENER_PROTECTED), None, true)?;
+                }
+                Some(_) => {}
             }
         }
-        let inodes = unrecorded.iter().map(|(_, socket, _)| socket.inode).collect();
-        let owners = owners::owners(&inodes, &self.host.cgroup2);
-        for (key, socket, row) in unrecorded {
-            let owner = owners.get(&socket.inode).copied();
-            found.push(self.record(key, &socket, owner, row)?);
+        let owners = owners::owners(&unrecorded.iter().map(|socket| socket.inode).collect(), &self.host.cgroup2);
+        for socket in unrecorded {
+            let owner = owners.get(&socket.inode).copied().unwrap_or(NOBODY);
+            let mut key = listener_key(canonical(socket.local), self.host.netns_cookie);
+            key.device = socket.interface;
+            key.ipv6_only = u16::from(socket.ipv6_only && key.address == [0; 16]);
+            let (kind, mode) = (COMMAND_RECORD, LISTENER_UNDECIDED);
+            self.commands.run(&Command { kind, mode, cookie: socket.cookie, key, owner })?;
         }
-        for key in tables.listeners.keys().map_err(&full)? {
-            if !by_key.contains_key(&key) {
-                self.forget(&key)?;
+        let mut found = Vec::new();
+        let mut missing = Vec::new();
+        let alive: HashSet<u64> = listed.iter().map(|socket| socket.cookie).collect();
+        for cookie in self.tables.sockets.keys().map_err(&full)? {
+            match self.tables.sockets.get(&cookie).map_err(&full)? {
+                Some(row) if row.listens != 0 && alive.contains(&cookie) => found.push(Listening { cookie, row }),
+                Some(row) if row.listens != 0 => missing.push(cookie),
+                _ => {}
+            }
+        }
+        if !missing.is_empty() {
+            // Rows that were there before the second look, for sockets that are in neither.
+            let alive: HashSet<u64> = self.listening_sockets()?.into_iter().map(|socket| socket.cookie).collect();
+            for cookie in missing.into_iter().filter(|cookie| !alive.contains(cookie)) {
+                self.forget(cookie)?;
             }
         }
         Ok(found)
     }
 
-    /// Says what a listening socket is, after its owner was attested: one of the `LISTENER_` modes. Says whether it was still
-    /// the same socket. An address that policy protects by itself stays protected.
-    pub fn set_listener_mode(&self, listening: &Listening, mode: u32, workload: u32) -> Result<bool, Error> {
-        let full = map_error(map::LISTENERS);
-        let Some(mut row) = self.tables.listeners.get(&listening.key).map_err(&full)? else { return Ok(false) };
-        if row.cookie != listening.row.cookie {
-            return Ok(false);
-        }
-        row.mode = if self.protected.contains(&listening.key) { LISTENER_PROTECTED } else { mode };
-        row.owner.workload = workload;
-        match self.tables.listeners.put(&listening.key, &row, bpf::REPLACE) {
-            Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
-            done => done.map(|()| true).map_err(full),
-        }
+    /// Says what a listening socket is, after it was judged: one of the `LISTENER_` modes, and for whom it listens. Says
+    /// whether it was still there.
+    pub fn set_listener_mode(&self, listening: &Listening, mode: u32, owner: Option<Task>) -> Result<bool, Error> {
+        self.set(listening.cookie, &listening.row, mode, owner, listening.row.key.ipv6_only != 0)
+    }
+
+    fn set(
+        &self,
+        cookie: u64,
+        row: &Socket,
+        mode: u32,
+        owner: Option<Task>,
+        ipv6_only: bool,
+    ) -> Result<bool, Error> {
+        let key = ListenerKey { ipv6_only: u16::from(ipv6_only), ..row.key };
+        self.commands.run(&Command { kind: COMMAND_SET, mode, cookie, key, owner: owner.unwrap_or(NOBODY) })
+    }
+
+    fn forget(&self, cookie: u64) -> Result<bool, Error> {
+        let key = ListenerKey { address: [0; 16], netns: 0, device: 0, port: 0, ipv6_only: 0 };
+        self.commands.run(&Command { kind: COMMAND_FORGET, mode: 0, cookie, key, owner: NOBODY })
+    }
+
+    /// Where the unified hierarchy is mounted: what [`holders`] asks for.
+    pub fn hierarchy(&self) -> &Path {
+        &self.host.cgroup2
     }
 
     pub(super) fn somebody_listens(&mut self, event: &Event) -> Result<(), Error> {
-        let key = ListenerKey { address: event.destination, port: event.destination_port, pad: [0; 3] };
-        let row = self.tables.listeners.get(&key).map_err(map_error(map::LISTENERS))?;
-        let listening = match row {
-            Some(row) if row.cookie != event.cookie && row.cookie != 0 => return Ok(()),
-            Some(row) if row.cookie != 0 && row.owner.tgid != 0 => Some(Listening { key, row }),
-            // A socket that was never bound by hand, or a row that did not fit.
-            row => {
-                let socket = self.listening_sockets()?.into_iter().find(|socket| socket.cookie == event.cookie);
-                match socket {
-                    Some(socket) => {
-                        let owners = owners::owners(&HashSet::from([socket.inode]), &self.host.cgroup2);
-                        Some(self.record(key, &socket, owners.get(&socket.inode).copied(), row)?)
-                    }
-                    None => None,
+        // It may be gone by now.
+        let row = self.tables.sockets.get(&event.cookie).map_err(map_error(map::SOCKETS))?;
+        self.notices.extend(row.map(|row| Notice::Listening(Listening { cookie: event.cookie, row })));
+        Ok(())
+    }
+
+    pub(super) fn somebody_closed(&mut self, event: &Event) {
+        self.notices.push_back(Notice::Closed(event.cookie));
+    }
+
+    /// Before a policy is in force: every listener that was left alone, and of whose binder, listener or holders some entry of
+    /// that policy may match one, is undecided until it is judged anew.
+    pub(super) fn raise(&self, facts: &dyn KernelFacts) -> Result<(), Error> {
+        let full = map_error(map::SOCKETS);
+        let mut left_alone = Vec::new();
+        for cookie in self.tables.sockets.keys().map_err(&full)? {
+            match self.tables.sockets.get(&cookie).map_err(&full)? {
+                Some(row) if row.listens != 0 && row.mode == u64::from(LISTENER_LEFT_ALONE) => {
+                    left_alone.push(Listening { cookie, row });
                 }
+                _ => {}
             }
+        }
+        left_alone.retain(|listening| !matches!(self.tables.own.get(&listening.cookie), Ok(Some(_))));
+        if left_alone.is_empty() {
+            return Ok(());
+        }
+        let paths: HashMap<u64, String> =
+            self.cgroups.all().into_iter().map(|Cgroup { path, id }| (id, path)).collect();
+        let may_match = |task: &Task| {
+            if task.tgid == 0 {
+                return false;
+            }
+            let Some(path) = paths.get(&task.cgroup) else { return true };
+            facts.candidates(&facts.cgroup_set(path)).iter().any(|row| {
+                row.uid.is_none_or(|uid| uid == task.uid) && row.gid.is_none_or(|gid| gid == task.gid)
+            })
         };
-        self.notices.extend(listening.map(Notice::Listening));
+        let cookies = left_alone.iter().map(|listening| listening.cookie).collect();
+        let held = holders(&cookies, &self.host.cgroup2)?;
+        for listening in &left_alone {
+            let holders = held.get(&listening.cookie).map(|held| held.holders.as_slice()).unwrap_or_default();
+            let tasks = [listening.row.binder, listening.row.owner];
+            if tasks.iter().chain(holders).any(may_match) {
+                self.set_listener_mode(listening, LISTENER_UNDECIDED, None)?;
+            }
+        }
         Ok(())
     }
 
-    pub(super) fn somebody_closed(&mut self, event: &Event) -> Result<(), Error> {
-        let key = ListenerKey { address: event.destination, port: event.destination_port, pad: [0; 3] };
-        let Some(row) = self.tables.listeners.get(&key).map_err(map_error(map::LISTENERS))? else { return Ok(()) };
-        if row.cookie != 0 {
-            return Ok(());
+    /// Protects these addresses, whoever listens there. Gives those that are new.
+    pub(super) fn protect(&self, addresses: &HashSet<ProtectedKey>) -> Result<Vec<ProtectedKey>, Error> {
+        let mut new = Vec::new();
+        for key in addresses.difference(&self.protected) {
+            if let Err(error) = self.tables.protected.put(key, &1, bpf::ANY) {
+                self.unprotect(&new)?;
+                return Err(map_error(map::PROTECTED)(error));
+            }
+            new.push(*key);
         }
-        // Another socket may share the address (SO_REUSEPORT).
-        if let Some(socket) = self.listening_sockets()?.into_iter().find(|socket| key_of(socket) == key) {
-            let owners = owners::owners(&HashSet::from([socket.inode]), &self.host.cgroup2);
-            let listening = self.record(key, &socket, owners.get(&socket.inode).copied(), Some(row))?;
-            self.notices.push_back(Notice::Listening(listening));
-            return Ok(());
-        }
-        self.forget(&key)?;
-        self.notices.push_back(Notice::Closed(key));
-        Ok(())
+        Ok(new)
     }
 
-    /// Writes down a listening socket that the programs have not, or not completely, seen.
-    fn record(
-        &self,
-        key: ListenerKey,
-        socket: &Socket,
-        owner: Option<Task>,
-        before: Option<Listener>,
-    ) -> Result<Listening, Error> {
-        let nobody = Task { tgid: 0, uid: 0, gid: 0, workload: 0, cgroup: 0, at: 0, comm: [0; 16] };
-        let wildcard = key.address == [0; 16];
-        let row = Listener {
-            owner: owner.unwrap_or(nobody),
-            cookie: socket.cookie,
-            // Never lower than it was.
-            mode: before.map_or(LISTENER_UNKNOWN, |row| row.mode.max(LISTENER_UNKNOWN)),
-            dual: u32::from(wildcard && !socket.ipv6_only),
-        };
-        self.tables.listening.put(&socket.cookie, &key, bpf::ANY).map_err(map_error(map::LISTENING))?;
-        self.tables.listeners.put(&key, &row, bpf::ANY).map_err(map_error(map::LISTENERS))?;
-        Ok(Listening { key, row })
-    }
-
-    /// Forgets an address on which nobody listens, unless policy protects it by itself.
-    fn forget(&self, key: &ListenerKey) -> Result<(), Error> {
-        if self.protected.contains(key) {
-            return Ok(());
-        }
-        if let Some(row) = self.tables.listeners.take(key).map_err(map_error(map::LISTENERS))?
-            && row.cookie != 0
-            && self.tables.listening.get(&row.cookie).map_err(map_error(map::LISTENING))?.is_some()
-        {
-            // Somebody has begun to listen since we looked.
-            self.tables.listeners.put(key, &row, bpf::NEW).map_err(map_error(map::LISTENERS))?;
+    pub(super) fn unprotect(&self, addresses: &[ProtectedKey]) -> Result<(), Error> {
+        for key in addresses {
+            self.tables.protected.remove(key).map_err(map_error(map::PROTECTED))?;
         }
         Ok(())
     }
 
     /// Listening sockets of everybody but the agent.
-    fn listening_sockets(&self) -> Result<Vec<Socket>, Error> {
+    fn listening_sockets(&self) -> Result<Vec<Listed>, Error> {
         let mut sockets = diagnostics::sockets(diagnostics::LISTENING)?;
-        let own = |socket: &Socket| matches!(self.tables.own.get(&socket.cookie), Ok(Some(_)));
+        let own = |socket: &Listed| matches!(self.tables.own.get(&socket.cookie), Ok(Some(_)));
         sockets.retain(|socket| !own(socket));
         Ok(sockets)
     }
 }
 
-/// Where a listening socket is in `LISTENERS`. An IPv6 socket that is bound to an IPv4 address is listed under that.
-fn key_of(socket: &Socket) -> ListenerKey {
-    listener_key(canonical(socket.local))
+/// The sockets behind addresses that several share, as they were when the counts were these.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Shared(Arc<Mutex<HashMap<ListenerKey, (Listeners, Vec<Listening>)>>>);
+
+/// Most shared addresses that are remembered.
+const REMEMBERED: usize = 1024;
+
+impl Shared {
+    /// The sockets that listen at exactly this address.
+    pub fn at(&self, tables: &Tables, key: &ListenerKey) -> io::Result<Vec<Listening>> {
+        let Some(row) = tables.listeners.get(key)? else { return Ok(Vec::new()) };
+        if row.cookie == 0 {
+            return Ok(Vec::new());
+        }
+        let alone = [LISTENER_LEFT_ALONE, LISTENER_UNDECIDED, LISTENER_PROTECTED];
+        let listens = |found: &Socket| found.listens != 0 && found.key == *key;
+        if alone.iter().map(|mode| counted(row.counts, *mode)).sum::<u64>() == 1
+            && let Some(found) = tables.sockets.get(&row.cookie)?.filter(listens)
+        {
+            return Ok(vec![Listening { cookie: row.cookie, row: found }]);
+        }
+        if let Some((_, found)) = lock(&self.0).get(key).filter(|(known, _)| *known == row) {
+            return Ok(found.clone());
+        }
+        let mut found = Vec::new();
+        for cookie in tables.sockets.keys()? {
+            found.extend(tables.sockets.get(&cookie)?.filter(listens).map(|row| Listening { cookie, row }));
+        }
+        let mut known = lock(&self.0);
+        if known.len() >= REMEMBERED {
+            known.clear();
+        }
+        known.insert(*key, (row, found.clone()));
+        Ok(found)
+    }
+
+    /// The sockets of which the kernel would choose one for a connection over loopback to this address: those that are bound
+    /// to the address itself, else to the IPv4 wildcard, else to the IPv6 one; on any device, else on the loopback device.
+    pub fn reached(&self, tables: &Tables, local: SocketAddr, netns: u64) -> io::Result<Vec<Listening>> {
+        const LOOPBACK_DEVICE: u32 = 1;
+        let exact = listener_key(local, netns);
+        let four = ListenerKey { address: address(IpAddr::V4(Ipv4Addr::UNSPECIFIED)), ..exact };
+        let six = ListenerKey { address: address(IpAddr::V6(Ipv6Addr::UNSPECIFIED)), ..exact };
+        let other = match canonical(local).ip() {
+            IpAddr::V4(_) => four,
+            IpAddr::V6(_) => ListenerKey { ipv6_only: 1, ..six },
+        };
+        for device in [0, LOOPBACK_DEVICE] {
+            for key in [exact, other, six] {
+                let found = self.at(tables, &ListenerKey { device, ..key })?;
+                if !found.is_empty() {
+                    return Ok(found);
+                }
+            }
+        }
+        Ok(Vec::new())
+    }
+}
+
+impl Tables {
+    /// What becomes of a connection to this address: the strictest mode of all that is bound there.
+    pub fn strictest_at(&self, local: SocketAddr, netns: u64) -> io::Result<u32> {
+        let exact = listener_key(local, netns);
+        let four = ListenerKey { address: address(IpAddr::V4(Ipv4Addr::UNSPECIFIED)), ..exact };
+        let six = ListenerKey { address: address(IpAddr::V6(Ipv6Addr::UNSPECIFIED)), ..exact };
+        let is_four = canonical(local).is_ipv4();
+        let only_six = ListenerKey { ipv6_only: 1, ..six };
+        let mut counts = 0;
+        for key in [exact, six, if is_four { four } else { only_six }] {
+            counts |= self.listeners.get(&key)?.map_or(0, |row| row.counts);
+            let key = ProtectedKey { address: key.address, port: key.port, pad: [0; 3] };
+            if self.protected.get(&key)?.is_some() {
+                return Ok(LISTENER_PROTECTED);
+            }
+        }
+        Ok(strictest(counts))
+    }
 }

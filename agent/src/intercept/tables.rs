@@ -7,7 +7,7 @@ use crate::sys::bpf::Table;
 use aya::maps::lpm_trie::Key;
 use std::{
     io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, Ipv6Addr, SocketAddr},
     path::Path,
 };
 use wimsey_common::*;
@@ -24,15 +24,17 @@ pub(super) struct Tables {
     pub origins: Table<TupleKey, Origin>,
     pub own: Table<u64, Own>,
     pub legs: Table<TupleKey, Leg>,
-    pub listeners: Table<ListenerKey, Listener>,
-    pub listening: Table<u64, ListenerKey>,
+    pub listeners: Table<ListenerKey, Listeners>,
+    pub sockets: Table<u64, Socket>,
+    pub protected: Table<ProtectedKey, u32>,
+    pub served: Table<u64, u32>,
     pub inbound: Table<u32, u32>,
     pub outbound: Table<u32, u32>,
 }
 
 impl Tables {
-    /// Opens what is pinned in this directory.
-    pub fn open(pins: &Path) -> Result<Self, Error> {
+    /// Opens what is pinned in this directory, and the map of all agents.
+    pub fn open(pins: &Path, served: &Path) -> Result<Self, Error> {
         fn table<K: aya::Pod, V: aya::Pod>(pins: &Path, map: &'static str) -> Result<Table<K, V>, Error> {
             Table::open(&pins.join(map)).map_err(|error| Error::Map { map, error })
         }
@@ -47,31 +49,12 @@ impl Tables {
             own: table(pins, map::OWN)?,
             legs: table(pins, map::LEGS)?,
             listeners: table(pins, map::LISTENERS)?,
-            listening: table(pins, map::LISTENING)?,
+            sockets: table(pins, map::SOCKETS)?,
+            protected: table(pins, map::PROTECTED)?,
+            served: Table::open(served).map_err(|error| Error::Map { map: map::SERVED, error })?,
             inbound: table(pins, map::INBOUND)?,
             outbound: table(pins, map::OUTBOUND)?,
         })
-    }
-
-    /// The row of the listener that the kernel would find for this local address, as `steer` in `ebpf/src/ingress.rs`
-    /// looks for it: the address itself, the IPv4 wildcard, the IPv6 wildcard.
-    pub fn listener_for(&self, local: SocketAddr) -> io::Result<Option<(ListenerKey, Listener)>> {
-        let exact = listener_key(local);
-        let four = ListenerKey { address: address(IpAddr::V4(Ipv4Addr::UNSPECIFIED)), ..exact };
-        let six = ListenerKey { address: address(IpAddr::V6(Ipv6Addr::UNSPECIFIED)), ..exact };
-        let is_four = canonical(local).is_ipv4();
-        for (key, needs_dual, asked) in [(exact, false, true), (four, false, is_four), (six, is_four, true)] {
-            if !asked {
-                continue;
-            }
-            if let Some(row) = self.listeners.get(&key)?
-                && (row.cookie != 0 || row.mode == LISTENER_PROTECTED)
-                && (!needs_dual || row.dual != 0)
-            {
-                return Ok(Some((key, row)));
-            }
-        }
-        Ok(None)
     }
 }
 
@@ -117,9 +100,9 @@ pub(super) fn tuple_key(source: SocketAddr, destination: SocketAddr) -> TupleKey
     }
 }
 
-/// The key of a listener that is bound to exactly this.
-pub fn listener_key(bound: SocketAddr) -> ListenerKey {
-    ListenerKey { address: address(bound.ip()), port: bound.port(), pad: [0; 3] }
+/// The key of a socket that is bound to exactly this, on any device.
+pub fn listener_key(bound: SocketAddr, netns: u64) -> ListenerKey {
+    ListenerKey { address: address(bound.ip()), netns, device: 0, port: bound.port(), ipv6_only: 0 }
 }
 
 #[cfg(test)]
@@ -130,15 +113,15 @@ mod tests {
     fn an_ipv4_address_is_the_same_in_either_form() {
         let four: SocketAddr = "10.0.0.2:80".parse().unwrap();
         let mapped: SocketAddr = "[::ffff:10.0.0.2]:80".parse().unwrap();
-        assert_eq!(listener_key(four), listener_key(mapped));
+        assert_eq!(listener_key(four, 1), listener_key(mapped, 1));
         assert_eq!(canonical(mapped), four);
         assert_eq!(socket_address(&address(four.ip()), 80), four);
     }
 
     #[test]
     fn wildcards_of_the_two_families_have_different_keys() {
-        let four = listener_key("0.0.0.0:80".parse().unwrap());
-        let six = listener_key("[::]:80".parse().unwrap());
+        let four = listener_key("0.0.0.0:80".parse().unwrap(), 1);
+        let six = listener_key("[::]:80".parse().unwrap(), 1);
         assert_ne!(four, six);
         assert_eq!(six.address, [0; 16]);
     }

@@ -233,8 +233,8 @@ const OF_THIS_MACHINE: &[libc::c_long] = &[];
 
 /// Domains of sockets that the agent makes: the admin socket, what it carries, socket diagnostics.
 const DOMAINS: [libc::c_int; 4] = [libc::AF_UNIX, libc::AF_INET, libc::AF_INET6, libc::AF_NETLINK];
-/// Commands of bpf(2) on the elements of maps that are open: lookup, update, delete, next key, lookup and delete.
-const ON_ELEMENTS: [u64; 5] = [1, 2, 3, 4, 21];
+/// Commands of bpf(2) on what is open: lookup, update, delete, next key, a run of a program, lookup and delete.
+const ON_ELEMENTS: [u64; 6] = [1, 2, 3, 4, 10, 21];
 /// The numbers of `ioctl` for sockets, interfaces and routes begin with this byte, and tokio and std use none of them.
 const SOCKET_REQUESTS: (u64, u64) = (0xff00, 0x8900);
 /// `IPT_SO_SET_REPLACE` and `IP6T_SO_SET_REPLACE`.

@@ -14,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use wimsey::intercept::{Direction, Error, KernelFacts, Notice, Opening, OriginalDst, listener_key};
+use wimsey::intercept::{Direction, Error, KernelFacts, Notice, Opening, OriginalDst};
 use wimsey_common::*;
 use world::{Facts, HERE, SERVER, SERVER6, WORKLOAD, World, world};
 
@@ -176,16 +176,20 @@ fn an_enrolled_program_reaches_only_what_policy_names() {
 }
 
 #[test]
-fn a_candidate_is_turned_to_the_agent_whatever_it_dials() {
+fn a_candidate_is_turned_to_the_agent_at_a_mesh_destination_only() {
     let mut world = world!();
     let facts = Facts { ask: true, ..world.enrol() };
     world.install(facts);
-    let mut client = world.client("connect 10.77.0.1:9999;read");
+    let open = TcpListener::bind("10.77.0.1:9999").unwrap();
+    let mut client = world.client("connect 10.77.0.2:80;read;connect 10.77.0.1:9999");
     let flow = answer(&world);
-    assert_eq!(flow.destination, OriginalDst("10.77.0.1:9999".parse().unwrap()));
+    assert_eq!(flow.destination, OriginalDst("10.77.0.2:80".parse().unwrap()));
     assert_eq!(flow.task.unwrap().workload, 0);
-    assert_eq!(client.line(), "connected to 10.77.0.1:9999 from 127.0.0.1");
+    assert_eq!(client.line(), "connected to 10.77.0.2:80 from 10.77.0.2");
     assert_eq!(client.line(), "answer");
+    // Nobody's traffic is the agent's: it goes its own way.
+    assert_eq!(client.line(), "connected to 10.77.0.1:9999 from 10.77.0.1");
+    drop(open);
 }
 
 #[test]
@@ -303,7 +307,7 @@ fn a_protected_listener_is_reached_through_the_agent_and_sees_the_true_client() 
             _ => None,
         });
         assert_eq!(listening.address(), at.parse().unwrap());
-        assert_eq!(listening.row.mode, LISTENER_PROTECTED);
+        assert_eq!(listening.mode(), LISTENER_PROTECTED);
         assert_eq!((listening.row.owner.tgid, listening.row.owner.workload), (server.pid(), WORKLOAD));
 
         let mut remote = world.stranger(&format!(
@@ -315,7 +319,7 @@ fn a_protected_listener_is_reached_through_the_agent_and_sees_the_true_client() 
         assert_eq!(flow.direction, Direction::Inbound);
         assert_eq!(flow.destination, OriginalDst(to.parse().unwrap()));
         assert_eq!((flow.source.ip().to_string(), flow.source.port()), (from.to_string(), 7000));
-        assert_eq!((flow.task.unwrap().tgid, flow.listener_cookie), (server.pid(), listening.row.cookie));
+        assert_eq!((flow.task.unwrap().tgid, flow.listener_cookie), (server.pid(), listening.cookie));
         assert!(remote.line().starts_with("connected"));
 
         let mut leg = world.run(door.dialler().leg(flow.destination, flow.source, Opening::Waits)).unwrap();
@@ -333,10 +337,10 @@ fn a_protected_listener_is_reached_through_the_agent_and_sees_the_true_client() 
         assert_eq!(server.line(), "hello");
         assert_eq!(server.line(), "closed");
         let closed = world.notice(|notice| match notice {
-            Notice::Closed(key) => Some(*key),
+            Notice::Closed(cookie) => Some(*cookie),
             _ => None,
         });
-        assert_eq!(closed, listener_key(at.parse().unwrap()));
+        assert_eq!(closed, listening.cookie);
     }
     assert_eq!(world.count(counter::LEGS_ADMITTED), 3);
     assert_eq!(world.count(counter::STEERED), 3);
@@ -413,12 +417,12 @@ fn an_address_that_policy_protects_is_protected_before_anybody_listens() {
     // Its owner cannot be said to be harmless, until policy lets go of the address.
     let listening = world.programs().listeners().unwrap();
     let row = listening.iter().find(|row| row.address().port() == 8080).unwrap();
-    assert!(world.programs().set_listener_mode(row, LISTENER_LEFT_ALONE, 0).unwrap());
+    assert!(world.programs().set_listener_mode(row, LISTENER_LEFT_ALONE, None).unwrap());
     let _remote = world.stranger("connect 10.77.0.2:8080");
     world.run(door.accept_inbound()).unwrap();
     facts.policy.protected.clear();
     world.install(facts);
-    assert!(world.programs().set_listener_mode(row, LISTENER_LEFT_ALONE, 0).unwrap());
+    assert!(world.programs().set_listener_mode(row, LISTENER_LEFT_ALONE, None).unwrap());
     let mut remote = world.stranger("connect 10.77.0.2:8080");
     assert!(remote.line().starts_with("connected"));
     assert!(server.line().starts_with("accepted"));
@@ -462,7 +466,7 @@ fn the_owner_of_a_listener_that_was_never_bound_is_found() {
         _ => None,
     });
     assert_eq!(listening.address(), at);
-    assert_eq!((listening.row.owner.tgid, listening.row.mode), (server.pid(), LISTENER_UNKNOWN));
+    assert_eq!((listening.row.owner.tgid, listening.mode()), (server.pid(), LISTENER_PROTECTED));
 }
 
 #[test]
@@ -477,8 +481,9 @@ fn a_listener_from_before_the_agent_is_found_with_its_owner() {
     world.install(facts);
     let listening = world.programs().listeners().unwrap();
     let row = listening.iter().find(|row| row.address().port() == 8080).unwrap();
-    assert_eq!((row.row.owner.tgid, row.row.mode, row.row.dual), (server.pid(), LISTENER_UNKNOWN, 1));
-    assert!(world.programs().set_listener_mode(row, LISTENER_PROTECTED, WORKLOAD).unwrap());
+    assert_eq!((row.row.owner.tgid, row.mode(), row.row.key.ipv6_only), (server.pid(), LISTENER_UNDECIDED, 0));
+    let owner = Task { workload: WORKLOAD, ..row.row.owner };
+    assert!(world.programs().set_listener_mode(row, LISTENER_PROTECTED, Some(owner)).unwrap());
     let _remote = world.stranger("connect 10.77.0.2:8080");
     let door = world.door();
     let flow = world.run(door.accept_inbound()).unwrap();

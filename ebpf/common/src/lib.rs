@@ -11,7 +11,7 @@
 
 /// Version of the layouts below. It is part of the directory name under bpffs, so that an agent never adopts maps
 /// whose layout it does not know.
-pub const ABI: u32 = 1;
+pub const ABI: u32 = 2;
 
 /// Most data shards (threads with listeners of their own) that one agent can have.
 pub const MAX_SHARDS: usize = 64;
@@ -40,9 +40,42 @@ pub struct Config {
     pub netns_cookie: u64,
     /// Number of data shards, 1 to [`MAX_SHARDS`].
     pub shards: u32,
-    /// [`FLAG_CGROUP_CLASSES`] and future flags.
+    /// The `FLAG_` bits.
     pub flags: u32,
+    /// Where the kernel keeps what the programs want to know of a task.
+    pub layout: TaskLayout,
 }
+
+/// Offsets in bytes, from the kernel's own type information (BTF): a program of kind `sock_ops` has no helper that tells
+/// who is running, but may read the task.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct TaskLayout {
+    /// `task_struct.real_cred`; 0 where the layout is not known, and nothing is read then.
+    pub real_cred: u32,
+    /// `task_struct.tgid`.
+    pub tgid: u32,
+    /// `task_struct.cgroups`.
+    pub cgroups: u32,
+    /// `cred.uid`.
+    pub uid: u32,
+    /// `cred.gid`.
+    pub gid: u32,
+    /// `css_set.dfl_cgrp`.
+    pub dfl_cgrp: u32,
+    /// `cgroup.kn`.
+    pub kn: u32,
+    /// `kernfs_node.id`.
+    pub id: u32,
+}
+
+/// Every listening socket from before is recorded: where no row is found, nobody listens, or somebody whom nobody has
+/// recorded, who is refused.
+pub const FLAG_REGISTRY_COMPLETE: u32 = 2;
+/// Policy protects addresses whoever listens there.
+pub const FLAG_PROTECTED_ADDRESSES: u32 = 4;
+/// Some registration entry has no cgroup selector, so that whoever may change their user can become a workload.
+pub const FLAG_ENTRIES_BY_USER: u32 = 8;
 
 /// Some registration entry names a cgroup or a systemd unit, so a cgroup without a class has to be looked at first.
 pub const FLAG_CGROUP_CLASSES: u32 = 1;
@@ -97,11 +130,15 @@ pub struct DestinationKey {
     pub generation: u32,
     /// Port in host byte order, or 0 for any.
     pub port: u16,
-    /// Always zero.
+    /// 0, or [`DESTINATION_ADDRESS`].
     pub pad: u16,
     /// Address or network.
     pub address: Address,
 }
+
+/// `pad` of a [`DestinationKey`] that says of an address that some port of it is a mesh destination: for packets that have no
+/// ports.
+pub const DESTINATION_ADDRESS: u16 = 1;
 
 /// Bits of a [`DestinationKey`] in front of the address.
 pub const DESTINATION_FIXED_BITS: u32 = 64;
@@ -198,6 +235,10 @@ pub struct Origin {
     pub family: u16,
     /// Port of the agent's listener that the connection was turned to.
     pub agent_port: u16,
+    /// Thread that called `connect`, in the initial pid namespace.
+    pub thread: u32,
+    /// 1 once the connection stands.
+    pub arrived: u32,
 }
 
 /// A TCP connection as one of its ends sees it.
@@ -250,11 +291,120 @@ pub struct Leg {
     pub pad: [u16; 3],
 }
 
-/// Key of `LISTENERS`. The address is as bound: all zero for an IPv6 wildcard, `::ffff:0.0.0.0` for an IPv4 one.
+/// Key of `LISTENERS`: where a socket is bound. The address is as bound: all zero for an IPv6 wildcard, `::ffff:0.0.0.0` for
+/// an IPv4 one.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ListenerKey {
     /// Address as bound.
+    pub address: Address,
+    /// Cookie of the network namespace.
+    pub netns: u64,
+    /// Index of the device that the socket is bound to (`SO_BINDTODEVICE`, the scope of a link-local address), or 0.
+    pub device: u32,
+    /// Port.
+    pub port: u16,
+    /// 1 for an IPv6 socket that takes no IPv4, as far as that is known, else 0.
+    pub ipv6_only: u16,
+}
+
+/// Value of `LISTENERS`: how many sockets are bound to one address, by their protection. The strictest that is there counts.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Listeners {
+    /// Three counts in one word, so that a socket goes from one to another in one step: see [`unit`]. Bit 63 says that the
+    /// row is about to be removed.
+    pub counts: u64,
+    /// Cookie of the socket that has begun to listen here last, or 0.
+    pub cookie: u64,
+    /// [`tag`] of the key that the row belongs to: rows are used again for other keys.
+    pub tag: u64,
+}
+
+/// Bit of [`Listeners::counts`]: the row is about to be removed, and what is added to it is lost.
+pub const DYING: u64 = 1 << 63;
+
+/// What one socket with this mode adds to [`Listeners::counts`].
+#[must_use]
+pub const fn unit(mode: u32) -> u64 {
+    match mode {
+        LISTENER_LEFT_ALONE => 1,
+        LISTENER_UNDECIDED => 1 << 21,
+        LISTENER_PROTECTED => 1 << 42,
+        _ => 0,
+    }
+}
+
+/// How many sockets with this mode a row counts.
+#[must_use]
+pub const fn counted(counts: u64, mode: u32) -> u64 {
+    let unit = unit(mode);
+    if unit == 0 { 0 } else { counts / unit & 0x1f_ffff }
+}
+
+/// The strictest mode that a row counts, or 0.
+#[must_use]
+pub const fn strictest(counts: u64) -> u32 {
+    let counts = counts & !DYING;
+    if counts >> 42 != 0 {
+        LISTENER_PROTECTED
+    } else if counts >> 21 != 0 {
+        LISTENER_UNDECIDED
+    } else if counts != 0 {
+        LISTENER_LEFT_ALONE
+    } else {
+        0
+    }
+}
+
+/// A number by which a row of `LISTENERS` is known to belong to a key.
+#[must_use]
+pub const fn tag(key: &ListenerKey) -> u64 {
+    let low = u64::from_ne_bytes([
+        key.address[8],
+        key.address[9],
+        key.address[10],
+        key.address[11],
+        key.address[12],
+        key.address[13],
+        key.address[14],
+        key.address[15],
+    ]);
+    let place = (key.device as u64) << 32 | (key.port as u64) << 16 | key.ipv6_only as u64;
+    (low ^ place).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1
+}
+
+/// Value of `SOCKETS` (by socket cookie): a socket that is bound or listens, and who bound it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Socket {
+    /// Who bound it; all zero where nobody was recorded.
+    pub binder: Task,
+    /// For whom it listens: who bound it, who began to listen, or who was found to hold it.
+    pub owner: Task,
+    /// Where it is.
+    pub key: ListenerKey,
+    /// As what `LISTENERS` counts it: one of the `LISTENER_` modes, or 0 where it does not. In 64 bits, because it changes in
+    /// one step.
+    pub mode: u64,
+    /// What the binder is: one of the `LISTENER_` modes.
+    pub bound: u32,
+    /// 1 while it listens.
+    pub listens: u32,
+}
+
+/// Nobody concerned is enrolled: left alone. Never the result of a miss.
+pub const LISTENER_LEFT_ALONE: u32 = 1;
+/// Nothing can be said yet: refused until the agent has said what it is.
+pub const LISTENER_UNDECIDED: u32 = 2;
+/// Protected: through the agent; refused when there is none.
+pub const LISTENER_PROTECTED: u32 = 3;
+
+/// Key of `PROTECTED`: an address that policy protects, whoever listens there and whether anybody does.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct ProtectedKey {
+    /// As in [`ListenerKey`].
     pub address: Address,
     /// Port.
     pub port: u16,
@@ -262,26 +412,36 @@ pub struct ListenerKey {
     pub pad: [u16; 3],
 }
 
-/// Value of `LISTENERS`: a listening socket, or a port that policy protects whether anybody listens or not.
+/// What the agent says about a socket: the input of the program `registry`, which the agent runs by itself
+/// (`BPF_PROG_TEST_RUN`). Counts and rows change in the kernel only, so that nobody is between two steps.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Listener {
-    /// Who bound it; all zero while nobody listens.
-    pub owner: Task,
-    /// Cookie of the listening socket, or 0.
-    pub cookie: u64,
-    /// One of the `LISTENER_` modes. The programs only ever raise protection; only the agent lowers it.
+pub struct Command {
+    /// One of the `COMMAND_` kinds.
+    pub kind: u32,
+    /// The mode that the socket has from here on.
     pub mode: u32,
-    /// 1 for an IPv6 socket that also takes IPv4, else 0.
-    pub dual: u32,
+    /// Which socket.
+    pub cookie: u64,
+    /// Where it is, for [`COMMAND_RECORD`]; and whether it takes IPv4, for [`COMMAND_SET`].
+    pub key: ListenerKey,
+    /// For whom it listens; all zero leaves that as it is.
+    pub owner: Task,
 }
 
-/// Owner known not to be enrolled: left alone.
-pub const LISTENER_LEFT_ALONE: u32 = 1;
-/// Owner not attested yet: through the agent while there is one, left alone when there is none.
-pub const LISTENER_UNKNOWN: u32 = 2;
-/// Protected: through the agent; refused when there is none.
-pub const LISTENER_PROTECTED: u32 = 3;
+/// Says what a socket is.
+pub const COMMAND_SET: u32 = 1;
+/// Records a listening socket that the programs have not seen.
+pub const COMMAND_RECORD: u32 = 2;
+/// Forgets a socket that is gone.
+pub const COMMAND_FORGET: u32 = 3;
+
+/// The command was carried out (`XDP_PASS`).
+pub const COMMAND_DONE: u32 = 2;
+/// There is no such socket, or there is one already (`XDP_DROP`).
+pub const COMMAND_STALE: u32 = 1;
+/// A map is full (`XDP_TX`).
+pub const COMMAND_FULL: u32 = 3;
 
 /// What the kernel did by itself, or learnt, on the way to the agent (ring buffer `EVENTS`).
 #[repr(C)]
@@ -317,8 +477,10 @@ pub const EVENT_REFUSED: u32 = 1;
 pub const EVENT_BYPASSED: u32 = 2;
 /// A socket began to listen.
 pub const EVENT_LISTENING: u32 = 3;
-/// A listening socket was closed.
+/// A listening socket was closed, or listens no more.
 pub const EVENT_CLOSED: u32 = 4;
+/// An enrolled process has asked for the name of a listening socket that was left alone. The socket is protected from then on.
+pub const EVENT_HELD: u32 = 6;
 /// A task acted in a cgroup that has no class yet.
 pub const EVENT_UNKNOWN_CGROUP: u32 = 5;
 
@@ -336,6 +498,16 @@ pub const REASON_UDP: u32 = 5;
 pub const REASON_NO_AGENT: u32 = 6;
 /// The programs are attached but have no valid configuration.
 pub const REASON_NO_CONFIG: u32 = 7;
+/// A connection to a listener of which nobody has said yet whose it is.
+pub const REASON_UNDECIDED: u32 = 8;
+/// The socket is bound to a device, so that it cannot reach the agent.
+pub const REASON_DEVICE: u32 = 9;
+/// A connection was redirected to the agent and never arrived there.
+pub const REASON_NEVER_ARRIVED: u32 = 10;
+/// A packet of a protocol that is neither TCP nor UDP, or ICMP, from an enrolled workload to a mesh destination.
+pub const REASON_PROTOCOL: u32 = 11;
+/// An enrolled process in a network namespace without an agent dialled a mesh destination of this one.
+pub const REASON_NAMESPACE: u32 = 12;
 
 /// Indices into the per-CPU array `COUNTERS`, all counted in connections or packets since the maps were made.
 pub mod counter {
@@ -365,8 +537,18 @@ pub mod counter {
     pub const REFUSED_NO_AGENT: u32 = 11;
     /// Events that did not fit into the ring buffer.
     pub const EVENTS_LOST: u32 = 12;
+    /// Inbound connections refused because nobody had said yet whose the listener is.
+    pub const REFUSED_UNDECIDED: u32 = 13;
+    /// Inbound segments to a port for which no listener is recorded: nobody listens, or nobody knows who.
+    pub const NO_LISTENER: u32 = 14;
+    /// Connections of other network namespaces to addresses that are mesh destinations in this one.
+    pub const OTHER_NAMESPACES: u32 = 15;
+    /// Packets of other protocols than TCP and UDP that the egress guard dropped.
+    pub const PROTOCOL_DROPPED: u32 = 16;
+    /// Sockets of which there was no room to record who bound them.
+    pub const UNRECORDED: u32 = 17;
     /// Number of counters.
-    pub const COUNT: u32 = 13;
+    pub const COUNT: u32 = 18;
 }
 
 /// Names of the maps, as the programs declare them and the agent opens them.
@@ -389,17 +571,19 @@ pub mod map {
     pub const OWN: &str = "OWN";
     /// `HashMap<TupleKey, Leg>`.
     pub const LEGS: &str = "LEGS";
-    /// `HashMap<ListenerKey, Listener>`.
+    /// `HashMap<ListenerKey, Listeners>`: how many sockets are bound where, by their protection.
     pub const LISTENERS: &str = "LISTENERS";
-    /// `HashMap<u64, Task>` by socket cookie: who bound the socket.
-    pub const BINDS: &str = "BINDS";
-    /// `HashMap<u64, ListenerKey>` by socket cookie: what a listening socket listens on. A socket that is being closed
-    /// does not show its address to the programs.
-    pub const LISTENING: &str = "LISTENING";
+    /// `HashMap<u64, Socket>` by socket cookie: every bound socket.
+    pub const SOCKETS: &str = "SOCKETS";
+    /// `HashMap<ProtectedKey, u32>`: addresses that policy protects, with the generation that said so.
+    pub const PROTECTED: &str = "PROTECTED";
     /// `LruHashMap<u64, u32>` by socket cookie: sockets of other network namespaces that dial an address which is a mesh
     /// destination in this one. The egress guard sees packets of all namespaces and, before Linux 6.12, cannot ask for
     /// the namespace of a packet.
     pub const FOREIGN: &str = "FOREIGN";
+    /// `HashMap<u64, u32>` by cookie of a network namespace: those that an agent of this host serves. One map for all agents
+    /// of the host.
+    pub const SERVED: &str = "SERVED";
     /// `SockMap` of the agent's outbound listeners, two a shard as in [`INBOUND`]. A listener is in it exactly as long as
     /// it listens, so a port that the agent has left and somebody else has taken is never used.
     pub const OUTBOUND: &str = "OUTBOUND";
@@ -415,19 +599,22 @@ pub mod map {
 pub const DESTINATION_KEY_BITS: u32 = (core::mem::size_of::<DestinationKey>() * 8) as u32;
 
 const _: () = {
-    assert!(core::mem::size_of::<Config>() == 24);
+    assert!(core::mem::size_of::<Config>() == 56);
     assert!(core::mem::size_of::<CgroupKey>() == 16);
     assert!(core::mem::size_of::<CandidateKey>() == 16);
     assert!(core::mem::size_of::<DestinationKey>() == 24);
     assert!(core::mem::size_of::<Destination>() == 24);
     assert!(core::mem::size_of::<VerdictKey>() == 16);
     assert!(core::mem::size_of::<Task>() == 48);
-    assert!(core::mem::size_of::<Origin>() == 104);
+    assert!(core::mem::size_of::<Origin>() == 112);
     assert!(core::mem::size_of::<TupleKey>() == 40);
     assert!(core::mem::size_of::<Own>() == 24);
     assert!(core::mem::size_of::<Leg>() == 24);
-    assert!(core::mem::size_of::<ListenerKey>() == 24);
-    assert!(core::mem::size_of::<Listener>() == 64);
+    assert!(core::mem::size_of::<ListenerKey>() == 32);
+    assert!(core::mem::size_of::<Listeners>() == 24);
+    assert!(core::mem::size_of::<ProtectedKey>() == 24);
+    assert!(core::mem::size_of::<Socket>() == 144);
+    assert!(core::mem::size_of::<Command>() == 96);
     assert!(core::mem::size_of::<Event>() == 112);
 };
 
@@ -439,5 +626,5 @@ mod pod {
     // initialised. JUSTIFICATION: aya's typed maps ask for this promise, and it can only be given here.
     macro_rules! pod { ($($type:ty),*) => { $( unsafe impl aya::Pod for $type {} )* } }
     pod!(Config, CgroupKey, CandidateKey, Candidate, DestinationKey, Destination, VerdictKey, Verdict, Task, Origin);
-    pod!(TupleKey, Own, Leg, ListenerKey, Listener, Event);
+    pod!(TupleKey, Own, Leg, ListenerKey, Listeners, ProtectedKey, Socket, Command, Event);
 }

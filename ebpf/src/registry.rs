@@ -1,0 +1,383 @@
+//! The registry of listening sockets: one row a socket, under its cookie, and how many there are at each address, by what
+//! they are.
+//!
+//! A row is written when a socket is bound, before it can be found by a SYN, and goes when the socket leaves LISTEN or is
+//! closed. The binder is judged at the bind, whoever listens when it begins to; the agent judges who holds the socket and
+//! says so by [`command`]. At an address the strictest socket counts, so that nobody lowers what another has raised.
+//!
+//! *Invariant:* left alone is a finding about the binder and the listener. What could not be found out is undecided.
+
+use crate::{
+    ALLOW, REFUSE,
+    facts::*,
+    maps::*,
+    tell::{self, NOBODY, count},
+};
+use aya_ebpf::{
+    bindings::{bpf_sock, bpf_sock_ops, xdp_md},
+    helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie},
+};
+use core::{
+    arch::asm,
+    ptr::{addr_of, addr_of_mut},
+};
+use wimsey_common::*;
+
+const NO_EXIST: u64 = 1;
+
+/// A socket was bound. Refuses the bind where the binder may be a workload and there is no room to protect it.
+#[inline(always)]
+pub fn bound(sock: *mut bpf_sock, address: Address) -> i32 {
+    let Some(config) = recording() else { return ALLOW };
+    // SAFETY: helpers and fields that this hook may use.
+    let (cookie, key) = unsafe {
+        if !is_tcp(word(addr_of!((*sock).protocol))) || bpf_get_netns_cookie(sock.cast()) != config.netns_cookie {
+            return ALLOW;
+        }
+        let key = ListenerKey {
+            address,
+            netns: config.netns_cookie,
+            // Not shown to this hook. Until it listens the socket counts on every device.
+            device: 0,
+            port: word(addr_of!((*sock).src_port)) as u16,
+            ipv6_only: 0,
+        };
+        (bpf_get_socket_cookie(sock.cast()), key)
+    };
+    // SAFETY: rows are never changed in place.
+    let own = match unsafe { OWN.get(&cookie) } {
+        Some(own) if own.kind == OWN_LISTENER => true,
+        Some(_) => return ALLOW,
+        None => false,
+    };
+    // It may have been bound before, and disconnected.
+    forget(cookie);
+    let mut binder = task();
+    let found = if own { LISTENER_LEFT_ALONE } else { protection(config, &mut binder) };
+    // Whoever is left alone is counted when they listen: until then they are nobody to be found.
+    let counted = if (own || found != LISTENER_LEFT_ALONE) && key.port != 0 { found } else { 0 };
+    let row = Socket { binder, owner: binder, key, mode: 0, bound: found, listens: 0 };
+    let room = SOCKETS.insert(&cookie, &row, 0).is_ok() && shift(cookie, counted);
+    if room {
+        return ALLOW;
+    }
+    forget(cookie);
+    count(counter::UNRECORDED);
+    if found == LISTENER_LEFT_ALONE { ALLOW } else { REFUSE }
+}
+
+/// A socket begins to listen. The kernel has it in its table already: until its row is here it is found as what it was bound
+/// as, or not at all. Says whether it is to be watched.
+#[inline(always)]
+pub fn listening(ops: *mut bpf_sock_ops, address: Address, port: u16) -> bool {
+    let Some(config) = recording() else { return false };
+    // SAFETY: helpers and fields that this hook may use; the verifier insists on the null check.
+    let (netns, cookie, device) = unsafe {
+        let sk = (*ops).__bindgen_anon_2.sk;
+        let device = if sk.is_null() { 0 } else { word(addr_of!((*sk).bound_dev_if)) };
+        (bpf_get_netns_cookie(ops.cast()), bpf_get_socket_cookie(ops.cast()), device)
+    };
+    // SAFETY: only asked whether it is there.
+    if netns != config.netns_cookie || unsafe { OWN.get(&cookie) }.is_some() {
+        return false;
+    }
+    let key = ListenerKey { address, netns, device, port, ipv6_only: 0 };
+    let mut owner = running(&config.layout);
+    let who = if owner.tgid == 0 { LISTENER_UNDECIDED } else { protection(config, &mut owner) };
+    let mut row = Socket { binder: NOBODY, owner, key, mode: 0, bound: LISTENER_UNDECIDED, listens: 1 };
+    // SAFETY: a copy of a row whose one changing field is read once more where it counts.
+    if let Some(before) = unsafe { SOCKETS.get(&cookie) } {
+        row.binder = before.binder;
+        row.bound = before.bound;
+        // The socket belongs to whoever bound it, unless they are nobody and whoever listens is somebody.
+        if row.bound == LISTENER_PROTECTED || who == LISTENER_LEFT_ALONE || owner.tgid == 0 {
+            row.owner = before.binder;
+        }
+    }
+    let mut mode = if row.bound > who { row.bound } else { who };
+    let may_become_anybody = row.binder.uid == 0 || owner.uid == 0;
+    if mode == LISTENER_LEFT_ALONE && may_become_anybody && config.flags & FLAG_ENTRIES_BY_USER != 0 {
+        mode = LISTENER_UNDECIDED;
+    }
+    place(cookie, &mut row, mode);
+    told(cookie, EVENT_LISTENING);
+    true
+}
+
+/// Tells the agent that something has happened to a socket.
+#[inline(never)]
+fn told(cookie: u64, kind: u32) {
+    // SAFETY: what is read here was written before the socket listened.
+    let Some(row) = (unsafe { SOCKETS.get(&cookie) }) else { return };
+    let mut event = tell::event(kind, 0, IPPROTO_TCP);
+    event.cookie = cookie;
+    event.task = row.owner;
+    event.destination = row.key.address;
+    event.destination_port = row.key.port;
+    tell::send(&event);
+}
+
+/// Puts a row in the place of what is there, so that the socket is counted under the new address before it leaves the old.
+#[inline(never)]
+fn place(cookie: u64, row: &mut Socket, mode: u32) -> bool {
+    let (mut key, mut counted) = (row.key, 0);
+    if let Some(old) = SOCKETS.get_ptr_mut(&cookie) {
+        // SAFETY: a row that the verifier has seen to be there; its mode is taken in one step.
+        unsafe {
+            key = (*old).key;
+            counted = swap(addr_of_mut!((*old).mode), 0) as u32;
+        }
+    }
+    let added = row.key.port == 0 || add(&row.key, unit(mode), cookie);
+    row.mode = if added { mode as u64 } else { 0 };
+    let placed = SOCKETS.insert(&cookie, row, 0).is_ok();
+    if added && !placed {
+        take(&row.key, unit(mode));
+    }
+    take(&key, unit(counted));
+    if !added || !placed {
+        // Where there is no row, nobody is found and everybody refused.
+        count(counter::UNRECORDED);
+    }
+    added && placed
+}
+
+/// A socket was closed for good, or listens no more.
+#[inline(always)]
+pub fn closed(cookie: u64) {
+    // SAFETY: what is read here was written before the socket listened.
+    let Some(row) = (unsafe { SOCKETS.get(&cookie) }) else { return };
+    if row.listens != 0 {
+        told(cookie, EVENT_CLOSED);
+    }
+    forget(cookie);
+}
+
+/// Removes a socket, and takes it from the count of its address.
+#[inline(never)]
+pub fn forget(cookie: u64) {
+    let Some(row) = SOCKETS.get_ptr_mut(&cookie) else { return };
+    // SAFETY: a row that the verifier has seen to be there; its mode is taken in one step, so that it is given back once.
+    let (mode, key) = unsafe { (swap(addr_of_mut!((*row).mode), 0), (*row).key) };
+    take(&key, unit(mode as u32));
+    let _ = SOCKETS.remove(&cookie);
+}
+
+/// Says what a socket is from here on.
+#[inline(never)]
+fn shift(cookie: u64, mode: u32) -> bool {
+    let Some(row) = SOCKETS.get_ptr_mut(&cookie) else { return mode == 0 };
+    // SAFETY: a row that the verifier has seen to be there.
+    let (before, key) = unsafe { (addr_of!((*row).mode).read_volatile(), (*row).key) };
+    if before == mode as u64 {
+        return true;
+    }
+    // The new count comes before the old one goes.
+    if !add(&key, unit(mode), 0) {
+        return false;
+    }
+    // SAFETY: as above.
+    let done = unsafe { exchange(addr_of_mut!((*row).mode), before, mode as u64) };
+    // Somebody else has changed it meanwhile, or it is being closed.
+    take(&key, unit(if done { before as u32 } else { mode }));
+    done
+}
+
+/// What the agent says about a socket.
+#[inline(always)]
+pub fn command(ctx: *mut xdp_md) -> u32 {
+    // SAFETY: fields of the context that this program may read; nothing is read beyond the end.
+    let said = unsafe {
+        let (start, end) = ((*ctx).data as usize, (*ctx).data_end as usize);
+        if start + size_of::<Command>() > end {
+            return COMMAND_STALE;
+        }
+        (start as *const Command).read_unaligned()
+    };
+    match said.kind {
+        COMMAND_SET => set(&said),
+        COMMAND_RECORD => record(&said),
+        COMMAND_FORGET => {
+            forget(said.cookie);
+            COMMAND_DONE
+        }
+        _ => COMMAND_STALE,
+    }
+}
+
+#[inline(always)]
+fn set(said: &Command) -> u32 {
+    let Some(row) = SOCKETS.get_ptr_mut(&said.cookie) else { return COMMAND_STALE };
+    // SAFETY: a row that the verifier has seen to be there. Only the agent changes the owner of a socket that listens.
+    unsafe {
+        if (*row).listens == 0 {
+            return COMMAND_STALE;
+        }
+        if said.owner.tgid != 0 {
+            addr_of_mut!((*row).owner).write_volatile(said.owner);
+        }
+        if (*row).key.ipv6_only != said.key.ipv6_only {
+            let mut moved = *row;
+            moved.key.ipv6_only = said.key.ipv6_only;
+            return if place(said.cookie, &mut moved, said.mode) { COMMAND_DONE } else { COMMAND_FULL };
+        }
+    }
+    if shift(said.cookie, said.mode) { COMMAND_DONE } else { COMMAND_STALE }
+}
+
+#[inline(always)]
+fn record(said: &Command) -> u32 {
+    // SAFETY: only asked whether it is there.
+    if unsafe { SOCKETS.get(&said.cookie) }.is_some() {
+        return COMMAND_STALE;
+    }
+    let mut row = Socket {
+        binder: NOBODY,
+        owner: said.owner,
+        key: said.key,
+        mode: 0,
+        bound: LISTENER_UNDECIDED,
+        listens: 1,
+    };
+    if place(said.cookie, &mut row, said.mode) { COMMAND_DONE } else { COMMAND_FULL }
+}
+
+/// An enrolled process asks for the name of a socket: if it listens and was left alone, it is left alone no more.
+#[inline(never)]
+pub fn held(cookie: u64) {
+    let Some(row) = SOCKETS.get_ptr_mut(&cookie) else { return };
+    // SAFETY: a row that the verifier has seen to be there.
+    unsafe {
+        if (*row).listens == 0 || addr_of!((*row).mode).read_volatile() != LISTENER_LEFT_ALONE as u64 {
+            return;
+        }
+    }
+    let Some(config) = config() else { return };
+    let mut holder = task();
+    if protection(config, &mut holder) == LISTENER_LEFT_ALONE {
+        return;
+    }
+    // Undecided: the agent looks who holds it.
+    if shift(cookie, LISTENER_UNDECIDED) {
+        told(cookie, EVENT_HELD);
+    }
+}
+
+/// What a socket of this task is to be, from the task alone.
+#[inline(always)]
+fn protection(config: &Config, task: &mut Task) -> u32 {
+    if config.generation == 0 {
+        return LISTENER_UNDECIDED;
+    }
+    match workload(config, task.uid, task.gid, task.cgroup) {
+        NOT_ENROLLED => LISTENER_LEFT_ALONE,
+        UNKNOWN => LISTENER_UNDECIDED,
+        // What only the agent can tell apart is refused by it.
+        ASK => LISTENER_PROTECTED,
+        known => {
+            task.workload = known;
+            LISTENER_PROTECTED
+        }
+    }
+}
+
+/// Adds to the counts of an address. `cookie`: who listens there last, or 0.
+#[inline(never)]
+fn add(key: &ListenerKey, amount: u64, cookie: u64) -> bool {
+    if amount == 0 {
+        return true;
+    }
+    let tag = tag(key);
+    for _ in 0..4 {
+        let Some(row) = LISTENERS.get_ptr_mut(key) else {
+            if LISTENERS.insert(key, &Listeners { counts: amount, cookie, tag }, NO_EXIST).is_ok() {
+                return true;
+            }
+            continue;
+        };
+        // SAFETY: a row that the verifier has seen to be there. It may belong to another address by now: the tag tells.
+        unsafe {
+            let counts = addr_of_mut!((*row).counts);
+            let before = plus(counts, amount);
+            if addr_of!((*row).tag).read_volatile() == tag && before & DYING == 0 {
+                if cookie != 0 {
+                    addr_of_mut!((*row).cookie).write_volatile(cookie);
+                }
+                return true;
+            }
+            if before & DYING == 0 {
+                minus(counts, amount);
+            }
+        }
+    }
+    false
+}
+
+/// Takes from the counts of an address, and removes the row with the last.
+#[inline(never)]
+fn take(key: &ListenerKey, amount: u64) {
+    if amount == 0 {
+        return;
+    }
+    let Some(row) = LISTENERS.get_ptr_mut(key) else { return };
+    // SAFETY: a row that the verifier has seen to be there, and that what is taken now has kept there.
+    unsafe {
+        let counts = addr_of_mut!((*row).counts);
+        if minus(counts, amount) == amount && exchange(counts, 0, DYING) {
+            let _ = LISTENERS.remove(key);
+        }
+    }
+}
+
+// One step each, on a word of a map (kernel 5.12, `BPF_ATOMIC`). The methods of `core::sync::atomic` are not there for this
+// target, and what the compiler makes of its own intrinsics the linker does not read.
+
+/// Adds, and gives what was there before.
+///
+/// # Safety
+/// `word` is a word of a map's row.
+#[inline(always)]
+unsafe fn plus(word: *mut u64, mut amount: u64) -> u64 {
+    // SAFETY: promised by the caller; words of rows are aligned.
+    unsafe {
+        asm!("{amount} = atomic_fetch_add((u64 *)({word} + 0), {amount})", word = in(reg) word, amount = inout(reg) amount);
+    }
+    amount
+}
+
+/// Takes away, and gives what was there before.
+///
+/// # Safety
+/// As for [`plus`].
+#[inline(always)]
+unsafe fn minus(word: *mut u64, amount: u64) -> u64 {
+    // SAFETY: as above.
+    unsafe { plus(word, amount.wrapping_neg()) }
+}
+
+/// Puts something else there, and gives what was there before.
+///
+/// # Safety
+/// As for [`plus`].
+#[inline(always)]
+unsafe fn swap(word: *mut u64, mut new: u64) -> u64 {
+    // SAFETY: as above.
+    unsafe {
+        asm!("{new} = xchg_64({word} + 0, {new})", word = in(reg) word, new = inout(reg) new);
+    }
+    new
+}
+
+/// Puts something else in the place of what is expected there. Says whether it was.
+///
+/// # Safety
+/// As for [`plus`].
+#[inline(always)]
+unsafe fn exchange(word: *mut u64, old: u64, new: u64) -> bool {
+    let found: u64;
+    // SAFETY: as above; the instruction compares with `r0` and leaves there what it has found.
+    unsafe {
+        asm!("r0 = cmpxchg_64({word} + 0, r0, {new})", word = in(reg) word, new = in(reg) new, inout("r0") old => found);
+    }
+    found == old
+}
