@@ -7,6 +7,7 @@
 
 mod control;
 mod kernel_record;
+pub mod reload;
 mod status;
 
 use crate::admin;
