@@ -308,6 +308,18 @@ mod tests {
     }
 
     #[test]
+    fn a_file_that_is_not_what_it_was_a_moment_ago_is_refused_and_a_pipe_is_not_waited_for() {
+        // The kernel makes it up while it is read: its size says nothing, as that of a file that somebody is writing.
+        let made_up = Path::new("/proc/self/status");
+        assert_eq!(read(made_up, Guard::Public).unwrap_err().code(), "file-changing");
+        let dir = tempfile::tempdir().unwrap();
+        let pipe = dir.path().join("pipe");
+        let mode = rustix::fs::Mode::from(0o600);
+        rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+        assert_eq!(read(&pipe, Guard::Public).unwrap_err().code(), "file-unreadable");
+    }
+
+    #[test]
     fn writing_without_replace_leaves_an_older_file_alone() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("key.pem");
