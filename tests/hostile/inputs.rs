@@ -266,6 +266,112 @@ fn a_broken_foreign_or_expired_revocation_list_is_refused() {
     refused(&agent, &["crl.pem", DOMAIN, "friends.test"]);
 }
 
+/// Ways in which one section of a file is written so that other readers pass over it.
+fn unusual(pem: &str, label: &str, misspelt: &str) -> Vec<String> {
+    vec![
+        format!("\u{feff}{pem}"),
+        pem.replace(label, misspelt),
+        pem.lines().map(|line| format!("  {line}\n")).collect(),
+        pem.replace("-----BEGIN", "----BEGIN"),
+        pem.replace("-----BEGIN", "—BEGIN"),
+        pem.replace('\n', "\r"),
+        pem.lines().skip(1).collect::<Vec<_>>().join("\n"),
+        pem.lines().filter(|line| !line.starts_with('-')).collect::<Vec<_>>().join("\n"),
+    ]
+}
+
+#[test]
+fn a_file_in_which_one_section_is_written_unusually_is_refused_with_its_line() {
+    let lab = lab!();
+    let (old, old_pem, _) = Mint::found("friends.test", Duration::days(-1), Duration::days(1)).unwrap();
+    let (_, new_pem, key) = Mint::found("friends.test", Duration::days(-1), Duration::days(1)).unwrap();
+    let (bundle, list) = (lab.file("friends.pem", &old_pem), lab.directory().join("friends.crl"));
+    let tables = format!(
+        "[[trust]]\ntrust_domain = \"friends.test\"\nbundle = \"{}\"\ncrl = \"{}\"\n",
+        bundle.display(),
+        list.display()
+    );
+    let directory = or_skip!(authority(&lab, DOMAIN));
+    let settings = Settings { tables, ..with_authority(&directory) };
+    let agent = or_skip!(agent(&lab, &Policy::standard(&lab), &settings));
+    let good = old.list(&[5], Duration::days(1)).unwrap();
+    std::fs::write(&list, &good).unwrap();
+    agent.command(&["check"]).unwrap().good();
+    let check = |words: &[&str]| {
+        let said = agent.command(&["check"]).unwrap().bad();
+        assert!(
+            words.iter().all(|word| said.contains(word)) && !said.contains("panicked"),
+            "want {words:?} in: {said}"
+        );
+    };
+    // The one after the good one, so that what is read before it is not nothing.
+    let line = |before: &str| before.lines().count() + 1;
+    for odd in unusual(&new_pem, "CERTIFICATE", "CERTIFICAT").into_iter().chain([key]) {
+        std::fs::write(&bundle, format!("{old_pem}{odd}")).unwrap();
+        check(&[&format!("friends.pem:{}: ", line(&old_pem))]);
+    }
+    std::fs::write(&bundle, format!("{old_pem}{good}")).unwrap();
+    check(&[&format!("friends.pem:{}: ", line(&old_pem)), "X509 CRL"]);
+    std::fs::write(&bundle, &old_pem).unwrap();
+    for odd in unusual(&good, "X509 CRL", "CRL") {
+        std::fs::write(&list, format!("# of friends.test\n\n{odd}")).unwrap();
+        check(&["friends.crl:3: "]);
+    }
+    std::fs::write(&list, format!("# of friends.test\r\n\r\n{}", good.replace('\n', "\r\n"))).unwrap();
+    agent.command(&["check"]).unwrap().good();
+    let key = directory.join("ca.key");
+    let pem = std::fs::read_to_string(&key).unwrap();
+    std::fs::write(&key, pem.replace("PRIVATE KEY", "ENCRYPTED PRIVATE KEY")).unwrap();
+    check(&["ca.key:1: ", "openssl pkey"]);
+}
+
+#[test]
+fn what_openssl_writes_around_a_certificate_is_no_reason_to_refuse_it() {
+    let lab = lab!();
+    or_skip!(skip::need("openssl"));
+    let (_, pem, _) = Mint::found("friends.test", Duration::days(-1), Duration::days(1)).unwrap();
+    let plain = lab.file("plain.pem", pem).display().to_string();
+    let words = ["openssl", "x509", "-in", &plain, "-text", "-fingerprint", "-purpose", "-serial", "-dates"];
+    let told = lab.run(&lab.stranger, "foreign", &words).outcome().good();
+    assert!(told.starts_with("Certificate:"), "{told}");
+    let bundle = lab.file("friends.pem", told);
+    let tables = format!("[[trust]]\ntrust_domain = \"friends.test\"\nbundle = \"{}\"\n", bundle.display());
+    let agent = or_skip!(agent(&lab, &Policy::standard(&lab), &Settings { tables, ..Settings::default() }));
+    agent.command(&["check"]).unwrap().good();
+}
+
+#[test]
+fn a_reload_with_a_list_that_is_not_understood_leaves_trust_and_policy_as_they_were() {
+    let lab = lab!();
+    let mesh = or_skip!(lab.only_mesh(&Policy::standard(&lab)));
+    let _server = lab.serve_echo(&lab.beta, "server", &[lab.beta.at(PORT)]);
+    let svid = mesh.issue("somebody").join("svid.pem");
+    let list = lab.directory().join("ca/crl.pem");
+    mesh.revoke(&svid);
+    mesh.alpha().reload(&Policy::standard(&lab));
+    let in_force = || {
+        let status = mesh.alpha().status();
+        let policy = &status["policy"];
+        (policy["generation"].clone(), policy["workloads"].clone(), status["bundles"][0]["revocations"].clone())
+    };
+    let before = in_force();
+    assert_eq!(before.2["revoked"], 1, "{before:?}");
+    let good = std::fs::read_to_string(&list).unwrap();
+    for odd in unusual(&good, "X509 CRL", "CRL") {
+        std::fs::write(&list, format!("# of the lab\n{odd}")).unwrap();
+        // A policy that would be taken, but for the list.
+        mesh.alpha().post(Policy::without_rules(&lab).workload("third").text());
+        let told =
+            clock::until(clock::seconds(10), || mesh.alpha().status()["policy"]["refused"].as_str().map(str::to_owned));
+        assert!(told.is_some_and(|text| text.contains("crl.pem:2: ")), "{:#}", mesh.alpha().status());
+        assert_eq!(in_force(), before);
+        std::fs::write(&list, &good).unwrap();
+    }
+    lab.expect_echo(&lab.alpha, "client", lab.beta.at(PORT), &[]);
+    mesh.alpha().reload(&Policy::standard(&lab));
+    lab.expect_tls(PORT);
+}
+
 #[test]
 fn an_authority_is_not_made_over_another() {
     let lab = lab!();

@@ -4,13 +4,14 @@
 //! beside it and reports back.
 
 use super::listeners::Listeners;
-use super::{Error, kernel_record, settings, status, warn_of_second_authorities};
+use super::reload::Prepared;
+use super::{Error, kernel_record, status, warn_of_second_authorities};
 use crate::admin::{self, Asked, PreexistingStatus, Request};
 use crate::identify::embedded::Embedded;
 use crate::identify::provider::Provider;
 use crate::intercept::{Notice, OldConnection, Programs};
 use crate::pipeline::Shared;
-use crate::policy::{Policy, Preexisting};
+use crate::policy::Preexisting;
 use crate::privilege::Sandbox;
 use crate::relay::Stop;
 use std::collections::HashMap;
@@ -203,16 +204,18 @@ impl Control {
     }
 
     fn try_reload(&mut self) -> Result<(), Error> {
-        let policy = Arc::new(Policy::load(&self.shared.config.policy_dir)?);
-        self.provider.reload(settings(&self.shared.config, &policy))?;
-        // The kernel goes first: what it turns to the agent meanwhile, and the new policy does not know, is refused.
-        self.programs.install(policy.clone())?;
-        self.provider.retain(policy.workloads());
-        self.shared.policy.store(policy);
+        let prepared = Prepared::read(&self.shared.config, &self.provider)?;
+        let programs = &mut self.programs;
+        prepared.put_in_force(|policy| programs.install(policy), &self.provider, &self.shared.policy)?;
         self.policy_loaded = OffsetDateTime::now_utc();
         warn_of_second_authorities(&self.shared.config, &self.shared.policy.load());
-        self.look_at_listeners()?;
-        self.look_for_old_connections()
+        // From here on the reload is done, whatever becomes of looking at what was there before.
+        for looked in [self.look_at_listeners(), self.look_for_old_connections()] {
+            if let Err(error) = looked {
+                tracing::error!(%error, "reloaded, but sockets from before could not be looked at");
+            }
+        }
+        Ok(())
     }
 
     fn revoke(&self, why: &'static str) {

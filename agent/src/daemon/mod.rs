@@ -8,6 +8,7 @@
 mod control;
 mod kernel_record;
 mod listeners;
+pub mod reload;
 mod status;
 
 use crate::admin;

@@ -9,13 +9,14 @@
 use super::{
     crl::{self, CrlError, IssuerAndSerial, List},
     files::{self, FileError, Guard},
+    pem::{self, Content, Unread},
     x509::{Parsed, display_time, from_unix_time, unix_time},
 };
 use crate::{
     refusal::{Culprit, Refusal},
     spiffe::TrustDomain,
 };
-use rustls::pki_types::{CertificateDer, TrustAnchor, UnixTime, pem::PemObject};
+use rustls::pki_types::{CertificateDer, TrustAnchor, UnixTime};
 use std::{
     borrow::Cow,
     collections::BTreeMap,
@@ -98,7 +99,17 @@ pub enum BundleError {
         /// The file.
         path: PathBuf,
     },
-    /// Not PEM, or not a certificate.
+    /// Something in it was not understood, so that nothing of it is taken.
+    #[error("trust bundle of {domain}: {path}:{fault}")]
+    Unread {
+        /// Trust domain that it is for.
+        domain: TrustDomain,
+        /// The file.
+        path: PathBuf,
+        /// What, and in which line.
+        fault: Unread,
+    },
+    /// Not a certificate.
     #[error("trust bundle of {domain}: {path}: certificate {number}: {why}")]
     Malformed {
         /// Trust domain that it is for.
@@ -173,7 +184,7 @@ impl Refusal for BundleError {
                 _ => "bundle-unreadable",
             },
             BundleError::Empty { .. } => "bundle-empty",
-            BundleError::Malformed { .. } => "bundle-malformed",
+            BundleError::Unread { .. } | BundleError::Malformed { .. } => "bundle-malformed",
             BundleError::NotAnAuthority { .. } => "bundle-not-an-authority",
             BundleError::OtherDomain { .. } => "bundle-other-domain",
             BundleError::NotValidNow { .. } => "bundle-expired",
@@ -249,15 +260,13 @@ impl Anchors {
     /// The same from the content of the file; `path` is for the errors.
     pub fn parse(domain: &TrustDomain, path: &Path, pem: &[u8], now: SystemTime) -> Result<Self, BundleError> {
         let mut anchors = Self::default();
-        for (index, certificate) in CertificateDer::pem_slice_iter(pem).enumerate() {
-            let number = index + 1;
-            let certificate = certificate.map_err(|error| BundleError::Malformed {
-                domain: domain.clone(),
-                path: path.into(),
-                number,
-                why: format!("it is not PEM: {error}"),
-            })?;
-            anchors.add(domain, path, number, certificate)?;
+        let sections = pem::sections(pem, Content::Certificates).map_err(|fault| BundleError::Unread {
+            domain: domain.clone(),
+            path: path.into(),
+            fault,
+        })?;
+        for (index, section) in sections.iter().enumerate() {
+            anchors.add(domain, path, index + 1, section.certificate())?;
         }
         anchors.check_validity(domain, path, now)?;
         Ok(anchors)

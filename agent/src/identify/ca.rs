@@ -9,6 +9,7 @@
 use super::{
     bundle::{Anchors, AuthorityFault, BundleError, Validity, check_authority, other_domain},
     files::{self, FileError, Guard},
+    pem::{self, Content, Section, Unread},
     x509::{Parsed, display_time, hex, unix_time},
 };
 use crate::{
@@ -23,12 +24,12 @@ use rcgen::{
     BasicConstraints, CertificateParams, DistinguishedName, DnType, ExtendedKeyUsagePurpose, IsCa, Issuer,
     KeyUsagePurpose, SanType, string::Ia5String,
 };
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer, pem::PemObject};
+use rustls::pki_types::{CertificateDer, PrivateKeyDer, PrivatePkcs8KeyDer};
 use std::{
     path::{Path, PathBuf},
     time::{Duration, SystemTime},
 };
-use zeroize::{Zeroize, Zeroizing};
+use zeroize::Zeroizing;
 
 /// The authority's certificate, in its directory.
 pub const CERTIFICATE_FILE: &str = "ca.pem";
@@ -77,7 +78,15 @@ pub enum CaError {
         /// The file that is in the way.
         path: PathBuf,
     },
-    /// Not PEM, or not what the file should hold.
+    /// Something in it was not understood, so that nothing of it is taken.
+    #[error("certificate authority: {path}:{fault}")]
+    Unread {
+        /// The file.
+        path: PathBuf,
+        /// What, and in which line.
+        fault: Unread,
+    },
+    /// Not what the file should hold.
     #[error("certificate authority: {path}: {why}")]
     Malformed {
         /// The file.
@@ -182,7 +191,7 @@ impl Refusal for CaError {
             CaError::File(FileError::Exposed { .. } | FileError::ForeignOwner { .. }) => "ca-permissions",
             CaError::File(_) => "ca-file",
             CaError::Exists { .. } => "ca-exists",
-            CaError::Malformed { .. } => "ca-malformed",
+            CaError::Unread { .. } | CaError::Malformed { .. } => "ca-malformed",
             CaError::NotAnAuthority { .. } => "ca-not-an-authority",
             CaError::OtherDomain { .. } => "ca-other-domain",
             CaError::Expired { .. } => "ca-expired",
@@ -264,7 +273,7 @@ impl Authority {
         let (certificate_path, key_path) = (dir.join(CERTIFICATE_FILE), dir.join(KEY_FILE));
         let pem = files::read(&certificate_path, Guard::Public)?;
         files::check_directory(dir)?;
-        let certificate = one_certificate(&certificate_path, &pem)?;
+        let certificate = one_section(&certificate_path, &pem, Content::Certificates)?.certificate();
         let domain = check_certificate(&certificate_path, &certificate, expected, now)?;
         let key = read_key(&key_path)?;
         let malformed = |why: String| CaError::Malformed { path: certificate_path.clone(), why };
@@ -414,17 +423,18 @@ impl rcgen::SigningKey for SigningKey {
     }
 }
 
-fn one_certificate(path: &Path, pem: &[u8]) -> Result<CertificateDer<'static>, CaError> {
-    let malformed = |why: &str| CaError::Malformed { path: path.into(), why: why.into() };
-    let mut certificates = CertificateDer::pem_slice_iter(pem);
-    let certificate = certificates
-        .next()
-        .ok_or_else(|| malformed("holds no PEM certificate"))?
-        .map_err(|error| malformed(&format!("is not PEM: {error}")))?;
-    match certificates.next() {
-        None => Ok(certificate),
-        Some(_) => Err(malformed("holds more than the one certificate of the authority")),
+/// The one section of a file of the authority.
+fn one_section(path: &Path, pem: &[u8], content: Content) -> Result<Section, CaError> {
+    let mut sections = pem::sections(pem, content).map_err(|fault| CaError::Unread { path: path.into(), fault })?;
+    let kind = if content == Content::Key { "private key" } else { "certificate" };
+    let malformed = |why: String| CaError::Malformed { path: path.into(), why };
+    if let Some(second) = sections.get(1) {
+        let line = second.line;
+        return Err(malformed(format!(
+            "holds another {kind} in line {line}: leave the one of the authority alone in it"
+        )));
     }
+    sections.pop().ok_or_else(|| malformed(format!("holds no PEM {kind}: put that of the authority there")))
 }
 
 fn check_certificate(
@@ -470,10 +480,8 @@ fn check_certificate(
 fn read_key(path: &Path) -> Result<SigningKey, CaError> {
     let malformed = |why: String| CaError::Malformed { path: path.into(), why };
     let pem = files::read(path, Guard::Secret)?;
-    let mut der =
-        PrivateKeyDer::from_pem_slice(&pem).map_err(|error| malformed(format!("holds no PEM private key: {error}")))?;
-    let key = EcdsaKeyPair::from_private_key_der(&ECDSA_P256_SHA256_ASN1_SIGNING, der.secret_der());
-    der.zeroize();
+    let section = one_section(path, &pem, Content::Key)?;
+    let key = EcdsaKeyPair::from_private_key_der(&ECDSA_P256_SHA256_ASN1_SIGNING, &section.der);
     key.map(SigningKey).map_err(|error| malformed(format!("holds no ECDSA P-256 key: {error}")))
 }
 
@@ -532,6 +540,7 @@ fn crypto(what: &'static str, why: impl std::fmt::Display) -> CaError {
 #[cfg(test)]
 mod tests {
     use super::{super::testing::*, *};
+    use rustls::pki_types::pem::PemObject;
     use std::os::unix::fs::PermissionsExt;
     use x509_parser::prelude::{FromDer, X509Certificate};
 

@@ -9,13 +9,14 @@
 
 use super::{
     files::{self, FileError, Guard},
+    pem::{self, Content, Unread},
     x509::{Parsed, display_time, hex, system_time, unix_time},
 };
 use crate::{
     refusal::{Culprit, Refusal},
     spiffe::TrustDomain,
 };
-use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, TrustAnchor, pem::PemObject};
+use rustls::pki_types::{CertificateDer, TrustAnchor};
 use std::{
     path::{Path, PathBuf},
     sync::Arc,
@@ -81,6 +82,16 @@ pub enum CrlError {
         /// The file.
         path: PathBuf,
     },
+    /// Something in it was not understood, so that nothing of it is taken.
+    #[error("revocation list of {domain}: {path}:{fault}")]
+    Unread {
+        /// Trust domain that it is for.
+        domain: TrustDomain,
+        /// The file.
+        path: PathBuf,
+        /// What, and in which line.
+        fault: Unread,
+    },
     /// One of its lists.
     #[error("revocation list of {domain}: {path}: list {number}: {fault}")]
     List {
@@ -98,7 +109,7 @@ pub enum CrlError {
 /// What is wrong with a list.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub enum ListFault {
-    /// Not PEM, not a list, or one that can be read in two ways.
+    /// Not a list, or one that can be read in two ways.
     #[error("{0}")]
     Malformed(String),
     /// A kind of list that says only a part, or that cannot be understood whole.
@@ -176,6 +187,7 @@ impl Refusal for CrlError {
                 _ => "crl-unreadable",
             },
             CrlError::Empty { .. } => "crl-empty",
+            CrlError::Unread { .. } => "crl-malformed",
             CrlError::List { fault, .. } => match fault {
                 ListFault::Malformed(_) => "crl-malformed",
                 ListFault::Unsupported(_) => "crl-unsupported",
@@ -222,14 +234,18 @@ pub(super) fn parse(
     known: &[Arc<List>],
 ) -> Result<Vec<Arc<List>>, CrlError> {
     let mut lists: Vec<Arc<List>> = Vec::new();
-    for (index, der) in CertificateRevocationListDer::pem_slice_iter(pem).enumerate() {
-        let list = der
-            .map_err(|error| ListFault::Malformed(format!("it is not PEM: {error}")))
-            .and_then(|der| List::read(&der, authorities))
-            .and_then(|list| match known.iter().chain(&lists).any(|other| other.is_of(&list)) {
+    let sections = pem::sections(pem, Content::Lists).map_err(|fault| CrlError::Unread {
+        domain: domain.clone(),
+        path: path.into(),
+        fault,
+    })?;
+    for (index, section) in sections.iter().enumerate() {
+        let list = List::read(&section.der, authorities).and_then(|list| {
+            match known.iter().chain(&lists).any(|other| other.is_of(&list)) {
                 true => Err(ListFault::Twice { issuer: list.about.issuer }),
                 false => Ok(list),
-            });
+            }
+        });
         let number = index + 1;
         let list = list.map_err(|fault| CrlError::List { domain: domain.clone(), path: path.into(), number, fault })?;
         lists.push(Arc::new(list));
@@ -453,7 +469,7 @@ mod tests {
             ("of the future", &[&ca], late, "crl-not-yet-valid"),
             ("nothing", &[&ca], String::new(), "crl-empty"),
             ("no PEM", &[&ca], "rubbish".into(), "crl-empty"),
-            ("a certificate", &[&ca], ca.pem(), "crl-empty"),
+            ("a certificate", &[&ca], ca.pem(), "crl-malformed"),
             ("half a PEM", &[&ca], one[..one.len() / 2].into(), "crl-malformed"),
             ("a certificate that says that it is a list", &[&ca], pem(&ca.certificate), "crl-malformed"),
             ("no DER", &[&ca], pem(b"rubbish"), "crl-malformed"),

@@ -114,6 +114,11 @@ struct Source {
     trust: Arc<Trust>,
 }
 
+/// Authority, bundles and revocation lists that were read and checked, and are not in force.
+pub struct Prepared {
+    source: Source,
+}
+
 /// The place of one registration entry.
 #[derive(Default)]
 struct Slot {
@@ -158,11 +163,16 @@ impl Embedded {
         })
     }
 
-    /// Reads authority, bundles and revocation lists again. Where that fails, nothing has changed. Where the authority is
-    /// another one, every workload gets a new credential at its next connection; and so does one whose credential is
-    /// revoked.
-    pub fn reload(&self, settings: Settings) -> Result<(), EmbeddedError> {
+    /// Reads authority, bundles and revocation lists again and checks all of them. Nothing changes before
+    /// [`Embedded::commit`].
+    pub fn prepare(&self, settings: Settings) -> Result<Prepared, EmbeddedError> {
         let source = Source::load(settings, (self.clock)()).inspect_err(|error| self.note(error))?;
+        Ok(Prepared { source })
+    }
+
+    /// Puts in force what was prepared. Where the authority is another one, every workload gets a new credential at its next
+    /// connection; and so does one whose credential is revoked.
+    pub fn commit(&self, Prepared { source }: Prepared) {
         let same_authority = self.source.load().authority.validity() == source.authority.validity();
         self.source.store(Arc::new(source));
         if !same_authority {
@@ -171,7 +181,6 @@ impl Embedded {
         }
         self.drop_revoked();
         self.changes.send_modify(|generation| *generation += 1);
-        Ok(())
     }
 
     fn drop_revoked(&self) {
@@ -375,6 +384,12 @@ impl std::fmt::Debug for Embedded {
     }
 }
 
+impl std::fmt::Debug for Prepared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Prepared").field("authority", &self.source.authority).finish_non_exhaustive()
+    }
+}
+
 impl Source {
     fn load(settings: Settings, now: SystemTime) -> Result<Self, EmbeddedError> {
         if settings.svid_ttl < Duration::from_secs(1) {
@@ -450,6 +465,12 @@ mod tests {
     };
 
     const HOUR: Duration = Duration::from_secs(3600);
+
+    impl Embedded {
+        fn reload(&self, settings: Settings) -> Result<(), EmbeddedError> {
+            self.prepare(settings).map(|prepared| self.commit(prepared))
+        }
+    }
 
     struct Bench {
         _scratch: tempfile::TempDir,
@@ -639,6 +660,23 @@ mod tests {
         bench.provider.reload(other).unwrap();
         assert!(bench.provider.ready(&workload(1)).is_none());
         assert_eq!(*changes.borrow(), 2);
+    }
+
+    #[tokio::test]
+    async fn what_is_prepared_is_not_in_force_before_it_is_committed() {
+        let bench = Bench::new();
+        let old = bench.obtain().await;
+        let order = Order::Serial(old.serial.to_string());
+        revoke::revoke(&bench.settings.ca_dir, &order, HOUR, now()).unwrap();
+        let (changes, trust) = (bench.provider.changes(), bench.provider.trust());
+        let prepared = bench.provider.prepare(bench.settings.clone()).unwrap();
+        assert!(Arc::ptr_eq(&trust, &bench.provider.trust()));
+        drop(bench.provider.prepare(bench.settings.clone()).unwrap());
+        assert!(Arc::ptr_eq(&old, &bench.provider.ready(&workload(1)).unwrap()));
+        assert_eq!((bench.provider.status().lists.len(), *changes.borrow()), (0, 0));
+        bench.provider.commit(prepared);
+        assert!(bench.provider.ready(&workload(1)).is_none());
+        assert_eq!((bench.provider.status().lists.len(), *changes.borrow()), (1, 1));
     }
 
     #[tokio::test]

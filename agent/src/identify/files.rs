@@ -7,8 +7,9 @@
 //! every buffer made here that may hold key bytes is wiped.
 
 use crate::refusal::{Culprit, Refusal};
+use rustix::fs::OFlags;
 use std::{
-    fs::{DirBuilder, File, OpenOptions, Permissions},
+    fs::{DirBuilder, Metadata, OpenOptions, Permissions},
     io::{self, Read, Write},
     os::unix::fs::{DirBuilderExt, MetadataExt, OpenOptionsExt, PermissionsExt},
     path::{Path, PathBuf},
@@ -88,6 +89,12 @@ pub enum FileError {
         /// Its size.
         size: u64,
     },
+    /// Somebody writes to it at this moment.
+    #[error("{path}: changed while it was read: write it under another name, then rename it, and reload")]
+    Changing {
+        /// The file.
+        path: PathBuf,
+    },
     /// It cannot be written.
     #[error("{path}: cannot be written: {source}")]
     Unwritable {
@@ -109,6 +116,7 @@ impl Refusal for FileError {
             FileError::Exposed { .. } => "file-permissions",
             FileError::ForeignOwner { .. } => "file-owner",
             FileError::TooBig { .. } => "file-too-big",
+            FileError::Changing { .. } => "file-changing",
             FileError::Unwritable { .. } => "file-unwritable",
         }
     }
@@ -116,7 +124,10 @@ impl Refusal for FileError {
 
 /// Reads a whole file after looking at who else could have written it or can read it.
 pub(crate) fn read(path: &Path, guard: Guard) -> Result<Zeroizing<Vec<u8>>, FileError> {
-    let mut file = File::open(path).map_err(|source| unreadable(path, source))?;
+    // Without waiting: a pipe in the place of a file must not hold up a reload.
+    let mut open = OpenOptions::new();
+    let file = open.read(true).custom_flags(OFlags::NONBLOCK.bits().cast_signed()).open(path);
+    let mut file = file.map_err(|source| unreadable(path, source))?;
     let metadata = file.metadata().map_err(|source| unreadable(path, source))?;
     check_owner_and_mode(path, metadata.uid(), metadata.mode(), guard)?;
     if !metadata.is_file() {
@@ -128,9 +139,18 @@ pub(crate) fn read(path: &Path, guard: Guard) -> Result<Zeroizing<Vec<u8>>, File
         return Err(FileError::TooBig { path: path.into(), size });
     }
     // Reserved beforehand: a vector that grows leaves unwiped copies of a key behind.
-    let mut bytes = Zeroizing::new(Vec::with_capacity(LIMIT.min(size.saturating_add(1)) as usize));
-    (&mut file).take(size).read_to_end(&mut bytes).map_err(|source| unreadable(path, source))?;
+    let mut bytes = Zeroizing::new(Vec::with_capacity(size.saturating_add(1) as usize));
+    (&mut file).take(size.saturating_add(1)).read_to_end(&mut bytes).map_err(|source| unreadable(path, source))?;
+    let after = file.metadata().map_err(|source| unreadable(path, source))?;
+    // A piece of a file is a file in which a section is missing.
+    if bytes.len() as u64 != size || change_of(&after) != change_of(&metadata) {
+        return Err(FileError::Changing { path: path.into() });
+    }
     Ok(bytes)
+}
+
+fn change_of(metadata: &Metadata) -> (u64, i64, i64) {
+    (metadata.len(), metadata.mtime(), metadata.mtime_nsec())
 }
 
 /// Looks at who can put other files into a directory.
@@ -285,6 +305,18 @@ mod tests {
         let huge = file(dir.path(), 0o600);
         OpenOptions::new().write(true).open(&huge).unwrap().set_len(LIMIT + 1).unwrap();
         assert_eq!(read(&huge, Guard::Public).unwrap_err().code(), "file-too-big");
+    }
+
+    #[test]
+    fn a_file_that_is_not_what_it_was_a_moment_ago_is_refused_and_a_pipe_is_not_waited_for() {
+        // The kernel makes it up while it is read: its size says nothing, as that of a file that somebody is writing.
+        let made_up = Path::new("/proc/self/status");
+        assert_eq!(read(made_up, Guard::Public).unwrap_err().code(), "file-changing");
+        let dir = tempfile::tempdir().unwrap();
+        let pipe = dir.path().join("pipe");
+        let mode = rustix::fs::Mode::from(0o600);
+        rustix::fs::mknodat(rustix::fs::CWD, &pipe, rustix::fs::FileType::Fifo, mode, 0).unwrap();
+        assert_eq!(read(&pipe, Guard::Public).unwrap_err().code(), "file-unreadable");
     }
 
     #[test]

@@ -15,6 +15,7 @@ pub mod crl;
 mod digest;
 pub mod embedded;
 mod files;
+mod pem;
 mod process;
 pub mod provider;
 pub mod revoke;
@@ -31,6 +32,7 @@ use crate::{
 use attest::{AttestError, Attested, Attestor, Facts, Registry};
 use bundle::Trust;
 pub use files::FileError;
+pub use pem::Unread;
 use provider::{Provider, ProviderError};
 use std::{fmt, sync::Arc, time::SystemTime};
 pub use x509::Malformed;

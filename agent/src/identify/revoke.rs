@@ -10,6 +10,7 @@ use super::{
     ca::{self, Authority, CaError},
     crl::{self, About, CrlError, ListFault},
     files::{self, FileError, Guard},
+    pem::{self, Content, Unread},
     x509::{Parsed, display_time, hex, unix_time},
 };
 use crate::{
@@ -17,7 +18,6 @@ use crate::{
     spiffe::TrustDomain,
 };
 use rcgen::{CertificateRevocationListParams, KeyIdMethod, RevokedCertParams, SerialNumber};
-use rustls::pki_types::{CertificateDer, CertificateRevocationListDer, pem::PemObject};
 use std::{
     fmt,
     fs::File,
@@ -80,6 +80,14 @@ pub enum RevokeError {
     /// The certificate's file.
     #[error("certificate to revoke: {0}")]
     File(FileError),
+    /// Something in the certificate's file was not understood.
+    #[error("certificate to revoke: {path}:{fault}")]
+    Unread {
+        /// The file.
+        path: PathBuf,
+        /// What, and in which line.
+        fault: Unread,
+    },
     /// The certificate.
     #[error("certificate to revoke: {path}: {why}")]
     Certificate {
@@ -110,7 +118,7 @@ impl Refusal for RevokeError {
     fn culprit(&self) -> Culprit {
         match self {
             RevokeError::Authority(error) => error.culprit(),
-            RevokeError::Certificate { .. } | RevokeError::Serial(_) => Culprit::Policy,
+            RevokeError::Unread { .. } | RevokeError::Certificate { .. } | RevokeError::Serial(_) => Culprit::Policy,
             RevokeError::Crypto(_) => Culprit::Ourselves,
             _ => Culprit::Host,
         }
@@ -121,7 +129,7 @@ impl Refusal for RevokeError {
             RevokeError::List(error) => error.code(),
             RevokeError::Unreadable { .. } => "crl-malformed",
             RevokeError::File(error) => error.code(),
-            RevokeError::Certificate { .. } => "revoke-certificate",
+            RevokeError::Unread { .. } | RevokeError::Certificate { .. } => "revoke-certificate",
             RevokeError::Serial(_) => "revoke-serial",
             RevokeError::Lock { .. } => "revoke-lock",
             RevokeError::Crypto(_) => "ca-crypto",
@@ -193,9 +201,13 @@ impl Held {
         // One that is over may still be extended.
         let lists = crl::parse(domain, &path, &pem, &authority.anchors().authorities(), &[])?;
         let unreadable = |fault| RevokeError::Unreadable { domain: domain.clone(), path: path.clone(), fault };
-        let der = CertificateRevocationListDer::from_pem_slice(&pem)
-            .map_err(|error| unreadable(ListFault::Malformed(error.to_string())))?;
-        let list = crl::read(&der).map_err(unreadable)?;
+        let sections = pem::sections(&pem, Content::Lists).map_err(|fault| CrlError::Unread {
+            domain: domain.clone(),
+            path: path.clone(),
+            fault,
+        })?;
+        let first = sections.first().ok_or_else(|| CrlError::Empty { domain: domain.clone(), path: path.clone() })?;
+        let list = crl::read(&first.der).map_err(unreadable)?;
         let entries = list.iter_revoked_certificates().map(|old| RevokedCertParams {
             revocation_time: old.revocation_date.to_datetime(),
             ..entry(significant(old.raw_serial()), now)
@@ -268,8 +280,9 @@ fn serial_from(text: &str) -> Option<Vec<u8>> {
 fn serial_of(path: &Path, authority: &Authority) -> Result<Vec<u8>, RevokeError> {
     let wrong = |why: String| RevokeError::Certificate { path: path.into(), why };
     let pem = files::read(path, Guard::Public).map_err(RevokeError::File)?;
-    let certificate =
-        CertificateDer::from_pem_slice(&pem).map_err(|error| wrong(format!("holds no PEM certificate: {error}")))?;
+    let sections =
+        pem::sections(&pem, Content::Certificates).map_err(|fault| RevokeError::Unread { path: path.into(), fault })?;
+    let certificate = sections.first().ok_or_else(|| wrong("holds no PEM certificate".into()))?.certificate();
     let parsed = Parsed::parse(&certificate).map_err(|error| wrong(error.to_string()))?;
     if !authority.has_issued(&parsed)? {
         let domain = authority.trust_domain();
@@ -295,6 +308,7 @@ mod tests {
     use super::{super::testing::*, *};
     use crate::identify::bundle::Trust;
     use crate::identify::crl::IssuerAndSerial;
+    use rustls::pki_types::{CertificateRevocationListDer, pem::PemObject};
     use std::os::unix::fs::PermissionsExt;
 
     const HOUR: Duration = Duration::from_secs(3600);

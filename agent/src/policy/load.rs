@@ -57,7 +57,7 @@ pub(super) fn load(directory: &Path, accounts: &Accounts) -> Result<Policy, Reje
 
 fn read(directory: &Path, shown: &str, problems: &mut Problems) -> Vec<Source> {
     let whole = Place { file: shown.into(), line: 0 };
-    let names = match names(directory) {
+    let names = match names(directory, problems) {
         Ok(names) => names,
         Err(error) => {
             let instead = "make the directory, with a file in it that says trust_domain = \"example.org\"";
@@ -96,13 +96,22 @@ fn read(directory: &Path, shown: &str, problems: &mut Problems) -> Vec<Source> {
 }
 
 /// The `*.toml` files by name. Hidden files are an editor's or a package manager's business.
-fn names(directory: &Path) -> std::io::Result<Vec<String>> {
+///
+/// A name that somebody may have meant for one of them is a problem: its rules would be missing without a word.
+fn names(directory: &Path, problems: &mut Problems) -> std::io::Result<Vec<String>> {
     let mut names = Vec::new();
     for entry in std::fs::read_dir(directory)? {
         // A name that is not UTF-8 is kept with a replacement character; opening it then says so.
         let name = entry?.file_name().to_string_lossy().into_owned();
-        if name.ends_with(".toml") && !name.starts_with('.') {
+        if name.starts_with('.') {
+            continue;
+        }
+        if name.ends_with(".toml") {
             names.push(name);
+        } else if name.trim_end().to_lowercase().ends_with(".toml") {
+            let place = Place { file: directory.join(&name).display().to_string().into(), line: 0 };
+            let instead = "let its name end in exactly .toml, or in something else altogether";
+            problems.add(&place, format!("`{}` is almost the name of a policy file", name.escape_debug()), instead);
         }
     }
     names.sort();
@@ -149,6 +158,46 @@ mod tests {
             sources.iter().map(|source| source.text.as_str()).collect::<Vec<_>>(),
             ["preexisting = 1", "preexisting = 2"]
         );
+    }
+
+    #[test]
+    fn a_file_that_is_almost_named_right_is_not_left_out() {
+        let directory = tempfile::tempdir().unwrap();
+        fs::write(directory.path().join("a.toml"), "trust_domain = \"example.org\"\n").unwrap();
+        for name in ["b.TOML", "b.Toml", "b.toml ", "b.toml\n"] {
+            let file = directory.path().join(name);
+            fs::write(&file, "").unwrap();
+            let error = refused(directory.path());
+            assert!(error.contains("is almost the name of a policy file"), "{error}");
+            fs::remove_file(file).unwrap();
+        }
+        for name in ["b.toml.bak", "b.toml~", "b.tom", "b", ".b.TOML"] {
+            fs::write(directory.path().join(name), "").unwrap();
+        }
+        assert!(load(directory.path(), &Accounts::default()).is_ok());
+    }
+
+    #[test]
+    fn nothing_of_a_file_hides_behind_an_unusual_line_end() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("a.toml");
+        let text = "trust_domain = \"example.org\" # ours\n# more\n[[unknown]]\n";
+        for text in [
+            text.replace('\n', "\r"),
+            text.replacen('\n', "\r", 1),
+            text.replacen("more\n", "more\r", 1),
+            text.replace('\n', "\0"),
+            text.replace('\n', "\u{b}"),
+            text.replace('\n', "\r\n"),
+            format!("\u{feff}{text}"),
+        ] {
+            fs::write(&file, &text).unwrap();
+            assert!(load(directory.path(), &Accounts::default()).is_err(), "{text:?}");
+        }
+        for text in ["trust_domain = \"example.org\"\r\n# more\r\n", "\u{feff}trust_domain = \"example.org\"\n"] {
+            fs::write(&file, text).unwrap();
+            assert_eq!(load(directory.path(), &Accounts::default()).map(drop), Ok(()), "{text:?}");
+        }
     }
 
     #[test]

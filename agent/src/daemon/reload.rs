@@ -1,0 +1,46 @@
+//! A reload as one step: everything is read and checked, the kernel's tables are installed, and what is left to do cannot
+//! fail.
+//!
+//! Files of policy and trust come in; both are in force together, or neither is.
+//!
+//! *Invariant:* whatever fails, it fails before anything has changed: trust, revocation lists, policy and, by the word of
+//! who installs them, the kernel's tables are what they were.
+
+use super::{Error, settings};
+use crate::config::Config;
+use crate::identify::embedded::{self, Embedded};
+use crate::identify::provider::Provider;
+use crate::policy::Policy;
+use arc_swap::ArcSwap;
+use std::sync::Arc;
+
+/// What was read from disk and found sound, and is not in force.
+#[derive(Debug)]
+pub struct Prepared {
+    policy: Arc<Policy>,
+    identity: embedded::Prepared,
+}
+
+impl Prepared {
+    /// Reads policy, authority, trust bundles and revocation lists.
+    pub fn read(config: &Config, provider: &Embedded) -> Result<Self, Error> {
+        let policy = Arc::new(Policy::load(&config.policy_dir)?);
+        let identity = provider.prepare(settings(config, &policy))?;
+        Ok(Self { policy, identity })
+    }
+
+    /// Puts it in force. `install` brings the policy into the kernel's tables, all of it or nothing; it goes first, since it
+    /// alone can fail, and what the kernel turns to the agent meanwhile, and the policy before does not know, is refused.
+    pub fn put_in_force<E>(
+        self,
+        install: impl FnOnce(Arc<Policy>) -> Result<u32, E>,
+        provider: &Embedded,
+        policy: &ArcSwap<Policy>,
+    ) -> Result<(), E> {
+        install(self.policy.clone())?;
+        provider.commit(self.identity);
+        policy.store(self.policy.clone());
+        provider.retain(self.policy.workloads());
+        Ok(())
+    }
+}
