@@ -87,6 +87,8 @@ pub fn run(mut config: Config) -> Result<(), Error> {
     let policy = Arc::new(Policy::load(&config.policy_dir)?);
     warn_of_second_authorities(&config, &policy);
     let provider = Arc::new(Embedded::open(settings(&config, &policy))?);
+    // Before anything looks for processes and cgroups, so that the reason is named and not a consequence of it.
+    intercept::hold_against_host()?;
     let attestor = Arc::new(Attestor::discover()?);
     let matrix = selftest::run();
     let engine = Choice::from(config.engine, &matrix)?;

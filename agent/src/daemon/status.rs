@@ -3,11 +3,11 @@
 use super::control::Control;
 use crate::admin::{
     Agent, AuditStatus, BundleStatus, Connection, ConnectionCount, ConnectionEnd, IdentityStatus, ListenerStatus,
-    PolicyStatus, RefusedStatus, RevocationStatus, Status,
+    PolicyStatus, RefusedStatus, RevocationStatus, Status, TableStatus,
 };
 use crate::audit::End;
 use crate::identify::provider::Provider;
-use crate::intercept::Direction;
+use crate::intercept::{self, Direction};
 use crate::live::{Basis, Live, Refused, Registry};
 use std::collections::BTreeMap;
 use time::OffsetDateTime;
@@ -111,8 +111,17 @@ pub(super) fn status(control: &Control) -> Status {
             Ok(counters) => COUNTERS.iter().map(|name| (*name).to_owned()).zip(counters).collect(),
             Err(_) => BTreeMap::new(),
         },
+        tables: tables(control),
         connections: ConnectionCount { open: shared.registry.open_count(), total: shared.registry.total() },
     }
+}
+
+fn tables(control: &Control) -> Vec<TableStatus> {
+    let rooms = intercept::rooms(control.programs.places().1).unwrap_or_else(|error| {
+        tracing::warn!(%error, "how full the kernel's tables are cannot be said");
+        Vec::new()
+    });
+    rooms.into_iter().map(Into::into).collect()
 }
 
 fn listeners(control: &Control) -> Vec<ListenerStatus> {

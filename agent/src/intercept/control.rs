@@ -105,7 +105,7 @@ impl Programs {
         let host = Host::find()?;
         let lock = host::lock(&options.run_dir, host.netns_inode)?;
         host.open_cgroup(&options.cgroup)?;
-        host.mount_bpffs()?;
+        host.close_pins()?;
         discard_foreign(&host)?;
         let pins_lock = host.make_pins()?;
         let loaded = Loaded::load(&host, &options.sizes)?;
