@@ -7,6 +7,7 @@ mod facts;
 
 use super::error::{During, Error, Holder};
 use crate::sys;
+use facts::{BPFFS, Facts};
 use rustix::{
     fs::{FlockOperation, Mode, OFlags},
     io::Errno,
@@ -19,7 +20,6 @@ use std::{
     },
     path::{Path, PathBuf},
 };
-use facts::{BPFFS, Facts};
 use wimsey_common::ABI;
 
 /// The namespace of this thread: a process may have threads in several.
@@ -106,7 +106,9 @@ pub fn findings() -> Vec<Finding> {
         Ok(found) => found,
         Err(error) => return vec![privilege, finding("host", Err(error))],
     };
-    let open = facts.too_open().map(|step| format!("; {} is {:04o}, closed at the next start", step.path.display(), step.mode));
+    let open = facts
+        .too_open()
+        .map(|step| format!("; {} is {:04o}, closed at the next start", step.path.display(), step.mode));
     let pinned = format!("{} can be changed by root alone{}", pins.display(), open.collect::<String>());
     vec![
         privilege,
@@ -165,7 +167,8 @@ fn exclusively(file: OwnedFd, path: &Path) -> Result<OwnedFd, Error> {
         Err(Errno::WOULDBLOCK) => {
             let (lock, holder) = (path.into(), holder(&file));
             // An agent is root's.
-            let user = |process: u32| Some(fs::metadata(format!("/proc/{process}")).ok()?.uid()).filter(|user| *user != 0);
+            let user =
+                |process: u32| Some(fs::metadata(format!("/proc/{process}")).ok()?.uid()).filter(|user| *user != 0);
             match holder.and_then(|process| Some((process, user(process)?))) {
                 Some((process, user)) => Err(Error::HeldByUser { lock, process, user }),
                 None => Err(Error::SecondAgent { lock, holder: Holder(holder) }),

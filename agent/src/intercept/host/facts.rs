@@ -280,3 +280,125 @@ fn errno(error: &io::Error) -> Errno {
 fn unseen((path, error): Unseen) -> Error {
     Error::Host { what: format!("looking at {}", path.display()), error: error.into() }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::refusal::Refusal;
+    use rustix::fs::{Gid, Uid, chown};
+
+    fn step(place: Place, owner: u32, mode: u32) -> Step {
+        Step { place, path: "/sys/fs/bpf/x".into(), owner, mode, directory: place != Place::Pin }
+    }
+
+    /// A host as it should be.
+    fn host() -> Facts {
+        let own = Own {
+            cgroups: FIRST_CGROUPS,
+            processes: FIRST_PROCESSES,
+            cgroup2: Some(("/sys/fs/cgroup".into(), Some(38))),
+            bpffs: Some(39),
+        };
+        let way = vec![step(Place::Root, 0, 0o1700), step(Place::Directory, 0, 0o700), step(Place::Pin, 0, 0o600)];
+        Facts { own, one: Ok(One { cgroup2: Some(38), bpffs: Some(39) }), way: Ok(way) }
+    }
+
+    /// The code of what is said when one thing is otherwise.
+    fn said(change: impl FnOnce(&mut Facts)) -> &'static str {
+        let mut facts = host();
+        change(&mut facts);
+        facts.judge().map_or_else(|error| error.code(), |_| "starts")
+    }
+
+    fn one(cgroup2: Option<u64>, bpffs: Option<u64>) -> Result<One, Unseen> {
+        Ok(One { cgroup2, bpffs })
+    }
+
+    #[test]
+    fn a_host_that_is_process_1s_is_taken_and_any_other_is_refused_by_name() {
+        assert_eq!(host().judge().unwrap(), Path::new("/sys/fs/cgroup"));
+        // A container with the host's namespaces and mounts, wherever those are.
+        assert_eq!(said(|facts| facts.own.cgroup2 = Some(("/host/cgroup".into(), Some(38)))), "starts");
+        assert_eq!(said(|facts| facts.one = one(None, Some(39))), "starts");
+
+        assert_eq!(said(|facts| facts.own.processes += 1), "pid-namespace");
+        assert_eq!(said(|facts| facts.own.cgroups += 1), "cgroup-namespace");
+        assert_eq!(said(|facts| facts.one = Err((ONE.into(), Errno::ACCESS))), "no-process-1");
+        assert_eq!(said(|facts| facts.own.cgroup2 = None), "no-cgroup2");
+        assert_eq!(said(|facts| facts.own.cgroup2 = Some(("/part".into(), None))), "part-of-cgroup2");
+        assert_eq!(said(|facts| facts.own.cgroup2 = Some(("/other".into(), Some(40)))), "part-of-cgroup2");
+        assert_eq!(said(|facts| facts.one = one(Some(38), None)), "no-bpffs");
+        assert_eq!(said(|facts| (facts.one, facts.own.bpffs) = (one(Some(38), None), None)), "no-bpffs");
+        assert_eq!(said(|facts| facts.own.bpffs = None), "other-bpffs");
+        assert_eq!(said(|facts| facts.own.bpffs = Some(40)), "other-bpffs");
+        assert_eq!(said(|facts| facts.way = Err((BPFFS.into(), Errno::ACCESS))), "host-call");
+    }
+
+    #[test]
+    fn what_others_own_or_can_write_to_is_refused_and_what_is_only_too_open_is_not() {
+        let way =
+            |place, owner, mode| judge(&[step(place, owner, mode)]).map_or_else(|error| error.code(), |()| "starts");
+        assert_eq!(way(Place::Root, 0, 0o755), "starts");
+        assert_eq!(way(Place::Root, 0, 0o1777), "starts");
+        for mode in [0o777, 0o770, 0o720, 0o702] {
+            assert_eq!(way(Place::Root, 0, mode), "open-bpffs", "{mode:o}");
+        }
+        for place in [Place::Root, Place::Directory, Place::Pin] {
+            assert_eq!(way(place, 3000, 0o700), "pins-not-roots", "{place:?}");
+        }
+        assert_eq!(way(Place::Directory, 0, 0o777), "starts");
+        assert!(step(Place::Directory, 0, 0o755).too_open() && step(Place::Pin, 0, 0o644).too_open());
+        assert!(!step(Place::Root, 0, 0o1777).too_open() && !step(Place::Pin, 0, 0o600).too_open());
+        let file = Step { directory: false, ..step(Place::Directory, 0, 0o600) };
+        assert_eq!(judge(&[file]).unwrap_err().code(), "pins-no-directory");
+    }
+
+    #[test]
+    fn the_bpf_file_system_is_the_last_and_whole_one_where_it_belongs() {
+        let line = |device: &str, root: &str, point: &str, kind: &str| {
+            format!("1 2 {device} {root} {point} rw - {kind} x rw\n")
+        };
+        let found = |lines: &[String]| bpffs(lines.concat().as_bytes());
+        let hosts = line("0:39", "/", BPFFS, "bpf");
+        assert_eq!(found(&[hosts.clone(), line("0:40", "/", "/elsewhere", "bpf")]), Some(39));
+        assert_eq!(found(&[hosts.clone(), line("0:40", "/", BPFFS, "bpf")]), Some(40));
+        assert_eq!(found(&[hosts, line("0:39", "/part", BPFFS, "bpf")]), None);
+        assert_eq!(found(&[line("0:41", "/", BPFFS, "tmpfs")]), None);
+    }
+
+    #[test]
+    fn what_is_roots_is_closed_to_others_and_what_is_not_stops_it() {
+        if !rustix::process::geteuid().is_root() {
+            eprintln!("skipped: needs root");
+            return;
+        }
+        let folder = tempfile::tempdir().unwrap();
+        let (root, pins) = (folder.path(), folder.path().join("wimsey/abi"));
+        let mode = |path: &Path, mode| rustix::fs::chmod(path, Mode::from_raw_mode(mode)).unwrap();
+        let owner = |path: &Path, user| chown(path, Some(Uid::from_raw(user)), None::<Gid>).unwrap();
+        let modes = || way(root, &pins).unwrap().iter().map(|step| step.mode).collect::<Vec<_>>();
+        mode(root, 0o1777);
+        narrow(root, &pins).unwrap();
+
+        fs::create_dir_all(&pins).unwrap();
+        fs::write(pins.join("OWN"), "").unwrap();
+        mode(&root.join("wimsey"), 0o777);
+        mode(&pins, 0o755);
+        mode(&pins.join("OWN"), 0o666);
+        narrow(root, &pins).unwrap();
+        assert_eq!(modes(), [0o1777, 0o700, 0o700, 0o600]);
+
+        for planted in [pins.join("OWN"), pins.clone(), root.join("wimsey")] {
+            owner(&planted, 3000);
+            let error = narrow(root, &pins).unwrap_err();
+            assert!(matches!(&error, Error::NotRoots { path, owner: 3000, .. } if *path == planted), "{error}");
+            owner(&planted, 0);
+        }
+        mode(root, 0o777);
+        assert_eq!(narrow(root, &pins).unwrap_err().code(), "open-bpffs");
+        mode(root, 0o1777);
+        fs::rename(root.join("wimsey"), root.join("else")).unwrap();
+        std::os::unix::fs::symlink(root.join("else"), root.join("wimsey")).unwrap();
+        assert_eq!(narrow(root, &pins).unwrap_err().code(), "pins-no-directory");
+    }
+}
