@@ -236,7 +236,7 @@ pub mod bpf {
 
     use aya::{
         Pod,
-        maps::{MapData, MapError},
+        maps::{MapData, MapError, MapInfo},
     };
     use std::{
         io,
@@ -383,28 +383,45 @@ pub mod bpf {
         }
     }
 
-    /// How many rows a map of any type has, counted one by one: at most `most`, and only as long as `go_on` says, which is asked
-    /// now and then. Rows that come and go meanwhile make it inexact. Says whether it came to the end.
-    pub fn count(map: &MapData, most: u32, go_on: impl Fn() -> bool) -> io::Result<(u32, bool)> {
-        let size = map.info().map_err(plain)?.key_size() as usize;
-        let (mut first, mut last, mut next) = (Vec::new(), vec![0_u8; size], vec![0_u8; size]);
-        let (mut rows, mut steps) = (0, 0_u32);
-        while rows < most && (steps % 1024 != 0 || go_on()) {
-            let from = if rows == 0 { 0 } else { last.as_ptr().addr() };
-            match command(map.fd().as_fd(), MAP_GET_NEXT_KEY, from, next.as_mut_ptr().addr(), 0) {
-                Ok(()) => {}
-                Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok((rows, true)),
-                Err(error) => return Err(error),
-            }
-            std::mem::swap(&mut last, &mut next);
-            if rows == 0 {
-                first.clone_from(&last);
-            }
-            // Behind a row that has gone meanwhile the kernel begins again with the first.
-            rows = if last == first { 1 } else { rows + 1 };
-            steps = steps.wrapping_add(1);
+    /// A map of any type, to count its rows.
+    #[derive(Debug)]
+    pub struct Rows {
+        map: MapData,
+        /// What the kernel says of it.
+        pub info: MapInfo,
+    }
+
+    impl Rows {
+        /// Opens a pinned map.
+        pub fn open(pin: &Path) -> io::Result<Self> {
+            let map = MapData::from_pin(pin).map_err(plain)?;
+            let info = map.info().map_err(plain)?;
+            Ok(Self { map, info })
         }
-        Ok((rows, rows == most))
+
+        /// Counts one by one, as long as `go_on` says, which is asked now and then. Rows that come and go meanwhile make it
+        /// inexact. Says whether it came to the end.
+        pub fn count(&self, go_on: impl Fn() -> bool) -> io::Result<(u32, bool)> {
+            let (size, most) = (self.info.key_size() as usize, self.info.max_entries());
+            let (mut first, mut last, mut next) = (Vec::new(), vec![0_u8; size], vec![0_u8; size]);
+            let (mut rows, mut steps) = (0, 0_u32);
+            while rows < most && (steps % 1024 != 0 || go_on()) {
+                let from = if rows == 0 { 0 } else { last.as_ptr().addr() };
+                match command(self.map.fd().as_fd(), MAP_GET_NEXT_KEY, from, next.as_mut_ptr().addr(), 0) {
+                    Ok(()) => {}
+                    Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok((rows, true)),
+                    Err(error) => return Err(error),
+                }
+                std::mem::swap(&mut last, &mut next);
+                if rows == 0 {
+                    first.clone_from(&last);
+                }
+                // Behind a row that has gone meanwhile the kernel begins again with the first.
+                rows = if last == first { 1 } else { rows + 1 };
+                steps = steps.wrapping_add(1);
+            }
+            Ok((rows, rows == most))
+        }
     }
 
     fn command(map: BorrowedFd<'_>, command: libc::c_long, key: usize, value: usize, flags: u64) -> io::Result<()> {

@@ -41,8 +41,8 @@ pub fn connections(config: Option<&Path>, json: bool) -> anyhow::Result<ExitCode
 /// Fails where an agent would not start.
 pub fn doctor(json: bool) -> anyhow::Result<ExitCode> {
     let host = intercept::findings();
-    let tables = intercept::rooms_here().map(|rooms| rooms.unwrap_or_default().into_iter().map(TableStatus::from));
-    let tables = tables.map(Iterator::collect::<Vec<_>>);
+    let rooms = intercept::Rooms::here().and_then(|rooms| rooms.map_or_else(|| Ok(Vec::new()), |rooms| rooms.count()));
+    let tables: Result<Vec<TableStatus>, _> = rooms.map(|rooms| rooms.into_iter().map(Into::into).collect());
     let report = wimsey::offload::selftest::run();
     let sandbox = wimsey::privilege::probe();
     if json {

@@ -8,7 +8,7 @@ use crate::admin::{self, Asked, PreexistingStatus, Request};
 use crate::identify::attest::{AttestError, Attested};
 use crate::identify::embedded::Embedded;
 use crate::identify::provider::Provider;
-use crate::intercept::{Listening, Notice, OldConnection, Programs};
+use crate::intercept::{Listening, Notice, OldConnection, Programs, Rooms};
 use crate::pipeline::Shared;
 use crate::policy::{Policy, Preexisting};
 use crate::privilege::Sandbox;
@@ -34,6 +34,7 @@ pub(super) struct Settled {
     pub(super) engine_reason: String,
     pub(super) shards: usize,
     pub(super) sandbox: Sandbox,
+    pub(super) rooms: Rooms,
 }
 
 /// Everything that only the control thread has.

@@ -7,7 +7,7 @@ use crate::admin::{
 };
 use crate::audit::End;
 use crate::identify::provider::Provider;
-use crate::intercept::{self, Direction};
+use crate::intercept::Direction;
 use crate::live::{Basis, Live, Refused, Registry};
 use std::collections::BTreeMap;
 use time::OffsetDateTime;
@@ -117,7 +117,7 @@ pub(super) fn status(control: &Control) -> Status {
 }
 
 fn tables(control: &Control) -> Vec<TableStatus> {
-    let rooms = intercept::rooms(control.programs.places().1).unwrap_or_else(|error| {
+    let rooms = control.settled.rooms.count().unwrap_or_else(|error| {
         tracing::warn!(%error, "how full the kernel's tables are cannot be said");
         Vec::new()
     });

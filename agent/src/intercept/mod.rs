@@ -36,7 +36,7 @@ pub use host::{Finding, findings, hold_against_host};
 pub use install::KernelFacts;
 pub use programs::release;
 pub use registry::Listening;
-pub use room::{Room, rooms, rooms_here};
+pub use room::{Room, Rooms};
 pub use tables::{address, canonical, ip, listener_key, socket_address};
 
 use std::{fmt, net::SocketAddr};

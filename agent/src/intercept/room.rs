@@ -6,11 +6,11 @@ use super::{
     error::{During, Error},
     host,
 };
-use crate::sys::bpf;
-use aya::maps::{MapData, MapType};
+use crate::sys::bpf::Rows;
+use aya::maps::MapType;
 use std::{
-    fs, io,
-    path::{Path, PathBuf},
+    fs,
+    path::Path,
     time::{Duration, Instant},
 };
 
@@ -30,37 +30,57 @@ pub struct Room {
     pub counted: bool,
 }
 
-/// The tables that are pinned for this thread's network namespace. `None` where no agent is and none has been.
-pub fn rooms_here() -> Result<Option<Vec<Room>>, Error> {
-    match host::hosts_pins(host::netns()?.1)? {
-        Some(pins) if pins.exists() => rooms(&pins).map(Some),
-        _ => Ok(None),
+/// The tables of one network namespace, opened: an agent in its sandbox opens none.
+#[derive(Debug)]
+pub struct Rooms {
+    tables: Vec<(String, Rows)>,
+}
+
+impl Rooms {
+    /// What is pinned for this thread's network namespace. `None` where no agent is and none has been.
+    pub fn here() -> Result<Option<Self>, Error> {
+        match host::hosts_pins(host::netns()?.1)? {
+            Some(pins) if pins.exists() => Self::open(&pins).map(Some),
+            _ => Ok(None),
+        }
+    }
+
+    /// What is pinned in this directory, in the order of the names.
+    pub fn open(pins: &Path) -> Result<Self, Error> {
+        let reading = || format!("reading {}", pins.display());
+        let mut tables = Vec::new();
+        for entry in fs::read_dir(pins).during(reading)? {
+            let pin = entry.during(reading)?.path();
+            let name = pin.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            // Links are pinned beside the maps, and their names say so.
+            if name.contains('-') {
+                continue;
+            }
+            let rows = Rows::open(&pin).during(|| format!("opening {}", pin.display()))?;
+            if has_rows(&rows) {
+                tables.push((name, rows));
+            }
+        }
+        tables.sort_by(|(one, _), (other, _)| one.cmp(other));
+        Ok(Self { tables })
+    }
+
+    /// How full each is.
+    pub fn count(&self) -> Result<Vec<Room>, Error> {
+        let until = Instant::now() + PATIENCE;
+        let room = |(name, rows): &(String, Rows)| {
+            let counting = || format!("counting the rows of {name}");
+            let (used, counted) = rows.count(|| Instant::now() < until).during(counting)?;
+            Ok(Room { name: name.clone(), used, size: rows.info.max_entries(), counted })
+        };
+        self.tables.iter().map(room).collect()
     }
 }
 
-/// The tables that are pinned in this directory, by name. Arrays and queues have no rows that come and go, and are left out.
-pub fn rooms(pins: &Path) -> Result<Vec<Room>, Error> {
-    let reading = || format!("reading {}", pins.display());
-    let entries: io::Result<Vec<PathBuf>> =
-        fs::read_dir(pins).during(reading)?.map(|entry| entry.map(|entry| entry.path())).collect();
-    let mut entries = entries.during(reading)?;
-    entries.sort();
-    let until = Instant::now() + PATIENCE;
-    entries.iter().filter_map(|pin| room(pin, until).transpose()).collect()
-}
-
-/// `None` for what is no table.
-fn room(pin: &Path, until: Instant) -> Result<Option<Room>, Error> {
-    let name = pin.file_name().unwrap_or_default().to_string_lossy().into_owned();
-    // Links are pinned beside the maps, and their names say so.
-    if name.contains('-') {
-        return Ok(None);
-    }
-    let counting = || format!("counting the rows of {}", pin.display());
-    let map = MapData::from_pin(pin).map_err(io::Error::other).during(counting)?;
-    let info = map.info().map_err(io::Error::other).during(counting)?;
-    let table = matches!(
-        info.map_type(),
+/// Arrays and queues have no rows that come and go.
+fn has_rows(rows: &Rows) -> bool {
+    matches!(
+        rows.info.map_type(),
         Ok(MapType::Hash
             | MapType::LruHash
             | MapType::PerCpuHash
@@ -68,11 +88,5 @@ fn room(pin: &Path, until: Instant) -> Result<Option<Room>, Error> {
             | MapType::LpmTrie
             | MapType::SockHash
             | MapType::HashOfMaps)
-    );
-    if !table {
-        return Ok(None);
-    }
-    let size = info.max_entries();
-    let (used, counted) = bpf::count(&map, size, || Instant::now() < until).during(counting)?;
-    Ok(Some(Room { name, used, size, counted }))
+    )
 }

@@ -9,7 +9,7 @@ use std::{
     time::Duration,
 };
 use wimsey::{
-    intercept::{Error, Room, rooms},
+    intercept::{Error, Room, Rooms},
     refusal::Refusal,
 };
 
@@ -199,7 +199,7 @@ fn a_bpf_file_system_that_others_can_write_to_is_refused() {
 #[test]
 fn the_room_in_the_tables_is_what_is_in_them() {
     let mut world = world!();
-    let before = rooms(&pins()).unwrap();
+    let before = Rooms::open(&pins()).unwrap().count().unwrap();
     let row = |rooms: &[Room], name: &str| rooms.iter().find(|room| room.name == name).unwrap().clone();
     assert!(before.iter().all(|room| room.counted && room.used <= room.size && room.size > 1), "{before:?}");
     // An LPM trie and a hash.
@@ -207,7 +207,7 @@ fn the_room_in_the_tables_is_what_is_in_them() {
     assert!(row(&before, "OWN").used > 0, "the agent's own listeners");
     let facts = world.enrol().allowing();
     world.install(facts);
-    let after = rooms(&pins()).unwrap();
+    let after = Rooms::open(&pins()).unwrap().count().unwrap();
     assert_eq!((row(&after, "DESTINATIONS").used, row(&after, "VERDICTS").used), (2, 2));
     assert!(after.iter().all(|room| room.name != "CONFIG" && room.name != "EVENTS"), "{after:?}");
 }
