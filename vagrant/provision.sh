@@ -22,13 +22,14 @@ if [ -d /etc/modules-load.d ]; then
 	printf 'tls\ntcp_diag\n' >/etc/modules-load.d/wimsey.conf
 fi
 
-# File systems: the cgroup hierarchy that the programs are attached to, and the place where they are pinned.
+# File systems: the cgroup hierarchy that the programs are attached to, and the place where they are pinned,
+# which the agent never mounts by itself.
 if ! grep -q ' cgroup2 ' /proc/self/mounts; then
 	mkdir -p /sys/fs/cgroup
 	mount -t cgroup2 cgroup2 /sys/fs/cgroup
 fi
 if ! grep -q ' /sys/fs/bpf bpf ' /proc/self/mounts; then
-	mount -t bpf bpf /sys/fs/bpf
+	mount -t bpf -o nosuid,nodev,noexec,mode=0700 bpf /sys/fs/bpf
 fi
 
 # A burst of connections waits in the listeners' queues while their handshakes go on.

@@ -5,8 +5,10 @@
 //!
 //! *Invariant:* nothing that is asked here changes anything, and no answer holds a key.
 
+use crate::intercept::Room;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
+use std::fmt;
 use std::io::{BufRead, BufReader, Write};
 use std::net::SocketAddr;
 use std::os::unix::fs::PermissionsExt;
@@ -52,6 +54,9 @@ pub struct Status {
     pub refused: BTreeMap<String, RefusedStatus>,
     /// Counters of the kernel programs since their maps were made.
     pub kernel: BTreeMap<String, u64>,
+    /// Tables of the kernel programs; an agent of a version before this says nothing of them.
+    #[serde(default)]
+    pub tables: Vec<TableStatus>,
     /// Connections: open now, and carried since the start.
     pub connections: ConnectionCount,
 }
@@ -184,6 +189,32 @@ pub struct RefusedStatus {
     pub last: String,
     /// Both ends and the reason of the last one.
     pub last_reason: String,
+}
+
+/// A table of the kernel programs, and how full it is.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct TableStatus {
+    /// Name of the map.
+    pub name: String,
+    /// Rows that it has; at least so many where `counted` is false.
+    pub used: u32,
+    /// Rows that it has room for.
+    pub size: u32,
+    /// There was time to count all of them.
+    pub counted: bool,
+}
+
+impl From<Room> for TableStatus {
+    fn from(Room { name, used, size, counted }: Room) -> Self {
+        Self { name, used, size, counted }
+    }
+}
+
+impl fmt::Display for TableStatus {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let least = if self.counted { "" } else { "at least " };
+        write!(f, "{} {least}{} of {} rows used", self.name, self.used, self.size)
+    }
 }
 
 /// Numbers of connections.

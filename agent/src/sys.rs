@@ -236,7 +236,7 @@ pub mod bpf {
 
     use aya::{
         Pod,
-        maps::{MapData, MapError},
+        maps::{MapData, MapError, MapInfo},
     };
     use std::{
         io,
@@ -371,20 +371,9 @@ pub mod bpf {
             }
         }
 
-        fn call(&self, command: libc::c_long, key: usize, value: usize, flags: u64) -> io::Result<()> {
-            let attributes = ElementAttributes {
-                map: self.map.as_raw_fd().cast_unsigned(),
-                pad: 0,
-                key: key as u64,
-                value: value as u64,
-                flags,
-            };
-            // SAFETY: `attributes` is what bpf(2) takes for these commands. The callers pass the addresses of a live key and
-            // value of types `K` and `V`, whose sizes `open` has compared with the map's, or 0 where the command takes none.
-            // JUSTIFICATION: no crate offers these calls on a shared handle.
-            let result =
-                unsafe { libc::syscall(libc::SYS_bpf, command, &raw const attributes, size_of::<ElementAttributes>()) };
-            if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
+        /// The callers pass the addresses of a live key and value of types `K` and `V`, whose sizes `open` has compared.
+        fn call(&self, number: libc::c_long, key: usize, value: usize, flags: u64) -> io::Result<()> {
+            command(self.map.as_fd(), number, key, value, flags)
         }
     }
 
@@ -428,10 +417,61 @@ pub mod bpf {
         };
         // SAFETY: `attributes` is what bpf(2) takes for this command, and `input` lives through the call and has as many
         // bytes as said; nothing is written but the result and the duration. JUSTIFICATION: aya does not offer this call.
-        let done = unsafe {
-            libc::syscall(libc::SYS_bpf, PROG_TEST_RUN, &raw mut attributes, size_of::<RunAttributes>())
-        };
+        let done =
+            unsafe { libc::syscall(libc::SYS_bpf, PROG_TEST_RUN, &raw mut attributes, size_of::<RunAttributes>()) };
         if done < 0 { Err(io::Error::last_os_error()) } else { Ok(attributes.result) }
+    }
+
+    /// A map of any type, to count its rows.
+    #[derive(Debug)]
+    pub struct Rows {
+        map: MapData,
+        /// What the kernel says of it.
+        pub info: MapInfo,
+    }
+
+    impl Rows {
+        /// Opens a pinned map.
+        pub fn open(pin: &Path) -> io::Result<Self> {
+            let map = MapData::from_pin(pin).map_err(plain)?;
+            let info = map.info().map_err(plain)?;
+            Ok(Self { map, info })
+        }
+
+        /// Counts one by one, as long as `go_on` says, which is asked now and then. Rows that come and go meanwhile make it
+        /// inexact. Says whether it came to the end.
+        pub fn count(&self, go_on: impl Fn() -> bool) -> io::Result<(u32, bool)> {
+            let (size, most) = (self.info.key_size() as usize, self.info.max_entries());
+            let (mut first, mut last, mut next) = (Vec::new(), vec![0_u8; size], vec![0_u8; size]);
+            let (mut rows, mut steps) = (0, 0_u32);
+            while rows < most && (steps % 1024 != 0 || go_on()) {
+                let from = if rows == 0 { 0 } else { last.as_ptr().addr() };
+                match command(self.map.fd().as_fd(), MAP_GET_NEXT_KEY, from, next.as_mut_ptr().addr(), 0) {
+                    Ok(()) => {}
+                    Err(error) if error.raw_os_error() == Some(libc::ENOENT) => return Ok((rows, true)),
+                    Err(error) => return Err(error),
+                }
+                std::mem::swap(&mut last, &mut next);
+                if rows == 0 {
+                    first.clone_from(&last);
+                }
+                // Behind a row that has gone meanwhile the kernel begins again with the first.
+                rows = if last == first { 1 } else { rows + 1 };
+                steps = steps.wrapping_add(1);
+            }
+            Ok((rows, rows == most))
+        }
+    }
+
+    fn command(map: BorrowedFd<'_>, command: libc::c_long, key: usize, value: usize, flags: u64) -> io::Result<()> {
+        let map = map.as_raw_fd().cast_unsigned();
+        let attributes = ElementAttributes { map, pad: 0, key: key as u64, value: value as u64, flags };
+        // SAFETY: `attributes` is what bpf(2) takes for these commands. The callers pass the addresses of a live key and value
+        // that are as long as the map's, or 0 where the command takes none. JUSTIFICATION: no crate offers these calls on a
+        // shared handle.
+        let result =
+            unsafe { libc::syscall(libc::SYS_bpf, command, &raw const attributes, size_of::<ElementAttributes>()) };
+        if result < 0 { Err(io::Error::last_os_error()) } else { Ok(()) }
     }
 
     /// Reads a value from bytes that the kernel has written, if there are exactly as many as it has.

@@ -589,6 +589,16 @@ fn doctor_tells_what_this_host_can_do() {
     let report: serde_json::Value = serde_json::from_str(&report).unwrap_or_else(|error| panic!("{error}: {report}"));
     assert!(report.is_object(), "{report}");
     assert_eq!(report["sandbox"], mesh.alpha().status()["agent"]["sandbox"], "{report:#}");
+    assert!(report["host"].as_array().is_some_and(|items| items.len() == 6), "{report:#}");
+    assert!(report["host"].as_array().unwrap().iter().all(|item| item["ok"] == true), "{report:#}");
+    // Both count the same tables.
+    let names = |tables: &Value| -> Vec<String> {
+        let tables = tables.as_array().unwrap_or_else(|| panic!("{tables}"));
+        assert!(tables.iter().all(|table| table["used"].as_u64() <= table["size"].as_u64()), "{tables:?}");
+        tables.iter().map(|table| table["name"].to_string()).collect()
+    };
+    assert!(names(&report["tables"]).len() > 5, "{report:#}");
+    assert_eq!(names(&report["tables"]), names(&mesh.alpha().status()["tables"]));
     // What it would choose is what a running agent has chosen.
     if Settings::default().engine == "auto" {
         assert_eq!(report["auto"], mesh.alpha().status()["agent"]["engine"], "{report:#}");

@@ -444,7 +444,16 @@ fn probe() -> Result<(), Skip> {
     skip::need_root()?;
     skip::lab_app()?;
     skip::need("tcpdump")?;
+    need_bpf_file_system()?;
     host::probe()
+}
+
+/// An agent pins its programs in the host's file system or does not start.
+fn need_bpf_file_system() -> Result<(), Skip> {
+    let mounts = std::fs::read_to_string("/proc/1/mountinfo").unwrap_or_default();
+    let there = mounts.lines().any(|line| line.split(' ').nth(4) == Some("/sys/fs/bpf") && line.contains(" - bpf "));
+    let missing = "process 1 has no BPF file system at /sys/fs/bpf: `cargo xtask setup` mounts it";
+    if there || skip::plain() { Ok(()) } else { Err(Skip::because(missing)) }
 }
 
 /// Mount point of the cgroup2 hierarchy, wherever it is.

@@ -7,7 +7,7 @@ have() {
 have "TLS in the kernel" "grep -q tls /proc/sys/net/ipv4/tcp_available_ulp"
 have "AES-GCM by AES-NI" "modprobe aesni_intel && grep -q gcm-aes /proc/crypto"
 have "cgroup2" "grep -q cgroup2 /proc/self/mounts"
-have "BPF file system" "grep -q ' bpf ' /proc/self/mounts"
+have "BPF file system" "grep -q ' /sys/fs/bpf bpf ' /proc/1/mounts"
 have "BTF" "test -s /sys/kernel/btf/vmlinux"
 have "veth between network namespaces" "ip netns add probe && ip link add one type veth peer name two netns probe"
 have "netem" "tc qdisc add dev one root netem delay 1ms"

@@ -4,7 +4,7 @@
 //! in a cache folder whose name holds their version, so another checkout and the next run find them.
 //!
 //! *Invariant:* nothing that a person set up before is changed: no default toolchain, no running service, no file
-//! outside the cache and Debian's own packages.
+//! outside the cache and Debian's own packages. A BPF file system is mounted where the host has none.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -31,7 +31,7 @@ pub enum Need {
     Build,
     /// cargo-deny.
     Check,
-    /// Programs for the network namespaces.
+    /// Programs for the network namespaces, and the BPF file system.
     Lab,
     /// Peers, other load generators and what draws plots.
     Bench,
@@ -73,7 +73,10 @@ pub fn ensure(needs: &[Need]) -> Fallible {
             Need::Toolchain => toolchain(),
             Need::Build => packages(BUILD_PACKAGES).and_then(|()| bpf_linker()),
             Need::Check => cargo_deny(),
-            Need::Lab => packages(LAB_PACKAGES),
+            Need::Lab => {
+                let mounted = bpf_file_system();
+                packages(LAB_PACKAGES).and(mounted)
+            }
             Need::Bench => packages(BENCH_PACKAGES),
             Need::Vm => packages(VM_PACKAGES),
         };
@@ -253,6 +256,36 @@ fn no_service_starts() -> Fallible<Option<crate::run::Cleanup>> {
     Ok(Some(undo))
 }
 
+/// The BPF file system, where process 1 sees it. The agent mounts none, because what is pinned in a mount of its own would go
+/// with it; systemd mounts it at boot, and a host with another first process has none.
+fn bpf_file_system() -> Fallible {
+    // What process 1 has is for root alone to read; without root the agent does not run anyhow.
+    let Ok(mounts) = fs::read_to_string("/proc/1/mountinfo") else { return Ok(()) };
+    if has_bpf_file_system(&mounts) {
+        return Ok(());
+    }
+    const MOUNT: &str = "mount -t bpf -o nosuid,nodev,noexec,mode=0700 bpf /sys/fs/bpf";
+    if !is_root() {
+        return Err(format!("the BPF file system, as root:  {MOUNT}").into());
+    }
+    let mut mount = merged("mount");
+    mount.args(MOUNT.split(' ').skip(1));
+    step(MOUNT).run(mount)?;
+    match fs::read_to_string("/proc/1/mountinfo") {
+        Ok(mounts) if has_bpf_file_system(&mounts) => Ok(()),
+        _ => {
+            // It would hide that of the host, once there is one.
+            let _ = quiet("umount", &["/sys/fs/bpf"]);
+            Err(format!("the BPF file system, on the host and not in this container:  {MOUNT}").into())
+        }
+    }
+}
+
+/// The fifth field of mountinfo is the mount point, and the type stands behind a lone `-`.
+fn has_bpf_file_system(mountinfo: &str) -> bool {
+    mountinfo.lines().any(|line| line.split(' ').nth(4) == Some("/sys/fs/bpf") && line.contains(" - bpf "))
+}
+
 fn bpf_linker_dir() -> PathBuf {
     cache("tools").join(format!("bpf-linker-{BPF_LINKER}-llvm{LLVM}"))
 }
@@ -326,7 +359,16 @@ fn install_tool(label: &str, mut command: Command, place: &Path) -> Fallible {
 
 #[cfg(test)]
 mod tests {
-    use super::at_least;
+    use super::{at_least, has_bpf_file_system};
+
+    #[test]
+    fn the_bpf_file_system_counts_where_the_agent_looks_for_it() {
+        let line =
+            |point: &str, kind: &str| format!("1 0 0:1 / / rw - ext4 x rw\n51 23 0:39 / {point} rw - {kind} bpf rw\n");
+        assert!(has_bpf_file_system(&line("/sys/fs/bpf", "bpf")));
+        assert!(!has_bpf_file_system(&line("/run/bpf", "bpf")));
+        assert!(!has_bpf_file_system(&line("/sys/fs/bpf", "tmpfs")));
+    }
 
     #[test]
     fn versions_compare_by_number_and_not_by_letter() {

@@ -52,7 +52,7 @@ pub fn sweep_all() {
 
 fn parent() -> anyhow::Result<PathBuf> {
     let mount = wimsey::cgroup2::mount_point().context("cannot read /proc/self/mountinfo")?;
-    Ok(mount.context("no cgroup2 file system is mounted: mount one")?.join(PARENT))
+    Ok(mount.context("the whole cgroup2 hierarchy is mounted nowhere: mount it")?.join(PARENT))
 }
 
 fn enter(cgroup: &Path) -> std::io::Result<()> {

@@ -4,9 +4,11 @@ use super::Wrong;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use wimsey::admin::{self, Connection, Request, Status};
+use wimsey::admin::{self, Connection, Request, Status, TableStatus};
 use wimsey::config::{Config, EngineChoice};
+use wimsey::intercept::{self, Finding};
 use wimsey::offload::Choice;
+use wimsey::refusal::Refusal as _;
 
 /// Where configuration and socket are if nothing else is said.
 const DEFAULT_CONFIG: &str = "/etc/wimsey/agent.toml";
@@ -35,8 +37,12 @@ pub fn connections(config: Option<&Path>, json: bool) -> anyhow::Result<ExitCode
     Ok(ExitCode::SUCCESS)
 }
 
-/// Prints what this kernel can do. Fails where no engine would work.
+/// Prints what this kernel can do, whether the agent sees the host and not a box in it, and how full the kernel's tables are.
+/// Fails where an agent would not start.
 pub fn doctor(json: bool) -> anyhow::Result<ExitCode> {
+    let host = intercept::findings();
+    let rooms = intercept::Rooms::here().and_then(|rooms| rooms.map_or_else(|| Ok(Vec::new()), |rooms| rooms.count()));
+    let tables: Result<Vec<TableStatus>, _> = rooms.map(|rooms| rooms.into_iter().map(Into::into).collect());
     let report = wimsey::offload::selftest::run();
     let sandbox = wimsey::privilege::probe();
     if json {
@@ -45,12 +51,40 @@ pub fn doctor(json: bool) -> anyhow::Result<ExitCode> {
             fields.insert("possible".into(), serde_json::to_value(report.verdict())?);
             fields.insert("auto".into(), Choice::from(EngineChoice::Auto, &report)?.engine().name().into());
             fields.insert("sandbox".into(), sandbox.to_string().into());
+            fields.insert("host".into(), host.iter().map(finding_json).collect());
+            // Why there are none is among the findings.
+            fields.insert("tables".into(), serde_json::to_value(tables.unwrap_or_default())?);
         }
         println!("{value:#}");
     } else {
         println!("{report}\nsandbox: {sandbox}");
+        print!("{}", host_text(&host, &tables));
     }
-    Ok(ExitCode::SUCCESS)
+    Ok(if host.iter().all(|finding| finding.outcome.is_ok()) { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+fn finding_json(finding: &Finding) -> serde_json::Value {
+    match &finding.outcome {
+        Ok(says) => serde_json::json!({ "item": finding.item, "ok": true, "says": says }),
+        Err(error) => {
+            serde_json::json!({ "item": finding.item, "ok": false, "code": error.code(), "says": error.to_string() })
+        }
+    }
+}
+
+fn host_text(host: &[Finding], tables: &Result<Vec<TableStatus>, intercept::Error>) -> String {
+    let mut text = String::new();
+    // Writing into a String cannot fail.
+    let _ = section(&mut text, "host", host, |finding| match &finding.outcome {
+        Ok(says) => format!("ok   {}: {says}", finding.item),
+        Err(error) => format!("NOT  {}: {error}", finding.item),
+    });
+    let _ = match tables {
+        Ok(tables) if tables.is_empty() => writeln!(text, "tables: none, no agent is or was in this network namespace"),
+        Ok(tables) => section(&mut text, "tables", tables, ToString::to_string),
+        Err(error) => writeln!(text, "tables: cannot be counted: {error}"),
+    };
+    text
 }
 
 fn socket(config: Option<&Path>) -> anyhow::Result<PathBuf> {
@@ -134,7 +168,8 @@ fn write_status(out: &mut String, status: &Status) -> std::fmt::Result {
         format!("{code} {} times, last {}: {}", refused.count, refused.last, refused.last_reason)
     })?;
     let counted = status.kernel.iter().filter(|(_, count)| **count > 0);
-    section(out, "kernel counters", counted, |(name, count)| format!("{name} {count}"))
+    section(out, "kernel counters", counted, |(name, count)| format!("{name} {count}"))?;
+    section(out, "tables", &status.tables, ToString::to_string)
 }
 
 fn section<T>(

@@ -9,7 +9,7 @@ use super::{Error, kernel_record, status, warn_of_second_authorities};
 use crate::admin::{self, Asked, PreexistingStatus, Request};
 use crate::identify::embedded::Embedded;
 use crate::identify::provider::Provider;
-use crate::intercept::{Notice, OldConnection, Programs};
+use crate::intercept::{Notice, OldConnection, Programs, Rooms};
 use crate::pipeline::Shared;
 use crate::policy::Preexisting;
 use crate::privilege::Sandbox;
@@ -36,6 +36,7 @@ pub(super) struct Settled {
     pub(super) engine_reason: String,
     pub(super) shards: usize,
     pub(super) sandbox: Sandbox,
+    pub(super) rooms: Rooms,
 }
 
 /// Everything that only the control thread has.

@@ -190,7 +190,9 @@ async fn judge(attestor: &Attestor, policy: &Policy, listening: &Listening, held
                 let id = workload.id.to_string();
                 match &found {
                     Some((_, other)) if *other != id => {
-                        why = Some(format!("it belongs to {other} and to {id}: a socket can be that of one workload only"));
+                        why = Some(format!(
+                            "it belongs to {other} and to {id}: a socket can be that of one workload only"
+                        ));
                     }
                     _ => found = Some((Task { workload: workload.number, ..task }, id)),
                 }

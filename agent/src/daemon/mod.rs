@@ -17,7 +17,7 @@ use crate::config::{Config, EngineChoice, Shards, WhenFull};
 use crate::identify::Identities;
 use crate::identify::attest::{AttestError, Attestor};
 use crate::identify::embedded::{Bundle, Embedded, EmbeddedError, Settings};
-use crate::intercept::{self, Options, Programs};
+use crate::intercept::{self, Options, Programs, Rooms};
 use crate::live::Registry;
 use crate::offload::selftest::{self, Matrix, Verdict};
 use crate::offload::{self, Choice};
@@ -89,6 +89,8 @@ pub fn run(mut config: Config) -> Result<(), Error> {
     let policy = Arc::new(Policy::load(&config.policy_dir)?);
     warn_of_second_authorities(&config, &policy);
     let provider = Arc::new(Embedded::open(settings(&config, &policy))?);
+    // Before anything looks for processes and cgroups, so that the reason is named and not a consequence of it.
+    intercept::hold_against_host()?;
     let attestor = Arc::new(Attestor::discover()?);
     let matrix = selftest::run();
     let engine = Choice::from(config.engine, &matrix)?;
@@ -97,6 +99,7 @@ pub fn run(mut config: Config) -> Result<(), Error> {
     let options =
         Options { run_dir: config.run_dir.clone(), cgroup: config.cgroup.clone().into(), shards, sizes: Vec::new() };
     let mut programs = Programs::load(&options)?;
+    let rooms = Rooms::open(programs.places().1)?;
     let sandbox = privilege::give_up()?;
     if let Sandbox::Off { why } = &sandbox {
         tracing::warn!(why, "the agent runs without its sandbox: whoever takes it over can call all of the kernel");
@@ -126,8 +129,12 @@ pub fn run(mut config: Config) -> Result<(), Error> {
     let runtime = runtime.map_err(|source| Error::Host { what: "the control runtime cannot be made", source })?;
     let local = LocalSet::new();
     let outcome = runtime.block_on(local.run_until(async {
-        let control =
-            Control::new(shared.clone(), provider, programs, Settled { engine_reason: reason, shards, sandbox })?;
+        let control = Control::new(
+            shared.clone(),
+            provider,
+            programs,
+            Settled { engine_reason: reason, shards, sandbox, rooms },
+        )?;
         control.run(closing, &threads).await
     }));
     join(threads);

@@ -3,7 +3,7 @@
 use super::control::Control;
 use crate::admin::{
     Agent, AuditStatus, BundleStatus, Connection, ConnectionCount, ConnectionEnd, IdentityStatus, ListenerStatus,
-    PolicyStatus, RefusedStatus, RevocationStatus, Status,
+    PolicyStatus, RefusedStatus, RevocationStatus, Status, TableStatus,
 };
 use crate::audit::End;
 use crate::identify::provider::Provider;
@@ -116,8 +116,17 @@ pub(super) fn status(control: &Control) -> Status {
             Ok(counters) => COUNTERS.iter().map(|name| (*name).to_owned()).zip(counters).collect(),
             Err(_) => BTreeMap::new(),
         },
+        tables: tables(control),
         connections: ConnectionCount { open: shared.registry.open_count(), total: shared.registry.total() },
     }
+}
+
+fn tables(control: &Control) -> Vec<TableStatus> {
+    let rooms = control.settled.rooms.count().unwrap_or_else(|error| {
+        tracing::warn!(%error, "how full the kernel's tables are cannot be said");
+        Vec::new()
+    });
+    rooms.into_iter().map(Into::into).collect()
 }
 
 fn listeners(control: &Control) -> Vec<ListenerStatus> {

@@ -85,7 +85,9 @@ pub enum Error {
     #[error("nothing was recorded about the process that dialled")]
     NoRecord,
     /// The connection could reach somebody else.
-    #[error("the address of {id} is shared (SO_REUSEPORT) by {other}, who is not that workload: stop that one, or enrol it")]
+    #[error(
+        "the address of {id} is shared (SO_REUSEPORT) by {other}, who is not that workload: stop that one, or enrol it"
+    )]
     Shared {
         /// The workload.
         id: SpiffeId,

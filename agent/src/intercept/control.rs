@@ -111,7 +111,7 @@ impl Programs {
         let host = Host::find()?;
         let lock = host::lock(&options.run_dir, host.netns_inode)?;
         host.open_cgroup(&options.cgroup)?;
-        host.mount_bpffs()?;
+        host.close_pins()?;
         discard_foreign(&host)?;
         let pins_lock = host.make_pins()?;
         let loaded = Loaded::load(&host, &options.sizes)?;
@@ -138,8 +138,9 @@ impl Programs {
             tables.origins.remove(&stale).map_err(map_error(map::ORIGINS))?;
         }
         let flows = Arc::new(AtomicU64::new(0));
-        let doorways: Result<Vec<Doorway>, Error> =
-            (0..options.shards).map(|shard| Doorway::make(shard, &tables, host.netns_cookie, Arc::clone(&flows))).collect();
+        let doorways: Result<Vec<Doorway>, Error> = (0..options.shards)
+            .map(|shard| Doorway::make(shard, &tables, host.netns_cookie, Arc::clone(&flows)))
+            .collect();
         let cgroups = Cgroups::watch(&host.cgroup2)?;
         let protected = tables.protected.keys().map_err(map_error(map::PROTECTED))?.into_iter().collect();
         let programs = Self {
@@ -208,9 +209,7 @@ impl Programs {
         let before = std::mem::replace(&mut self.protected, protected);
         // From here on the new policy is in force, and what cannot be tidied up is only a loss of room.
         let over: Vec<ProtectedKey> = before.difference(&self.protected).copied().collect();
-        if let Err(error) =
-            install::sweep(&self.tables, |of| of == generation).and_then(|()| self.unprotect(&over))
-        {
+        if let Err(error) = install::sweep(&self.tables, |of| of == generation).and_then(|()| self.unprotect(&over)) {
             tracing::warn!(%error, "rows of the policy before could not be removed from the kernel maps");
         }
         Ok(generation)

@@ -29,13 +29,96 @@ pub enum Error {
         /// Where it was looked for.
         path: PathBuf,
     },
-    /// The BPF file system cannot be had.
-    #[error("no BPF file system at {path}: {error}")]
-    BpfFs {
+    /// This host cannot be held against process 1.
+    #[error(
+        "cannot read what process 1 has mounted ({path}: {error}), by which the agent's own view of the host is judged: run it \
+         as root, in a container with `--pid=host`"
+    )]
+    NoProcessOne {
+        /// What was looked at.
+        path: PathBuf,
+        /// What the kernel said.
+        error: io::Error,
+    },
+    /// Process ids here are not those that the kernel programs record.
+    #[error(
+        "the agent is in a process namespace of its own, in which process ids are not those that the kernel records: start it \
+         in the host's (`--pid=host` for a container, `hostPID: true` for a pod)"
+    )]
+    PidNamespace,
+    /// Paths of cgroups here are not those of the host.
+    #[error(
+        "the agent is in a cgroup namespace of its own, in which the paths of cgroups are not the host's and it would cover only \
+         a part: start it in the host's (`--cgroupns=host` for a container, `nsenter --target 1 --cgroup` for a shell)"
+    )]
+    CgroupNamespace,
+    /// What is mounted is not the root of the unified hierarchy.
+    #[error(
+        "{path} is only a part of the host's cgroup2 hierarchy, or something that looks like it: give the agent the whole \
+         (`--volume /sys/fs/cgroup:/sys/fs/cgroup` with `--cgroupns=host` for a container)"
+    )]
+    PartOfCgroup2 {
         /// The mount point.
         path: PathBuf,
-        /// What mount said.
-        error: io::Error,
+    },
+    /// Process 1 sees no BPF file system, and the agent mounts none: it could not say who else relies on what is there.
+    #[error(
+        "no BPF file system is mounted at {path} on this host, as process 1 sees it: run `mount -t bpf -o mode=0700 bpf {path}` \
+         on the host (systemd does that at boot; `nsenter --target 1 --mount` in front of it reaches the host from elsewhere)"
+    )]
+    NoBpfFs {
+        /// The mount point.
+        path: PathBuf,
+    },
+    /// What is pinned here would go with this mount namespace, and the protection with it.
+    #[error(
+        "{path} is not the BPF file system that process 1 has there: what is pinned in it would be gone with this mount namespace, \
+         and the protection with it; start the agent where the host's is visible (`--volume {path}:{path}` for a container; \
+         `ip netns exec` hides it, `nsenter --net=` does not)"
+    )]
+    OtherBpfFs {
+        /// The mount point.
+        path: PathBuf,
+    },
+    /// Whoever can write there can take the pins away.
+    #[error(
+        "others than root can write to {path} (mode {mode:04o}), and so could take the agent's programs away: run \
+         `chmod 0700 {path}`"
+    )]
+    OpenBpfFs {
+        /// The mount point.
+        path: PathBuf,
+        /// Its permissions.
+        mode: u32,
+    },
+    /// Somebody has made what only the agent makes.
+    #[error("{path}, where the agent's programs are pinned, belongs to user {owner} and not to root: {advice}")]
+    NotRoots {
+        /// The file or directory.
+        path: PathBuf,
+        /// Whose it is.
+        owner: u32,
+        /// What to do.
+        advice: String,
+    },
+    /// Something else stands where the agent pins.
+    #[error("{path}, where the agent's programs are pinned, is no directory: remove it")]
+    NoDirectory {
+        /// What is there.
+        path: PathBuf,
+    },
+    /// A lock that keeps the agent from starting, and whoever has it is no agent.
+    #[error(
+        "process {process} of user {user}, which can be no agent, holds the lock on {lock}: end that process; from the next start \
+         on only root can open the directory"
+    )]
+    HeldByUser {
+        /// The lock.
+        lock: PathBuf,
+        /// Who holds it.
+        process: u32,
+        /// Whose process that is.
+        user: u32,
     },
     /// Somebody else is here.
     #[error("a second agent on the same network namespace: {lock} is held by {holder}; stop that one first")]
@@ -195,7 +278,16 @@ impl Refusal for Error {
             Self::NoOrigin { .. } | Self::DirectDial { .. } | Self::Dial { .. } => Culprit::Peer,
             Self::Privilege { .. }
             | Self::NoCgroup2
-            | Self::BpfFs { .. }
+            | Self::NoProcessOne { .. }
+            | Self::PidNamespace
+            | Self::CgroupNamespace
+            | Self::PartOfCgroup2 { .. }
+            | Self::NoBpfFs { .. }
+            | Self::OtherBpfFs { .. }
+            | Self::OpenBpfFs { .. }
+            | Self::NotRoots { .. }
+            | Self::NoDirectory { .. }
+            | Self::HeldByUser { .. }
             | Self::SecondAgent { .. }
             | Self::AgentRuns { .. }
             | Self::HookMissing { .. }
@@ -215,7 +307,16 @@ impl Refusal for Error {
             Self::Privilege { .. } => "missing-privilege",
             Self::NoCgroup2 => "no-cgroup2",
             Self::NoSuchCgroup { .. } => "no-such-cgroup",
-            Self::BpfFs { .. } => "no-bpffs",
+            Self::NoProcessOne { .. } => "no-process-1",
+            Self::PidNamespace => "pid-namespace",
+            Self::CgroupNamespace => "cgroup-namespace",
+            Self::PartOfCgroup2 { .. } => "part-of-cgroup2",
+            Self::NoBpfFs { .. } => "no-bpffs",
+            Self::OtherBpfFs { .. } => "other-bpffs",
+            Self::OpenBpfFs { .. } => "open-bpffs",
+            Self::NotRoots { .. } => "pins-not-roots",
+            Self::NoDirectory { .. } => "pins-no-directory",
+            Self::HeldByUser { .. } => "pins-held-by-user",
             Self::SecondAgent { .. } => "second-agent",
             Self::AgentRuns { .. } => "agent-runs",
             Self::HookMissing { .. } => "kernel-hook-missing",

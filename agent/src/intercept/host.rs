@@ -1,27 +1,27 @@
 //! Where on this host the programs go: the unified cgroup hierarchy, the BPF file system, the network namespace.
 //!
 //! *Invariant:* everything is found, nothing assumed: cgroup2 may be mounted anywhere, and one directory of pins belongs to
-//! one network namespace and one layout of the maps.
+//! one network namespace and one layout of the maps. What is found is the host's own, or the agent does not start.
+
+mod facts;
 
 use super::error::{During, Error, Holder};
-use crate::{cgroup2, sys};
+use crate::sys;
+use facts::{BPFFS, Facts};
 use rustix::{
     fs::{FlockOperation, Mode, OFlags},
     io::Errno,
-    mount::MountFlags,
 };
 use std::{
     fs, io,
     os::{
         fd::{AsFd, OwnedFd},
-        unix::fs::MetadataExt,
+        unix::fs::{DirBuilderExt, MetadataExt},
     },
     path::{Path, PathBuf},
 };
 use wimsey_common::ABI;
 
-const BPFFS: &str = "/sys/fs/bpf";
-const BPF_FS_MAGIC: u64 = 0xcafe_4a11;
 /// The namespace of this thread: a process may have threads in several.
 const NETNS: &str = "/proc/thread-self/ns/net";
 
@@ -41,36 +41,32 @@ pub(super) struct Host {
 }
 
 impl Host {
-    /// Looks around.
+    /// Looks around, and holds what is there against what process 1 sees.
     pub fn find() -> Result<Self, Error> {
         capable()?;
-        let cgroup2 =
-            cgroup2::mount_point().during(|| "reading /proc/self/mountinfo".into())?.ok_or(Error::NoCgroup2)?;
         let (netns, netns_inode) = netns()?;
+        let pins = pins(netns_inode);
+        let cgroup2 = Facts::gather(&pins)?.judge()?;
         let probe = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::DGRAM, None)
             .during(|| "making a socket".into())?;
         let netns_cookie = sys::netns_cookie(probe.as_fd()).map_err(|error| match error.raw_os_error() {
             Some(libc::ENOPROTOOPT) => hook_missing("SO_NETNS_COOKIE", "5.14"),
             _ => Error::Host { what: "asking for the cookie of the network namespace".into(), error },
         })?;
-        Ok(Self { cgroup2, pins: pins(netns_inode), netns, netns_inode, netns_cookie })
+        Ok(Self { cgroup2, pins, netns, netns_inode, netns_cookie })
     }
 
-    /// Mounts the BPF file system where everybody looks for it, if it is not.
-    pub fn mount_bpffs(&self) -> Result<(), Error> {
-        let bpffs = Path::new(BPFFS);
-        if rustix::fs::statfs(bpffs).is_ok_and(|found| found.f_type as u64 == BPF_FS_MAGIC) {
-            return Ok(());
-        }
-        let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
-        rustix::mount::mount("bpf", bpffs, "bpf", flags, c"mode=0700")
-            .map_err(|error| Error::BpfFs { path: bpffs.into(), error: error.into() })
+    /// Closes to others what is there of the pins.
+    pub fn close_pins(&self) -> Result<(), Error> {
+        facts::narrow(Path::new(BPFFS), &self.pins)
     }
 
     /// Makes the directory of the pins and locks it, for an agent that has been given another `run_dir`.
     pub fn make_pins(&self) -> Result<OwnedFd, Error> {
         let what = || format!("making {}", self.pins.display());
-        fs::create_dir_all(&self.pins).during(what)?;
+        fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.pins).during(what)?;
+        // Where others can write to the root, one of them may have been quicker.
+        self.close_pins()?;
         let directory = fs::File::open(&self.pins).during(what)?;
         exclusively(directory.into(), &self.pins)
     }
@@ -88,6 +84,54 @@ impl Host {
             Err(Errno::NOENT | Errno::NOTDIR) => Err(Error::NoSuchCgroup { path }),
             Err(error) => Err(error).during(|| format!("opening {}", path.display())),
         }
+    }
+}
+
+/// What `wimsey doctor` says about one condition.
+#[derive(Debug)]
+pub struct Finding {
+    /// What was looked at.
+    pub item: &'static str,
+    /// What is there, or why the agent does not start.
+    pub outcome: Result<String, Error>,
+}
+
+/// Does the agent see the host, or only a box in it? Says the first reason not to start.
+pub fn hold_against_host() -> Result<(), Error> {
+    capable()?;
+    Facts::gather(&pins(netns()?.1))?.judge().map(drop)
+}
+
+/// Everything that has to be the host's own, one by one.
+pub fn findings() -> Vec<Finding> {
+    let finding = |item, outcome| Finding { item, outcome };
+    let privilege = finding("privilege", capable().map(|()| "all capabilities that the agent needs".into()));
+    let found = netns().and_then(|(_, inode)| Facts::gather(&pins(inode)).map(|facts| (pins(inode), facts)));
+    let (pins, facts) = match found {
+        Ok(found) => found,
+        Err(error) => return vec![privilege, finding("host", Err(error))],
+    };
+    let open = facts
+        .too_open()
+        .map(|step| format!("; {} is {:04o}, closed at the next start", step.path.display(), step.mode));
+    let pinned = format!("{} can be changed by root alone{}", pins.display(), open.collect::<String>());
+    vec![
+        privilege,
+        finding("process namespace", facts.processes().map(|()| "the host's".into())),
+        finding("cgroup namespace", facts.cgroups().map(|()| "the host's".into())),
+        finding("cgroup2", facts.cgroup2().map(|path| format!("{} is the whole hierarchy", path.display()))),
+        finding("bpffs", facts.bpffs().map(|()| format!("{BPFFS} is the host's"))),
+        finding("pins", facts.openness().map(|()| pinned)),
+    ]
+}
+
+/// The directory of this namespace's pins, if it is on the host's file system: `None` where that has none.
+pub(super) fn hosts_pins(netns_inode: u64) -> Result<Option<PathBuf>, Error> {
+    let pins = pins(netns_inode);
+    match Facts::gather(&pins)?.bpffs() {
+        Ok(()) => Ok(Some(pins)),
+        Err(Error::NoBpfFs { .. }) => Ok(None),
+        Err(error) => Err(error),
     }
 }
 
@@ -125,7 +169,16 @@ pub(super) fn lock_pins(pins: &Path) -> Result<Option<OwnedFd>, Error> {
 fn exclusively(file: OwnedFd, path: &Path) -> Result<OwnedFd, Error> {
     match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => Ok(file),
-        Err(Errno::WOULDBLOCK) => Err(Error::SecondAgent { lock: path.into(), holder: Holder(holder(&file)) }),
+        Err(Errno::WOULDBLOCK) => {
+            let (lock, holder) = (path.into(), holder(&file));
+            // An agent is root's.
+            let user =
+                |process: u32| Some(fs::metadata(format!("/proc/{process}")).ok()?.uid()).filter(|user| *user != 0);
+            match holder.and_then(|process| Some((process, user(process)?))) {
+                Some((process, user)) => Err(Error::HeldByUser { lock, process, user }),
+                None => Err(Error::SecondAgent { lock, holder: Holder(holder) }),
+            }
+        }
         Err(error) => Err(error).during(|| format!("locking {}", path.display())),
     }
 }

@@ -25,6 +25,7 @@ mod layout;
 mod owners;
 mod programs;
 mod registry;
+mod room;
 mod tables;
 
 pub use control::{Notice, OldConnection, Options, Programs};
@@ -32,9 +33,11 @@ pub use control::{Notice, OldConnection, Options, Programs};
 pub(crate) use door::{Congestion, prepare};
 pub use door::{Dialler, Door, Doorway, Opening};
 pub use error::{Error, Holder};
+pub use host::{Finding, findings, hold_against_host};
 pub use install::KernelFacts;
 pub use programs::release;
 pub use registry::{Held, Listening, holders};
+pub use room::{Room, Rooms};
 pub use tables::{address, canonical, ip, listener_key, socket_address};
 
 use std::{fmt, net::SocketAddr};

@@ -169,7 +169,7 @@ impl Loaded {
 /// workloads' connections are theirs again, unprotected. Says whether there was anything.
 pub fn release(run_dir: &Path) -> Result<bool, Error> {
     let (_, inode) = host::netns()?;
-    let pins = host::pins(inode);
+    let Some(pins) = host::hosts_pins(inode)? else { return Ok(false) };
     let in_use = |error| match error {
         Error::SecondAgent { holder, .. } => Error::AgentRuns { holder },
         error => error,

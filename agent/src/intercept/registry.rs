@@ -145,14 +145,7 @@ impl Programs {
         self.set(listening.cookie, &listening.row, mode, owner, listening.row.key.ipv6_only != 0)
     }
 
-    fn set(
-        &self,
-        cookie: u64,
-        row: &Socket,
-        mode: u32,
-        owner: Option<Task>,
-        ipv6_only: bool,
-    ) -> Result<bool, Error> {
+    fn set(&self, cookie: u64, row: &Socket, mode: u32, owner: Option<Task>, ipv6_only: bool) -> Result<bool, Error> {
         let key = ListenerKey { ipv6_only: u16::from(ipv6_only), ..row.key };
         self.commands.run(&Command { kind: COMMAND_SET, mode, cookie, key, owner: owner.unwrap_or(NOBODY) })
     }
@@ -202,9 +195,10 @@ impl Programs {
                 return false;
             }
             let Some(path) = paths.get(&task.cgroup) else { return true };
-            facts.candidates(&facts.cgroup_set(path)).iter().any(|row| {
-                row.uid.is_none_or(|uid| uid == task.uid) && row.gid.is_none_or(|gid| gid == task.gid)
-            })
+            facts
+                .candidates(&facts.cgroup_set(path))
+                .iter()
+                .any(|row| row.uid.is_none_or(|uid| uid == task.uid) && row.gid.is_none_or(|gid| gid == task.gid))
         };
         let cookies = left_alone.iter().map(|listening| listening.cookie).collect();
         let held = holders(&cookies, &self.host.cgroup2)?;

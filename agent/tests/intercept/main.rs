@@ -6,6 +6,7 @@
 )]
 
 mod reload;
+mod host;
 mod world;
 
 use std::{

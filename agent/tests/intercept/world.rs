@@ -147,6 +147,15 @@ impl World {
                 eprintln!("SKIPPED (the kernel programs are not built): {test}");
                 None
             }
+            Err(
+                error @ (Error::NoBpfFs { .. }
+                | Error::OtherBpfFs { .. }
+                | Error::PidNamespace
+                | Error::CgroupNamespace),
+            ) => {
+                eprintln!("SKIPPED ({error}): {test}");
+                None
+            }
             Err(error) => panic!("{error}"),
         }
     }
