@@ -172,8 +172,8 @@ impl Registry {
             last: record.time,
             last_reason: String::new(),
         });
-        entry.count += 1;
-        entry.last = record.time;
+        entry.count += record.count;
+        entry.last = record.last.unwrap_or(record.time);
         entry.last_reason = format!("{} -> {}: {}", record.source, record.destination, record.reason);
     }
     /// What was refused so far, by code.

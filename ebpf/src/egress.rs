@@ -14,10 +14,8 @@ use crate::{
 };
 use aya_ebpf::{
     bindings::{__sk_buff, bpf_sock, bpf_sock_addr},
-    helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_set_retval},
-    programs::SockAddrContext,
+    helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_get_socket_uid, bpf_set_retval},
 };
-use aya_log_ebpf::warn;
 use core::ptr::{addr_of, addr_of_mut};
 use wimsey_common::*;
 
@@ -153,7 +151,10 @@ pub fn guard(skb: *mut __sk_buff) -> i32 {
     event.destination = address;
     event.destination_port = port;
     event.destination_id = found.id;
-    tell::send(&event);
+    // Whoever has the socket: no task may be on its way here with the packet.
+    // SAFETY: the helper takes the context.
+    event.task.uid = unsafe { bpf_get_socket_uid(skb) };
+    tell::refused(&mut event);
     REFUSE
 }
 
@@ -218,9 +219,8 @@ fn connect(ctx: *mut bpf_sock_addr, dialled: Address, port: u16, family: u16) ->
             } else {
                 refused(REASON_NO_AGENT, counter::REFUSED_NO_AGENT)
             };
-        } else if let Err(error) = remember(config, &event, family, agent) {
+        } else if !remember(&event, config.generation, family, agent) {
             verdict = refused(REASON_MAP_FULL, counter::REFUSED_MAP_FULL);
-            warn!(&SockAddrContext::new(ctx), "no room for another connection in FLOWS: error {}", error);
         }
     }
     count(verdict.counter);
@@ -228,7 +228,11 @@ fn connect(ctx: *mut bpf_sock_addr, dialled: Address, port: u16, family: u16) ->
         event.kind = verdict.kind;
         event.reason = verdict.reason;
         event.rule = verdict.rule;
-        tell::send(&event);
+        if verdict.kind == EVENT_REFUSED {
+            tell::refused(&mut event);
+        } else {
+            tell::send(&event);
+        }
     }
     match verdict.action {
         PASS => Outcome::Allow,
@@ -322,18 +326,19 @@ fn sendmsg(ctx: *mut bpf_sock_addr, dialled: Address, port: u16) -> i32 {
     event.destination_port = port;
     event.destination_id = found.id;
     count(counter::UDP_REFUSED);
-    tell::send(&event);
     if who == UNKNOWN {
         event.kind = EVENT_UNKNOWN_CGROUP;
-        event.reason = 0;
         tell::send(&event);
+        event.kind = EVENT_REFUSED;
     }
+    tell::refused(&mut event);
     REFUSE
 }
 
-/// Records where a connection that is turned to the agent wanted to go.
-#[inline(always)]
-fn remember(config: &Config, event: &Event, family: u16, agent_port: u16) -> Result<(), i32> {
+/// Records where a connection that is turned to the agent wanted to go. Says whether there was room. Not inlined: its record
+/// and what [`tell::refused`] needs would not fit on one stack.
+#[inline(never)]
+fn remember(event: &Event, generation: u32, family: u16, agent_port: u16) -> bool {
     let origin = Origin {
         task: event.task,
         cookie: event.cookie,
@@ -342,11 +347,11 @@ fn remember(config: &Config, event: &Event, family: u16, agent_port: u16) -> Res
         destination_port: event.destination_port,
         source_port: event.source_port,
         destination_id: event.destination_id,
-        generation: config.generation,
+        generation,
         family,
         agent_port,
     };
-    FLOWS.insert(&event.cookie, &origin, 0)
+    FLOWS.insert(&event.cookie, &origin, 0).is_ok()
 }
 
 /// Is this what a `connect()` of this socket was turned to?

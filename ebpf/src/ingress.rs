@@ -278,7 +278,7 @@ pub fn steer(ctx: &SkLookupContext) -> u32 {
     event.source_port = remote_port;
     event.destination = local;
     event.destination_port = local_port;
-    tell::send(&event);
+    tell::refused(&mut event);
     SK_DROP
 }
 

@@ -9,6 +9,8 @@
 //! leaves everything alone: there are no mesh destinations then.
 #![no_std]
 #![no_main]
+#![feature(core_intrinsics)]
+#![allow(internal_features)]
 
 mod egress;
 mod facts;

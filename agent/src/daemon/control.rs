@@ -124,6 +124,7 @@ impl Control {
             }
         }
         self.drain(closing, shards, &mut questions, [&mut terminate, &mut interrupt]).await;
+        self.tell_the_rest();
         admin.abort();
         maintenance.abort();
         // Somebody else's socket by now, if it cannot be removed.
@@ -135,14 +136,26 @@ impl Control {
     fn heed(&mut self, notice: Notice) {
         let policy = self.shared.policy.load();
         match notice {
-            Notice::Refused(event) => {
-                let record = kernel_record::refused(&event, &policy);
+            Notice::Refused(refused) => {
+                let record = kernel_record::refused(&refused, &policy);
                 self.shared.registry.count_refused(&record);
                 self.shared.audit.send(&record);
             }
             Notice::Bypassed(event) => self.shared.audit.send(&kernel_record::bypassed(&event, &policy)),
             Notice::Listening(listening) => self.attest(listening),
             Notice::Closed(key) => drop(self.owners.remove(&key)),
+        }
+    }
+
+    /// Writes down what the kernel has counted and not told, so that the next agent begins with nothing.
+    fn tell_the_rest(&mut self) {
+        match self.programs.collect_refusals(true) {
+            Ok(()) => {
+                while let Some(notice) = self.programs.waiting() {
+                    self.heed(notice);
+                }
+            }
+            Err(error) => tracing::warn!(%error, "refusals that were counted are not in the audit log"),
         }
     }
 
@@ -268,6 +281,7 @@ impl Control {
             self.tidied = flows;
             self.programs.tidy()?;
         }
+        self.programs.collect_refusals(false)?;
         let lost = self.programs.events_lost()?;
         if lost > self.lost {
             // A refusal that is not told is in the kernel's counters. A listener that is not told would never be attested.

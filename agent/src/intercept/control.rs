@@ -14,6 +14,7 @@ use super::{
     install::{self, Classes, KernelFacts, Rows},
     owners,
     programs::{self, Loaded, Readers, ToTracing},
+    refusals::{Refusals, Refused},
     tables::{Tables, map_error, tuple_key},
 };
 use crate::sys::{self, bpf};
@@ -59,6 +60,7 @@ pub struct Programs {
     /// Wakes when there are events, or changes of the cgroup tree; made on the runtime that waits first.
     wakers: Option<[AsyncFd<OwnedFd>; 2]>,
     counters: PerCpuArray<MapData, u64>,
+    refusals: Refusals,
     log: Option<EbpfLogger<ToTracing>>,
     pub(super) notices: VecDeque<Notice>,
     covered: PathBuf,
@@ -68,8 +70,8 @@ pub struct Programs {
 /// Something that the daemon should know.
 #[derive(Clone, Copy, Debug)]
 pub enum Notice {
-    /// The kernel has refused something by itself.
-    Refused(Event),
+    /// The kernel has refused something by itself, once or many times.
+    Refused(Refused),
     /// Something passed by a named bypass.
     Bypassed(Event),
     /// Somebody listens. The owner is to be attested, and [`Programs::set_listener_mode`] called.
@@ -122,6 +124,7 @@ impl Programs {
         let doorways: Result<Vec<Doorway>, Error> =
             (0..options.shards).map(|shard| Doorway::make(shard, &tables, Arc::clone(&flows))).collect();
         let cgroups = Cgroups::watch(&host.cgroup2)?;
+        let refusals = Refusals::adopt(&tables.refusals)?;
         let programs = Self {
             covered: host.cgroup2.join(options.cgroup.strip_prefix("/").unwrap_or(&options.cgroup)),
             host,
@@ -136,6 +139,7 @@ impl Programs {
             events,
             wakers: None,
             counters,
+            refusals,
             log,
             notices: VecDeque::new(),
             _locks: [lock, pins_lock],
@@ -250,6 +254,20 @@ impl Programs {
         }
     }
 
+    /// A notice that is here already.
+    pub fn waiting(&mut self) -> Option<Notice> {
+        self.notices.pop_front()
+    }
+
+    /// Passes on what the kernel has refused and not told one by one, as notices; to be called now and then. `last`: this agent
+    /// ends, and the next shall not pass on the same again.
+    pub fn collect_refusals(&mut self, last: bool) -> Result<(), Error> {
+        self.read_events()?;
+        let found = self.refusals.collect(last)?;
+        self.notices.extend(found.into_iter().map(Notice::Refused));
+        Ok(())
+    }
+
     /// Connections that were open before, between this host's programs and mesh destinations or from protected listeners,
     /// and that the agent does not carry.
     pub fn preexisting(&self, is_mesh: impl Fn(SocketAddr) -> bool) -> Result<Vec<OldConnection>, Error> {
@@ -324,7 +342,7 @@ impl Programs {
         }
         for event in events {
             match event.kind {
-                EVENT_REFUSED => self.notices.push_back(Notice::Refused(event)),
+                EVENT_REFUSED => self.notices.extend(self.refusals.told(&event).map(Notice::Refused)),
                 EVENT_BYPASSED => self.notices.push_back(Notice::Bypassed(event)),
                 EVENT_LISTENING => self.somebody_listens(&event)?,
                 EVENT_CLOSED => self.somebody_closed(&event)?,

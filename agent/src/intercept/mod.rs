@@ -23,6 +23,7 @@ mod host;
 mod install;
 mod owners;
 mod programs;
+mod refusals;
 mod registry;
 mod tables;
 
@@ -33,6 +34,7 @@ pub use door::{Dialler, Door, Doorway, Opening};
 pub use error::{Error, Holder};
 pub use install::KernelFacts;
 pub use programs::release;
+pub use refusals::Refused;
 pub use registry::Listening;
 pub use tables::{address, canonical, ip, listener_key, socket_address};
 

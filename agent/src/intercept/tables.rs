@@ -26,6 +26,7 @@ pub(super) struct Tables {
     pub legs: Table<TupleKey, Leg>,
     pub listeners: Table<ListenerKey, Listener>,
     pub listening: Table<u64, ListenerKey>,
+    pub refusals: Table<RefusalKey, Refusal>,
     pub inbound: Table<u32, u32>,
     pub outbound: Table<u32, u32>,
 }
@@ -48,6 +49,7 @@ impl Tables {
             legs: table(pins, map::LEGS)?,
             listeners: table(pins, map::LISTENERS)?,
             listening: table(pins, map::LISTENING)?,
+            refusals: table(pins, map::REFUSALS)?,
             inbound: table(pins, map::INBOUND)?,
             outbound: table(pins, map::OUTBOUND)?,
         })

@@ -17,7 +17,7 @@ use std::{
     time::Duration,
 };
 use wimsey::{
-    intercept::{Door, Error, KernelFacts, Notice, Options, Programs},
+    intercept::{Door, Error, KernelFacts, Notice, Options, Programs, Refused},
     policy::{KernelCandidate, KernelDestination, KernelPolicy, KernelVerdict},
 };
 use wimsey_common::*;
@@ -227,10 +227,31 @@ impl World {
         self.programs = Some(programs);
     }
 
+    /// All that the kernel has refused and nobody has heard of yet.
+    pub fn refusals(&mut self) -> Vec<Refused> {
+        let mut found = Vec::new();
+        for _ in 0..2 {
+            let mut programs = self.programs.take().unwrap();
+            let _ = self.runtime.block_on(async {
+                tokio::time::timeout(Duration::from_millis(100), async {
+                    loop {
+                        if let Notice::Refused(refused) = programs.notice().await.unwrap() {
+                            found.push(refused);
+                        }
+                    }
+                })
+                .await
+            });
+            programs.collect_refusals(false).unwrap();
+            self.programs = Some(programs);
+        }
+        found
+    }
+
     /// The next refusal by the kernel.
     pub fn refusal(&mut self) -> Event {
         self.notice(|notice| match notice {
-            Notice::Refused(event) => Some(*event),
+            Notice::Refused(refused) => Some(refused.event),
             _ => None,
         })
     }

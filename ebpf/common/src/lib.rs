@@ -11,7 +11,7 @@
 
 /// Version of the layouts below. It is part of the directory name under bpffs, so that an agent never adopts maps
 /// whose layout it does not know.
-pub const ABI: u32 = 1;
+pub const ABI: u32 = 2;
 
 /// Most data shards (threads with listeners of their own) that one agent can have.
 pub const MAX_SHARDS: usize = 64;
@@ -309,6 +309,69 @@ pub struct Event {
     pub destination_port: u16,
     /// Number of the destination entry.
     pub destination_id: u32,
+    /// A refusal: how many there were of its kind up to this one, its row's [`Refusal::total`].
+    pub total: u64,
+    /// A refusal: how many it stands for, itself included.
+    pub repeats: u32,
+    /// Always zero.
+    pub pad: u32,
+}
+
+/// Key of `REFUSALS`: refusals that are one to whoever reads of them. Where a user has had more kinds of refusals in a second
+/// than are told one by one, or the map is full, address and port are zero and stand for all.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct RefusalKey {
+    /// Destination address as dialled; for a listener, the address that was dialled.
+    pub destination: Address,
+    /// Destination port.
+    pub destination_port: u32,
+    /// Real user id of the task, or owner of the socket.
+    pub uid: u32,
+    /// One of the `REASON_` codes.
+    pub reason: u32,
+    /// IPPROTO_TCP or IPPROTO_UDP.
+    pub protocol: u32,
+}
+
+/// Value of `REFUSALS`. The programs only ever add to `total`, so that no count is lost between them and the agent, which
+/// remembers how many of them it has written down.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Refusal {
+    /// How many there were.
+    pub total: u64,
+    /// How many of them an event has stood for.
+    pub told: u64,
+    /// `CLOCK_BOOTTIME` in nanoseconds of the last event.
+    pub told_at: u64,
+    /// `CLOCK_BOOTTIME` in nanoseconds of the last refusal.
+    pub last: u64,
+    /// Who was refused first.
+    pub task: Task,
+    /// Its source address as far as known.
+    pub source: Address,
+    /// Its source port.
+    pub source_port: u32,
+    /// Number of the destination entry.
+    pub destination_id: u32,
+}
+
+/// Nanoseconds within which a refusal of one kind is told once.
+pub const REFUSAL_INTERVAL: u64 = 1_000_000_000;
+/// Kinds of refusals that are told of one user in a [`REFUSAL_INTERVAL`]; what comes beyond is told without its destination.
+pub const REFUSALS_PER_UID: u32 = 32;
+
+/// Value of `ALLOWANCES` (by uid): how many kinds of refusals are still told of a user.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Allowance {
+    /// `CLOCK_BOOTTIME` in nanoseconds when the interval began.
+    pub since: u64,
+    /// How many were told in it.
+    pub used: u32,
+    /// Always zero.
+    pub pad: u32,
 }
 
 /// A connection, or a datagram, was refused.
@@ -407,6 +470,10 @@ pub mod map {
     pub const INBOUND: &str = "INBOUND";
     /// `PerCpuArray<u64>` of [`counter::COUNT`](super::counter::COUNT) entries.
     pub const COUNTERS: &str = "COUNTERS";
+    /// `HashMap<RefusalKey, Refusal>`: what was refused, counted by its kind.
+    pub const REFUSALS: &str = "REFUSALS";
+    /// `LruHashMap<u32, Allowance>` by uid.
+    pub const ALLOWANCES: &str = "ALLOWANCES";
     /// `RingBuf` of [`Event`](super::Event)s.
     pub const EVENTS: &str = "EVENTS";
 }
@@ -428,7 +495,10 @@ const _: () = {
     assert!(core::mem::size_of::<Leg>() == 24);
     assert!(core::mem::size_of::<ListenerKey>() == 24);
     assert!(core::mem::size_of::<Listener>() == 64);
-    assert!(core::mem::size_of::<Event>() == 112);
+    assert!(core::mem::size_of::<Event>() == 128);
+    assert!(core::mem::size_of::<RefusalKey>() == 32);
+    assert!(core::mem::size_of::<Refusal>() == 104);
+    assert!(core::mem::size_of::<Allowance>() == 16);
 };
 
 #[cfg(feature = "user")]
@@ -439,5 +509,5 @@ mod pod {
     // initialised. JUSTIFICATION: aya's typed maps ask for this promise, and it can only be given here.
     macro_rules! pod { ($($type:ty),*) => { $( unsafe impl aya::Pod for $type {} )* } }
     pod!(Config, CgroupKey, CandidateKey, Candidate, DestinationKey, Destination, VerdictKey, Verdict, Task, Origin);
-    pod!(TupleKey, Own, Leg, ListenerKey, Listener, Event);
+    pod!(TupleKey, Own, Leg, ListenerKey, Listener, Event, RefusalKey, Refusal, Allowance);
 }
