@@ -52,6 +52,9 @@ pub struct Status {
     pub refused: BTreeMap<String, RefusedStatus>,
     /// Counters of the kernel programs since their maps were made.
     pub kernel: BTreeMap<String, u64>,
+    /// What does not work at the moment, is tried again, and ends nothing.
+    #[serde(default)]
+    pub troubles: Vec<TroubleStatus>,
     /// Connections: open now, and carried since the start.
     pub connections: ConnectionCount,
 }
@@ -181,6 +184,23 @@ pub struct RefusedStatus {
     pub last: String,
     /// Both ends and the reason of the last one.
     pub last_reason: String,
+}
+
+/// Something that does not work at the moment.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct TroubleStatus {
+    /// Stable name of what fails.
+    pub code: String,
+    /// RFC 3339: since when.
+    pub since: String,
+    /// RFC 3339: when it failed last.
+    pub last: String,
+    /// How often it failed.
+    pub count: u64,
+    /// What the last failure said.
+    pub error: String,
+    /// What follows for the host.
+    pub means: String,
 }
 
 /// Numbers of connections.

@@ -109,6 +109,12 @@ fn write_status(out: &mut String, status: &Status) -> std::fmt::Result {
         writeln!(out, "           FAILING: {}", audit.last_error.as_deref().unwrap_or("unknown error"))?;
     }
     writeln!(out, "open       {} connections of {} accepted", status.connections.open, status.connections.total)?;
+    section(out, "troubles", &status.troubles, |trouble| {
+        format!(
+            "{} FAILED {} times since {}, last {}: {} ({})",
+            trouble.code, trouble.count, trouble.since, trouble.last, trouble.error, trouble.means
+        )
+    })?;
     section(out, "identities", &status.identities, |identity| match (&identity.expires, &identity.error) {
         (Some(expires), None) => format!("{} until {expires}", identity.id),
         (Some(expires), Some(error)) => format!("{} until {expires}; renewal FAILS: {error}", identity.id),

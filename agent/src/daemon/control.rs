@@ -3,12 +3,13 @@
 //! *Invariant:* nothing in the loop waits for a connection, a disk or a peer. Attestation, which may read a large file, runs
 //! beside it and reports back.
 
+use super::troubles::Troubles;
 use super::{Error, kernel_record, settings, status, warn_of_second_authorities};
 use crate::admin::{self, Asked, PreexistingStatus, Request};
 use crate::identify::attest::{AttestError, Attested};
 use crate::identify::embedded::Embedded;
 use crate::identify::provider::Provider;
-use crate::intercept::{Listening, Notice, OldConnection, Programs};
+use crate::intercept::{Listening, Notice, OldConnection, Programs, Work};
 use crate::pipeline::Shared;
 use crate::policy::{Policy, Preexisting};
 use crate::privilege::Sandbox;
@@ -56,6 +57,12 @@ pub(super) struct Control {
     tidied: u64,
     /// Events that the kernel had had no room for when the listeners were looked at last.
     lost: u64,
+    /// What does not work at the moment.
+    pub(super) troubles: Troubles,
+    /// The listening sockets are to be looked at anew.
+    listeners_due: bool,
+    /// The connections from before are.
+    old_due: bool,
 }
 
 /// What became of attesting a listener's owner.
@@ -87,6 +94,9 @@ impl Control {
             attested: mpsc::unbounded_channel(),
             tidied: 0,
             lost,
+            troubles: Troubles::default(),
+            listeners_due: false,
+            old_due: false,
         })
     }
 
@@ -102,8 +112,8 @@ impl Control {
         let maintenance = tokio::task::spawn_local(async move { provider.maintain().await });
         let mut changes = self.provider.changes();
         let mut tick = tokio::time::interval(TICK);
-        self.look_at_listeners()?;
-        self.look_for_old_connections()?;
+        self.look_at_listeners();
+        self.look_for_old_connections();
         ready();
         match crate::sys::forget_code() {
             Ok(bytes) => tracing::debug!(bytes, "what only the start needed is given back"),
@@ -111,15 +121,15 @@ impl Control {
         }
         loop {
             tokio::select! {
-                notice = self.programs.notice() => self.heed(notice?),
+                notice = self.programs.notice() => self.heed(notice),
                 Some(Asked { request, answer }) = questions.recv() => {
                     // Whoever asked may have gone away.
                     let _ = answer.send(self.answer(request));
                 }
-                Some(verdict) = self.attested.1.recv() => self.judge(verdict)?,
+                Some(verdict) = self.attested.1.recv() => self.judge(verdict),
                 Ok(()) = changes.changed() => self.revoke("the trust bundles changed"),
                 _ = hangup.recv() => self.reload(),
-                _ = tick.tick() => self.tidy()?,
+                _ = tick.tick() => self.tidy(),
                 _ = stop(&mut terminate, &mut interrupt) => break,
             }
         }
@@ -144,6 +154,10 @@ impl Control {
             Notice::Bypassed(event) => self.shared.audit.send(&kernel_record::bypassed(&event, &policy)),
             Notice::Listening(listening) => self.attest(listening),
             Notice::Closed(key) => drop(self.owners.remove(&key)),
+            Notice::Trouble(work, error) => {
+                self.listeners_due |= work == Work::Listeners;
+                self.troubles.note(work, &error);
+            }
         }
     }
 
@@ -172,7 +186,7 @@ impl Control {
         });
     }
 
-    fn judge(&mut self, Verdict { mut listening, outcome }: Verdict) -> Result<(), Error> {
+    fn judge(&mut self, Verdict { mut listening, outcome }: Verdict) {
         let (mode, workload, id) = match outcome {
             Ok(Attested { workload: Some(workload), .. }) => {
                 (LISTENER_PROTECTED, workload.number, Some(workload.id.to_string()))
@@ -184,26 +198,35 @@ impl Control {
                 (LISTENER_PROTECTED, 0, None)
             }
         };
-        if self.programs.set_listener_mode(&listening, mode, workload)? {
-            listening.row.mode = mode;
-            listening.row.owner.workload = workload;
-            self.owners.insert(listening.key, (listening, id));
+        match self.programs.set_listener_mode(&listening, mode, workload) {
+            Ok(true) => {
+                listening.row.mode = mode;
+                listening.row.owner.workload = workload;
+                self.owners.insert(listening.key, (listening, id));
+            }
+            Ok(false) => {}
+            Err(error) => {
+                self.listeners_due = true;
+                self.troubles.note(Work::Listeners, &error);
+            }
         }
-        Ok(())
     }
 
-    fn look_at_listeners(&mut self) -> Result<(), Error> {
-        let listeners = self.programs.listeners()?;
+    fn look_at_listeners(&mut self) {
+        let looked = self.programs.listeners();
+        self.listeners_due = looked.is_err();
+        let Some(listeners) = self.troubles.heed(Work::Listeners, looked) else { return };
         self.owners.retain(|key, _| listeners.iter().any(|listening| listening.key == *key));
         for listening in listeners {
             self.attest(listening);
         }
-        Ok(())
     }
 
-    fn look_for_old_connections(&mut self) -> Result<(), Error> {
+    fn look_for_old_connections(&mut self) {
         let policy = self.shared.policy.load_full();
-        let found = self.programs.preexisting(|to| policy.is_mesh(to))?;
+        let found = self.programs.preexisting(|to| policy.is_mesh(to));
+        self.old_due = found.is_err();
+        let Some(found) = self.troubles.heed(Work::OldConnections, found) else { return };
         self.old.retain(|ends, _| found.iter().any(|old| (old.local, old.remote) == *ends));
         for old in found {
             let due = match policy.preexisting() {
@@ -214,12 +237,11 @@ impl Control {
             self.old.entry((old.local, old.remote)).or_insert((old, due));
         }
         self.close_old_connections();
-        Ok(())
     }
 
     fn close_old_connections(&mut self) {
         let now = Instant::now();
-        let programs = &self.programs;
+        let (programs, troubles, again) = (&self.programs, &mut self.troubles, &mut self.old_due);
         self.old.retain(|_, (old, due)| {
             if due.is_none_or(|due| due > now) {
                 return true;
@@ -230,8 +252,8 @@ impl Control {
                     false
                 }
                 Err(error) => {
-                    tracing::error!(local = %old.local, remote = %old.remote, %error,
-                        "a connection from before enrolment cannot be closed");
+                    troubles.note(Work::OldConnections, &format!("{} - {}: {error}", old.local, old.remote));
+                    *again = true;
                     true
                 }
             }
@@ -260,8 +282,9 @@ impl Control {
         self.shared.policy.store(policy);
         self.policy_loaded = OffsetDateTime::now_utc();
         warn_of_second_authorities(&self.shared.config, &self.shared.policy.load());
-        self.look_at_listeners()?;
-        self.look_for_old_connections()
+        self.look_at_listeners();
+        self.look_for_old_connections();
+        Ok(())
     }
 
     fn revoke(&self, why: &'static str) {
@@ -273,24 +296,36 @@ impl Control {
         }
     }
 
-    fn tidy(&mut self) -> Result<(), Error> {
+    /// What is done now and then. Each part is tried, whatever came of the others.
+    fn tidy(&mut self) {
         // It looks at every socket of the host, so it is done once for about as many new connections: the idle ones cost
         // nothing, and rows that nobody needs come from new ones only.
         let flows = self.shared.registry.total();
         if flows - self.tidied > self.shared.registry.open_count() as u64 / 2 {
             self.tidied = flows;
-            self.programs.tidy()?;
+            let tidied = self.programs.tidy();
+            self.troubles.heed(Work::Tidying, tidied);
         }
-        self.programs.collect_refusals(false)?;
-        let lost = self.programs.events_lost()?;
-        if lost > self.lost {
+        let retried = self.programs.retry();
+        self.troubles.heed(Work::Cgroups, retried);
+        let collected = self.programs.collect_refusals(false);
+        self.troubles.heed(Work::Refusals, collected);
+        let counted = self.programs.events_lost();
+        if let Some(lost) = self.troubles.heed(Work::Counters, counted)
+            && lost > self.lost
+        {
             // A refusal that is not told is in the kernel's counters. A listener that is not told would never be attested.
             tracing::warn!(events = lost - self.lost, "the kernel had more to tell than its buffer holds");
             self.lost = lost;
-            self.look_at_listeners()?;
+            self.listeners_due = true;
         }
-        self.close_old_connections();
-        Ok(())
+        if self.listeners_due {
+            self.look_at_listeners();
+        }
+        match self.old_due {
+            true => self.look_for_old_connections(),
+            false => self.close_old_connections(),
+        }
     }
 
     fn answer(&self, request: Request) -> serde_json::Value {

@@ -8,6 +8,7 @@
 mod control;
 mod kernel_record;
 mod status;
+mod troubles;
 
 use crate::admin;
 use crate::audit;

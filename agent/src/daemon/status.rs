@@ -111,6 +111,7 @@ pub(super) fn status(control: &Control) -> Status {
             Ok(counters) => COUNTERS.iter().map(|name| (*name).to_owned()).zip(counters).collect(),
             Err(_) => BTreeMap::new(),
         },
+        troubles: control.troubles.status(text),
         connections: ConnectionCount { open: shared.registry.open_count(), total: shared.registry.total() },
     }
 }

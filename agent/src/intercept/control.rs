@@ -16,17 +16,19 @@ use super::{
     programs::{self, Loaded, Readers, ToTracing},
     refusals::{Refusals, Refused},
     tables::{Tables, map_error, tuple_key},
+    work::Work,
 };
 use crate::sys::{self, bpf};
 use aya::maps::{MapData, PerCpuArray, RingBuf};
 use aya_log::EbpfLogger;
 use std::{
-    collections::{HashSet, VecDeque},
+    collections::{HashMap, HashSet, VecDeque},
     io,
     net::SocketAddr,
     os::fd::{AsFd, OwnedFd},
     path::PathBuf,
     sync::{Arc, atomic::AtomicU64},
+    time::Duration,
 };
 use tokio::io::unix::AsyncFd;
 use wimsey_common::*;
@@ -53,6 +55,10 @@ pub struct Programs {
     shards: u32,
     facts: Option<Arc<dyn KernelFacts>>,
     classes: Classes,
+    /// Cgroups whose rows could not be written.
+    unclassified: HashMap<u64, Cgroup>,
+    /// Something has just failed: it is not tried again in the same breath.
+    resting: bool,
     generation: u32,
     /// Addresses that policy protects whether or not anybody listens.
     pub(super) protected: HashSet<ListenerKey>,
@@ -67,8 +73,11 @@ pub struct Programs {
     _locks: [OwnedFd; 2],
 }
 
+/// How long what has failed is left alone.
+const REST: Duration = Duration::from_millis(100);
+
 /// Something that the daemon should know.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub enum Notice {
     /// The kernel has refused something by itself, once or many times.
     Refused(Refused),
@@ -78,6 +87,9 @@ pub enum Notice {
     Listening(Listening),
     /// Nobody listens there any more.
     Closed(ListenerKey),
+    /// Something does not work. It is tried again: cgroups by [`Programs::retry`], listeners by [`Programs::listeners`], all
+    /// else by itself.
+    Trouble(Work, Error),
 }
 
 /// A connection from before the agent, between this host's programs and what is protected now.
@@ -134,6 +146,8 @@ impl Programs {
             shards,
             facts: None,
             classes: Classes::default(),
+            unclassified: HashMap::new(),
+            resting: false,
             generation,
             protected: HashSet::new(),
             events,
@@ -159,7 +173,9 @@ impl Programs {
     ///
     /// Listeners keep their modes; see [`Programs::listeners`] for attesting their owners again.
     pub fn install(&mut self, facts: Arc<dyn KernelFacts>) -> Result<u32, Error> {
-        self.watch_cgroups()?;
+        // What cannot be told of the policy before is told of this one, or refuses it.
+        let watched = self.watch_cgroups();
+        self.heed(Work::Cgroups, watched);
         let generation = self.generation.checked_add(1).unwrap_or(1);
         let rows = Rows::of(facts.as_ref(), generation, &self.cgroups.all(), install::source_for);
         let in_force = self.generation;
@@ -178,6 +194,8 @@ impl Programs {
         }
         self.generation = generation;
         self.classes = rows.classes;
+        // All that were known are in its rows.
+        self.unclassified.clear();
         self.facts = Some(facts);
         let before = std::mem::replace(&mut self.protected, rows.protected.into_iter().collect());
         // From here on the new policy is in force, and what cannot be tidied up is only a loss of room.
@@ -227,31 +245,57 @@ impl Programs {
 
     /// The next thing that the daemon should know. Cgroups that appear are classified on the way. Cancel safe.
     ///
+    /// It never fails: what goes wrong on the way is a [`Notice::Trouble`].
+    ///
     /// When [`Programs::events_lost`] has risen, something was not told: [`Programs::listeners`] then finds what listens.
-    pub async fn notice(&mut self) -> Result<Notice, Error> {
+    pub async fn notice(&mut self) -> Notice {
         loop {
             // Only then is more read: in a flood the ring buffer fills and events are counted as lost, not hoarded here.
             if let Some(notice) = self.notices.pop_front() {
-                return Ok(notice);
+                return notice;
             }
-            self.watch_cgroups()?;
-            self.read_events()?;
-            if !self.notices.is_empty() {
-                continue;
+            if self.resting {
+                tokio::time::sleep(REST).await;
+                self.resting = false;
             }
-            let failed = || "waiting for events of the kernel programs".into();
-            let [events, cgroups] = match &mut self.wakers {
-                Some(wakers) => wakers,
-                none => none.insert([
-                    sys::readable(self.events.as_fd()).during(failed)?,
-                    sys::readable(self.cgroups.as_fd()).during(failed)?,
-                ]),
-            };
-            tokio::select! {
-                ready = events.readable() => ready.during(failed)?.clear_ready(),
-                ready = cgroups.readable() => ready.during(failed)?.clear_ready(),
+            let watched = self.watch_cgroups();
+            self.heed(Work::Cgroups, watched);
+            self.read_events();
+            if self.notices.is_empty() {
+                let woken = self.wait().await;
+                self.heed(Work::Events, woken);
             }
         }
+    }
+
+    async fn wait(&mut self) -> Result<(), Error> {
+        let failed = || "waiting for events of the kernel programs".into();
+        let [events, cgroups] = match &mut self.wakers {
+            Some(wakers) => wakers,
+            none => none.insert([
+                sys::readable(self.events.as_fd()).during(failed)?,
+                sys::readable(self.cgroups.as_fd()).during(failed)?,
+            ]),
+        };
+        tokio::select! {
+            ready = events.readable() => ready.during(failed)?.clear_ready(),
+            ready = cgroups.readable() => ready.during(failed)?.clear_ready(),
+        }
+        Ok(())
+    }
+
+    /// Makes a notice of what has failed.
+    fn heed(&mut self, work: Work, outcome: Result<(), Error>) {
+        if let Err(error) = outcome {
+            self.resting = true;
+            self.notices.push_back(Notice::Trouble(work, error));
+        }
+    }
+
+    /// Tries again to tell the kernel programs of the cgroups for which there was no room. Until then nobody knows them.
+    pub fn retry(&mut self) -> Result<(), Error> {
+        let again: Vec<Cgroup> = std::mem::take(&mut self.unclassified).into_values().collect();
+        self.classify(&again)
     }
 
     /// A notice that is here already.
@@ -262,7 +306,7 @@ impl Programs {
     /// Passes on what the kernel has refused and not told one by one, as notices; to be called now and then. `last`: this agent
     /// ends, and the next shall not pass on the same again.
     pub fn collect_refusals(&mut self, last: bool) -> Result<(), Error> {
-        self.read_events()?;
+        self.read_events();
         let found = self.refusals.collect(last)?;
         self.notices.extend(found.into_iter().map(Notice::Refused));
         Ok(())
@@ -332,7 +376,7 @@ impl Programs {
         self.tables.config.put(&0, &config, bpf::ANY).map_err(map_error(map::CONFIG))
     }
 
-    fn read_events(&mut self) -> Result<(), Error> {
+    fn read_events(&mut self) {
         if let Some(log) = &mut self.log {
             log.flush();
         }
@@ -344,28 +388,43 @@ impl Programs {
             match event.kind {
                 EVENT_REFUSED => self.notices.extend(self.refusals.told(&event).map(Notice::Refused)),
                 EVENT_BYPASSED => self.notices.push_back(Notice::Bypassed(event)),
-                EVENT_LISTENING => self.somebody_listens(&event)?,
-                EVENT_CLOSED => self.somebody_closed(&event)?,
-                EVENT_UNKNOWN_CGROUP => self.classify_unknown(event.task.cgroup)?,
+                EVENT_LISTENING => {
+                    let seen = self.somebody_listens(&event);
+                    self.heed(Work::Listeners, seen);
+                }
+                EVENT_CLOSED => {
+                    let seen = self.somebody_closed(&event);
+                    self.heed(Work::Listeners, seen);
+                }
+                EVENT_UNKNOWN_CGROUP => {
+                    let known = self.classify_unknown(event.task.cgroup);
+                    self.heed(Work::Cgroups, known);
+                }
                 _ => {}
             }
         }
-        Ok(())
     }
 
     fn watch_cgroups(&mut self) -> Result<(), Error> {
         let changes = self.cgroups.changes()?;
         let generation = self.generation;
+        let mut removed = Ok(());
         for id in changes.removed {
+            self.unclassified.remove(&id);
             let key = CgroupKey { generation, pad: 0, cgroup: id };
-            self.tables.cgroups.remove(&key).map_err(map_error(map::CGROUPS))?;
+            if let Err(error) = self.tables.cgroups.remove(&key) {
+                removed = Err(map_error(map::CGROUPS)(error));
+            }
         }
-        self.classify(&changes.made)
+        self.classify(&changes.made).and(removed)
     }
 
     fn classify_unknown(&mut self, id: u64) -> Result<(), Error> {
         let key = CgroupKey { generation: self.generation, pad: 0, cgroup: id };
-        if self.tables.cgroups.get(&key).map_err(map_error(map::CGROUPS))?.is_some() {
+        // Of one for which there was no room is told again with each call of its programs: the next tick is soon enough.
+        if self.unclassified.contains_key(&id)
+            || self.tables.cgroups.get(&key).map_err(map_error(map::CGROUPS))?.is_some()
+        {
             return Ok(());
         }
         let made = self.cgroups.rescan();
@@ -377,9 +436,16 @@ impl Programs {
 
     fn classify(&mut self, cgroups: &[Cgroup]) -> Result<(), Error> {
         let Some(facts) = self.facts.clone().filter(|_| self.classes.wanted()) else { return Ok(()) };
-        cgroups
-            .iter()
-            .try_for_each(|cgroup| self.classes.classify(facts.as_ref(), self.generation, cgroup).write(&self.tables))
+        let mut outcome = Ok(());
+        for cgroup in cgroups {
+            let rows = self.classes.classify(facts.as_ref(), self.generation, cgroup);
+            if let Err(error) = rows.write(&self.tables) {
+                self.classes.forget(&rows, &self.tables);
+                self.unclassified.insert(cgroup.id, cgroup.clone());
+                outcome = Err(error);
+            }
+        }
+        outcome
     }
 
     fn is_leg(&self, socket: &Socket) -> Result<bool, Error> {

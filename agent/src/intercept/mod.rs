@@ -26,6 +26,7 @@ mod programs;
 mod refusals;
 mod registry;
 mod tables;
+mod work;
 
 pub use control::{Notice, OldConnection, Options, Programs};
 #[cfg(test)]
@@ -37,6 +38,7 @@ pub use programs::release;
 pub use refusals::Refused;
 pub use registry::Listening;
 pub use tables::{address, canonical, ip, listener_key, socket_address};
+pub use work::Work;
 
 use std::{fmt, net::SocketAddr};
 use wimsey_common::Task;

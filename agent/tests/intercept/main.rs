@@ -14,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use wimsey::intercept::{Direction, Error, KernelFacts, Notice, Opening, OriginalDst, listener_key};
+use wimsey::intercept::{Direction, Error, KernelFacts, Notice, Opening, OriginalDst, Work, listener_key};
 use wimsey_common::*;
 use world::{Facts, HERE, SERVER, SERVER6, WORKLOAD, World, world};
 
@@ -523,6 +523,39 @@ fn a_cgroup_that_appears_later_is_classified() {
     assert_eq!(dials_from_there(&world), 0);
     world.listen_for(Duration::from_millis(100));
     assert_eq!(dials_from_there(&world), WORKLOAD);
+}
+
+#[test]
+fn a_cgroup_for_which_there_is_no_room_stays_unknown_and_ends_nothing() {
+    let mut world = world!();
+    world.kill_agent();
+    world.release();
+    world.options.sizes = vec![(map::CANDIDATES, 1)];
+    world.try_start().unwrap();
+    let late = world.cgroup.join("late");
+    // Of other worlds there may be others of this name.
+    let name = format!("{}/late", world.cgroup.file_name().unwrap().to_str().unwrap());
+    world.install(Facts { uids: vec![0, 1], ..Facts::enrolling(&name).allowing() });
+    std::fs::create_dir(&late).unwrap();
+    let full = |notice: &Notice| match notice {
+        Notice::Trouble(Work::Cgroups, Error::MapFull { map }) => Some(*map),
+        _ => None,
+    };
+    assert_eq!(world.notice(full), map::CANDIDATES);
+    for _ in 0..2 {
+        // Half a class is none: the agent is asked, whoever dials there.
+        let mut client = world.client_in(&late, "connect 10.77.0.2:80");
+        let flow = answer(&world);
+        client.line();
+        assert_eq!(flow.task.unwrap().workload, 0);
+        assert!(world.programs().retry().is_err());
+    }
+    // There is room again.
+    world.install(Facts::enrolling(&name).allowing());
+    world.programs().retry().unwrap();
+    let mut client = world.client_in(&late, "connect 10.77.0.2:80");
+    assert_eq!(answer(&world).task.unwrap().workload, WORKLOAD);
+    client.line();
 }
 
 #[test]

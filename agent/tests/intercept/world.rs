@@ -70,6 +70,8 @@ pub struct Facts {
     pub cgroup: String,
     /// They have to be attested first.
     pub ask: bool,
+    /// Users of them that are; empty for all.
+    pub uids: Vec<u32>,
 }
 
 impl KernelFacts for Facts {
@@ -81,7 +83,11 @@ impl KernelFacts for Facts {
     }
     fn candidates(&self, set: &[u32]) -> Vec<KernelCandidate> {
         let workload = if self.ask { 0 } else { WORKLOAD };
-        set.iter().map(|_| KernelCandidate { uid: None, gid: None, workload }).collect()
+        let uids = match self.uids.as_slice() {
+            [] => vec![None],
+            uids => uids.iter().copied().map(Some).collect(),
+        };
+        set.iter().flat_map(|_| uids.iter().map(|uid| KernelCandidate { uid: *uid, gid: None, workload })).collect()
     }
 }
 
@@ -99,7 +105,7 @@ impl Facts {
             cgroup_classes: true,
             ..KernelPolicy::default()
         };
-        Self { policy, cgroup: cgroup.into(), ask: false }
+        Self { policy, cgroup: cgroup.into(), ask: false, uids: Vec::new() }
     }
 
     pub fn verdict(mut self, destination: u32, protocol: u32, action: u32) -> Self {
@@ -203,7 +209,7 @@ impl World {
         let mut programs = self.programs.take().unwrap();
         let found = self.run(async {
             loop {
-                let notice = programs.notice().await.unwrap();
+                let notice = programs.notice().await;
                 if let Some(found) = wanted(&notice) {
                     return found;
                 }
@@ -219,7 +225,7 @@ impl World {
         let _ = self.runtime.block_on(async {
             tokio::time::timeout(time, async {
                 loop {
-                    programs.notice().await.unwrap();
+                    programs.notice().await;
                 }
             })
             .await
@@ -235,7 +241,7 @@ impl World {
             let _ = self.runtime.block_on(async {
                 tokio::time::timeout(Duration::from_millis(100), async {
                     loop {
-                        if let Notice::Refused(refused) = programs.notice().await.unwrap() {
+                        if let Notice::Refused(refused) = programs.notice().await {
                             found.push(refused);
                         }
                     }
