@@ -210,6 +210,18 @@ pub struct ConnectionCount {
     pub open: usize,
     /// Accepted since the start, refused ones included.
     pub total: u64,
+    /// Places each way.
+    #[serde(default)]
+    pub limit: usize,
+    /// Places that local programs have taken.
+    #[serde(default)]
+    pub outbound: usize,
+    /// Places that peers have taken.
+    #[serde(default)]
+    pub inbound: usize,
+    /// Peers that have not proved who they are; there is room for a quarter of `limit`.
+    #[serde(default)]
+    pub unproven: usize,
 }
 
 /// An open connection.

@@ -5,7 +5,7 @@
 
 mod places;
 
-pub use places::{Place, Places};
+use places::{Place, Places};
 
 use crate::audit::{End, Process, Record, Tls};
 use crate::authorize::still_allowed;
@@ -107,7 +107,6 @@ const PARTS: usize = 32;
 /// All of it. Shards write, the control thread reads.
 #[derive(Debug, Default)]
 pub struct Registry {
-    places: Arc<Places>,
     waiting: Arc<Places>,
     open: [Mutex<HashMap<u64, Arc<Live>>>; PARTS],
     refused: Mutex<BTreeMap<&'static str, Refused>>,
@@ -115,10 +114,9 @@ pub struct Registry {
 }
 
 impl Registry {
-    /// Counts a flow that begins its walk, and takes one of `all` places for it. Where none is free, says how many are taken.
-    pub fn begin(&self, all: usize) -> Result<Place, usize> {
+    /// Counts a flow that begins its walk.
+    pub fn begin(&self) {
         self.flows.fetch_add(1, Ordering::Relaxed);
-        self.places.take(all)
     }
     /// Takes one of the places for connections that wait for another use: a quarter of `all`, beside those for flows, so that
     /// what waits never keeps anybody out.

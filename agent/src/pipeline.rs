@@ -10,13 +10,14 @@ mod attempt;
 
 pub use attempt::turned_away;
 
+use crate::admission::{Admission, Full, Holder, Place};
 use crate::audit::{self, Decision, Method};
 use crate::authorize::{self, Authorized, Permit};
 use crate::config::Config;
 use crate::handshake::{self, Terms};
 use crate::identify::{self, Identities, Parties};
 use crate::intercept::{self, Dialler, Direction, Flow, Opening, OriginalDst};
-use crate::live::{Basis, Place, Registry};
+use crate::live::{Basis, Registry};
 use crate::offload::{self, Choice, Engine, Pipe};
 use crate::policy::{Policy, Rule};
 use crate::refusal::{Culprit, Refusal};
@@ -56,6 +57,8 @@ pub struct Shared {
     pub engine: Choice,
     /// Open connections.
     pub registry: Arc<Registry>,
+    /// Places for connections.
+    pub admission: Admission,
     /// The audit log.
     pub audit: audit::Sender,
     /// Told when policy or trust have changed: what was decided before is decided again.
@@ -87,11 +90,9 @@ const SERVER_PATIENCE: u32 = 2;
 /// Why a walk ended before the relay did.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// No room was reached: the agent has as many connections as it may have.
-    #[error(
-        "{0} connections are open or under way, which is [limits] connections, or what the limit of open files allows"
-    )]
-    TooMany(usize),
+    /// There is no place for another connection.
+    #[error(transparent)]
+    TooMany(Full),
     /// The other end was not there in time.
     #[error("the connection was not made within {0:?} ([timeouts] dial)")]
     DialTimeout(Duration),
@@ -142,7 +143,8 @@ impl Error {
 impl Refusal for Error {
     fn culprit(&self) -> Culprit {
         match self {
-            Self::TooMany(_) | Self::AuditUnwritable | Self::Closing => Culprit::Host,
+            Self::AuditUnwritable | Self::Closing => Culprit::Host,
+            Self::TooMany(full) => full.culprit(),
             Self::DialTimeout(_) => Culprit::Peer,
             Self::Identify(error) => error.culprit(),
             Self::Authorize(error) => error.culprit(),
@@ -155,7 +157,7 @@ impl Refusal for Error {
     }
     fn code(&self) -> &'static str {
         match self {
-            Self::TooMany(_) => "too-many-connections",
+            Self::TooMany(full) => full.code(),
             Self::AuditUnwritable => "audit-unwritable",
             Self::DialTimeout(_) => "dial-timeout",
             Self::Closing => "agent-ending",
@@ -205,16 +207,25 @@ async fn settled(left: Option<Left>) -> Option<Idle> {
 
 /// Makes a connection. `None`: it was refused, and is recorded.
 async fn begin<'a>(shared: &'a Shared, site: &'a Site, flow: Flow) -> Option<(Place, Made<'a>)> {
-    let (place, attempt, flow) = enter(shared, flow)?;
-    Walk::new(shared, site).make(attempt, flow).await.map(|made| (place, made))
+    let place = |admission: &Admission, flow: &Flow| match flow.direction {
+        Direction::Outbound => admission.outbound(flow.task.map_or(u32::MAX, |task| task.uid)),
+        Direction::Inbound => admission.unproven(flow.source.ip()),
+    };
+    let (mut place, attempt, flow) = enter(shared, flow, place)?;
+    Walk::new(shared, site).make(attempt, flow, &mut place).await.map(|made| (place, made))
 }
 
 /// Is there room for another? `None`: it was refused, and is recorded.
-fn enter(shared: &Shared, flow: Flow) -> Option<(Place, Attempt<'_>, Flow)> {
+fn enter(
+    shared: &Shared,
+    flow: Flow,
+    place: impl FnOnce(&Admission, &Flow) -> Result<Place, Full>,
+) -> Option<(Place, Attempt<'_>, Flow)> {
     let attempt = Attempt::new(shared, &flow);
-    let place = match shared.registry.begin(shared.config.limits.connections) {
-        _ if shared.audit.refuses() => Err(Error::AuditUnwritable),
-        place => place.map_err(Error::TooMany),
+    shared.registry.begin();
+    let place = match shared.audit.refuses() {
+        true => Err(Error::AuditUnwritable),
+        false => place(&shared.admission, &flow).map_err(Error::TooMany),
     };
     match place {
         Ok(place) => Some((place, attempt, flow)),
@@ -247,7 +258,8 @@ async fn again<'a>(
             return None;
         }
     };
-    let (place, mut attempt, flow) = enter(shared, flow)?;
+    let peer = Holder::Peer(agreement.peer.id.clone());
+    let (place, mut attempt, flow) = enter(shared, flow, |admission, _| admission.inbound(peer))?;
     attempt.session = Some(Box::new(session));
     let walk = Walk::new(shared, site);
     let (mut attempt, permit) = match walk.admit(attempt, flow).await? {
@@ -338,14 +350,14 @@ impl<'a> Walk<'a> {
     }
 
     /// Everything until bytes may move. `None`: it was refused, and is recorded.
-    async fn make(&self, attempt: Attempt<'a>, flow: Flow) -> Option<Made<'a>> {
+    async fn make(&self, attempt: Attempt<'a>, flow: Flow, place: &mut Place) -> Option<Made<'a>> {
         let (attempt, permit) = match self.admit(attempt, flow).await? {
             Admitted::Mesh(attempt, permit) => (attempt, permit),
             Admitted::Plaintext(made) => return Some(made),
         };
         match permit.parties().flow.direction {
             Direction::Outbound => self.outbound(attempt, permit).await,
-            Direction::Inbound => Box::pin(self.inbound(attempt, permit)).await,
+            Direction::Inbound => Box::pin(self.inbound(attempt, permit, place)).await,
         }
     }
 
@@ -487,11 +499,18 @@ impl<'a> Walk<'a> {
         foreign.insert(destination);
     }
 
-    async fn inbound(&self, mut attempt: Attempt<'a>, permit: Permit) -> Option<Made<'a>> {
+    async fn inbound(&self, mut attempt: Attempt<'a>, permit: Permit, place: &mut Place) -> Option<Made<'a>> {
         if let Some(rule) = permit.permissive().cloned() {
             // A socket that cannot be looked at is one that the handshake will fail on, and say why.
             if !handshake::looks_like_tls(&permit.parties().flow.socket, SILENCE).await.unwrap_or(true) {
                 let parties = permit.into_parties();
+                match self.shared.admission.inbound(Holder::network(parties.flow.source.ip())) {
+                    Ok(proven) => *place = proven,
+                    Err(full) => {
+                        attempt.refuse(parties.flow.socket, &Error::TooMany(full));
+                        return None;
+                    }
+                }
                 let basis = Basis::Plaintext { local: parties.workload.id.clone() };
                 return self.plaintext(attempt, parties.flow, basis, Some(rule)).await;
             }
@@ -525,6 +544,13 @@ impl<'a> Walk<'a> {
             }
         };
         let (basis, rule) = (attempt.agreed(session.agreement(), 1), session.rule().clone());
+        match self.shared.admission.inbound(Holder::Peer(session.agreement().peer.id.clone())) {
+            Ok(proven) => *place = proven,
+            Err(full) => {
+                attempt.refuse(session.into_permit().into_parties().flow.socket, &Error::TooMany(full));
+                return None;
+            }
+        }
         // Only now does the workload hear of it: whoever is not admitted cannot even make it accept.
         let leg = match self.leg(&session.permit().parties().flow, Opening::Waits).await {
             Ok(leg) => leg,

@@ -108,7 +108,13 @@ fn write_status(out: &mut String, status: &Status) -> std::fmt::Result {
     if audit.failing {
         writeln!(out, "           FAILING: {}", audit.last_error.as_deref().unwrap_or("unknown error"))?;
     }
-    writeln!(out, "open       {} connections of {} accepted", status.connections.open, status.connections.total)?;
+    let connections = &status.connections;
+    writeln!(out, "open       {} connections of {} accepted", connections.open, connections.total)?;
+    writeln!(
+        out,
+        "places     {} outbound and {} inbound of {} each are taken, {} peers have not proved who they are",
+        connections.outbound, connections.inbound, connections.limit, connections.unproven
+    )?;
     section(out, "troubles", &status.troubles, |trouble| {
         format!(
             "{} FAILED {} times since {}, last {}: {} ({})",
