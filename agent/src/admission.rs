@@ -106,11 +106,7 @@ impl Admission {
     /// How many are taken.
     pub fn taken(&self) -> Taken {
         let taken = |places: &Places| lock(&places.held).taken;
-        Taken {
-            outbound: taken(&self.outbound),
-            inbound: taken(&self.inbound),
-            unproven: taken(&self.unproven),
-        }
+        Taken { outbound: taken(&self.outbound), inbound: taken(&self.inbound), unproven: taken(&self.unproven) }
     }
 }
 
@@ -252,7 +248,9 @@ mod tests {
         assert_eq!(fill(&places, 1).len(), 2);
         let _held = fill(&places, 1);
         let full = places.take(Holder::User(2)).unwrap_err();
-        assert!(full.to_string().starts_with("2 connections") && full.to_string().contains("0 of them are those of uid 2"));
+        assert!(
+            full.to_string().starts_with("2 connections") && full.to_string().contains("0 of them are those of uid 2")
+        );
     }
 
     #[test]

@@ -10,6 +10,7 @@ use crate::{
     ALLOW, REFUSE,
     facts::*,
     maps::{FLOWS, FOREIGN, OWN, VERDICTS},
+    quota,
     tell::{self, NOWHERE, count},
 };
 use aya_ebpf::{
@@ -219,8 +220,11 @@ fn connect(ctx: *mut bpf_sock_addr, dialled: Address, port: u16, family: u16) ->
             } else {
                 refused(REASON_NO_AGENT, counter::REFUSED_NO_AGENT)
             };
-        } else if !remember(&event, config.generation, family, agent) {
-            verdict = refused(REASON_MAP_FULL, counter::REFUSED_MAP_FULL);
+        } else {
+            let full = remember(&event, config.generation, family, agent);
+            if full != 0 {
+                verdict = refused(full, counter::REFUSED_MAP_FULL);
+            }
         }
     }
     count(verdict.counter);
@@ -335,10 +339,10 @@ fn sendmsg(ctx: *mut bpf_sock_addr, dialled: Address, port: u16) -> i32 {
     REFUSE
 }
 
-/// Records where a connection that is turned to the agent wanted to go. Says whether there was room. Not inlined: its record
+/// Records where a connection that is turned to the agent wanted to go. Gives the reason where there is no room, else 0. Not inlined: its record
 /// and what [`tell::refused`] needs would not fit on one stack.
 #[inline(never)]
-fn remember(event: &Event, generation: u32, family: u16, agent_port: u16) -> bool {
+fn remember(event: &Event, generation: u32, family: u16, agent_port: u16) -> u32 {
     let origin = Origin {
         task: event.task,
         cookie: event.cookie,
@@ -351,7 +355,23 @@ fn remember(event: &Event, generation: u32, family: u16, agent_port: u16) -> boo
         family,
         agent_port,
     };
-    FLOWS.insert(&event.cookie, &origin, 0).is_ok()
+    // A socket that dials again has its row already.
+    // SAFETY: rows are replaced only by this same socket's next connect.
+    let before = unsafe { FLOWS.get(&event.cookie) }.map(|origin| origin.task.uid);
+    let takes = before != Some(event.task.uid);
+    if takes && !quota::take_flow(event.task.uid) {
+        return REASON_QUOTA;
+    }
+    if FLOWS.insert(&event.cookie, &origin, 0).is_err() {
+        if takes {
+            quota::give(event.task.uid, QUOTA_FLOWS);
+        }
+        return REASON_MAP_FULL;
+    }
+    if takes && let Some(before) = before {
+        quota::give(before, QUOTA_FLOWS);
+    }
+    0
 }
 
 /// Is this what a `connect()` of this socket was turned to?

@@ -11,6 +11,7 @@ use crate::{
     egress::turned_to,
     facts::*,
     maps::*,
+    quota,
     tell::{self, NOBODY, count},
 };
 use aya_ebpf::{
@@ -62,7 +63,12 @@ pub fn released(sock: *mut bpf_sock) {
             return;
         }
         let cookie = bpf_get_socket_cookie(sock.cast());
-        let _ = FLOWS.remove(&cookie);
+        if let Some(origin) = FLOWS.get(&cookie) {
+            let uid = origin.task.uid;
+            if FLOWS.remove(&cookie).is_ok() {
+                quota::give(uid, QUOTA_FLOWS);
+            }
+        }
         let _ = OWN.remove(&cookie);
         let _ = BINDS.remove(&cookie);
         if word(addr_of!((*sock).state)) == TCP_LISTEN {

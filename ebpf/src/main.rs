@@ -17,6 +17,7 @@ mod facts;
 mod ingress;
 mod maps;
 mod names;
+mod quota;
 mod tell;
 
 use aya_ebpf::{

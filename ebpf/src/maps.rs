@@ -43,6 +43,8 @@ pub static OUTBOUND: SockMap = SockMap::pinned(2 * MAX_SHARDS as u32, 0);
 #[map]
 pub static COUNTERS: PerCpuArray<u64> = PerCpuArray::pinned(counter::COUNT, 0);
 #[map]
+pub static QUOTAS: HashMap<QuotaKey, u64> = HashMap::pinned(65_536, BPF_F_NO_PREALLOC);
+#[map]
 pub static REFUSALS: HashMap<RefusalKey, Refusal> = HashMap::pinned(4_096, BPF_F_NO_PREALLOC);
 /// What falls out of it is only a user whose allowance begins anew.
 #[map]

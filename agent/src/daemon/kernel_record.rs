@@ -38,6 +38,12 @@ fn refusal(event: &Event, policy: &Policy) -> Record {
             "map-full",
             "a map of the kernel programs is full: fewer connections, or an agent with larger maps",
         ),
+        REASON_QUOTA => (
+            Culprit::Host,
+            "quota",
+            "this user has as many connections through the agent as one user may have, a quarter of all: close some, or run \
+             workloads under users of their own",
+        ),
         REASON_GUARD => (
             Culprit::Host,
             "guard",

@@ -126,6 +126,12 @@ impl Programs {
         let tables = Tables::open(&host.pins)?;
         let config = tables.config.get(&0).map_err(map_error(map::CONFIG))?;
         let generation = config.filter(|config| config.abi == ABI).map_or(0, |config| config.generation);
+        for by in [QUOTA_BY_PROGRAMS, QUOTA_BY_AGENT] {
+            let row = QuotaKey { uid: ANY, what: QUOTA_FLOWS, by };
+            if tables.quotas.get(&row).map_err(map_error(map::QUOTAS))?.is_none() {
+                tables.quotas.put(&row, &0, bpf::NEW).map_err(map_error(map::QUOTAS))?;
+            }
+        }
         // What an agent that was killed in the middle has left.
         install::sweep(&tables, |of| of == generation)?;
         let Readers { events, counters, log } = loaded.attach(&host, &options.cgroup)?;
@@ -351,7 +357,7 @@ impl Programs {
             let young = |origin: &Origin| owners::now().saturating_sub(origin.task.at) < 60_000_000_000;
             if !alive.contains(&cookie)
                 && self.tables.flows.get(&cookie).map_err(&full)?.is_some_and(|origin| !young(&origin))
-                && self.tables.flows.remove(&cookie).map_err(&full)?
+                && self.tables.forget_flow(cookie).map_err(&full)?
             {
                 gone += 1;
             }

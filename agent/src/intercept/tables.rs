@@ -26,6 +26,7 @@ pub(super) struct Tables {
     pub legs: Table<TupleKey, Leg>,
     pub listeners: Table<ListenerKey, Listener>,
     pub listening: Table<u64, ListenerKey>,
+    pub quotas: Table<QuotaKey, u64>,
     pub refusals: Table<RefusalKey, Refusal>,
     pub inbound: Table<u32, u32>,
     pub outbound: Table<u32, u32>,
@@ -49,10 +50,24 @@ impl Tables {
             legs: table(pins, map::LEGS)?,
             listeners: table(pins, map::LISTENERS)?,
             listening: table(pins, map::LISTENING)?,
+            quotas: table(pins, map::QUOTAS)?,
             refusals: table(pins, map::REFUSALS)?,
             inbound: table(pins, map::INBOUND)?,
             outbound: table(pins, map::OUTBOUND)?,
         })
+    }
+
+    /// Takes away the row of a socket that is gone, and gives it back to its user. Says whether there was one.
+    pub fn forget_flow(&self, cookie: u64) -> io::Result<bool> {
+        let Some(origin) = self.flows.take(&cookie)? else { return Ok(false) };
+        let key = |uid, by| QuotaKey { uid, what: QUOTA_FLOWS, by };
+        let uid = match self.quotas.get(&key(origin.task.uid, QUOTA_BY_PROGRAMS))? {
+            Some(_) => origin.task.uid,
+            None => ANY,
+        };
+        let given = self.quotas.get(&key(uid, QUOTA_BY_AGENT))?.unwrap_or(0);
+        self.quotas.put(&key(uid, QUOTA_BY_AGENT), &(given + 1), crate::sys::bpf::ANY)?;
+        Ok(true)
     }
 
     /// The row of the listener that the kernel would find for this local address, as `steer` in `ebpf/src/ingress.rs`

@@ -16,7 +16,7 @@ use std::{
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use wimsey::intercept::{Direction, Error, KernelFacts, Notice, Opening, OriginalDst, Work, listener_key};
 use wimsey_common::*;
-use world::{Facts, HERE, SERVER, SERVER6, WORKLOAD, World, world};
+use world::{Client, Facts, HERE, SERVER, SERVER6, WORKLOAD, World, world};
 
 /// Not a test: what a client process runs.
 #[test]
@@ -598,7 +598,7 @@ fn a_connection_that_cannot_be_remembered_is_refused() {
     let mut first = world.client("connect 10.77.0.2:80;pause;close;pause");
     answer(&world);
     first.line();
-    let mut second = world.client("connect 10.77.0.2:80");
+    let mut second = world.client_of(1, "connect 10.77.0.2:80");
     assert_eq!(second.line(), "EPERM");
     assert_eq!(world.refusal().reason, REASON_MAP_FULL);
     // A closed socket gives its room back.
@@ -661,6 +661,39 @@ fn a_refusal_that_there_is_no_room_to_count_is_counted_as_lost() {
     assert!((1..=20).all(|_| stranger.line() == "EPERM"));
     let told = world.refusals().iter().map(|refused| refused.count).sum::<u64>();
     assert_eq!((told, world.programs().events_lost().unwrap()), (1, 19));
+}
+
+#[test]
+fn one_user_takes_a_quarter_of_the_flows_and_leaves_the_others_to_others() {
+    let mut world = world!();
+    world.kill_agent();
+    world.release();
+    world.options.sizes = vec![(map::FLOWS, 12)];
+    world.try_start().unwrap();
+    let facts = world.enrol().allowing();
+    world.install(facts);
+    let open = |world: &mut World| {
+        let mut client = world.client("connect 10.77.0.2:80;pause;close;pause");
+        answer(world);
+        assert_eq!(client.line(), "connected to 10.77.0.2:80 from 10.77.0.2");
+        client
+    };
+    let mut clients: Vec<Client> = (0..3).map(|_| open(&mut world)).collect();
+    let mut fourth = world.client("connect 10.77.0.2:80");
+    assert_eq!(fourth.line(), "EPERM");
+    assert_eq!(world.refusal().reason, REASON_QUOTA);
+    let mut other = world.client_of(1, "connect 10.77.0.2:80");
+    answer(&world);
+    assert_eq!(other.line(), "connected to 10.77.0.2:80 from 10.77.0.2");
+    // Over and over: what is taken is given back once.
+    for _ in 0..5 {
+        let mut closing = clients.pop().unwrap();
+        closing.go_on();
+        assert_eq!(closing.line(), "closed");
+        clients.push(open(&mut world));
+        let mut fourth = world.client("connect 10.77.0.2:80");
+        assert_eq!(fourth.line(), "EPERM");
+    }
 }
 
 #[test]

@@ -267,6 +267,11 @@ impl World {
         self.client_in(&self.cgroup, script)
     }
 
+    /// Starts a client in the world's cgroup, as this user.
+    pub fn client_of(&self, uid: u32, script: &str) -> Client {
+        Client::start(&self.cgroup, &format!("setpriv --reuid={uid} --clear-groups"), script)
+    }
+
     /// Starts a client outside it: a program without an identity.
     pub fn stranger(&self, script: &str) -> Client {
         self.client_in(&self.cgroup.join("outside"), script)
@@ -274,7 +279,7 @@ impl World {
 
     /// Starts a client in this cgroup.
     pub fn client_in(&self, cgroup: &Path, script: &str) -> Client {
-        Client::start(cgroup, script)
+        Client::start(cgroup, "", script)
     }
 }
 
@@ -314,12 +319,15 @@ pub struct Client {
 }
 
 impl Client {
-    fn start(cgroup: &Path, script: &str) -> Self {
+    fn start(cgroup: &Path, as_whom: &str, script: &str) -> Self {
         let exe = std::env::current_exe().unwrap();
         let join = format!("echo $$ > {}/cgroup.procs", cgroup.display());
         let mut child = Command::new("sh")
             .arg("-c")
-            .arg(format!("{join} && exec {} the_client_role --exact --nocapture --test-threads=1", exe.display()))
+            .arg(format!(
+                "{join} && exec {as_whom} {} the_client_role --exact --nocapture --test-threads=1",
+                exe.display()
+            ))
             .env("WIMSEY_TEST_CLIENT", script)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

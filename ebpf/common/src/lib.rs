@@ -317,6 +317,28 @@ pub struct Event {
     pub pad: u32,
 }
 
+/// Key of `QUOTAS`: how many rows of a table a user has. The value is a number; what the agent gives back is counted in a row
+/// of its own. The agent makes the row of [`ANY`], for users who came when the map was full.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct QuotaKey {
+    /// Real user id.
+    pub uid: u32,
+    /// One of the `QUOTA_` tables.
+    pub what: u32,
+    /// [`QUOTA_BY_PROGRAMS`] or [`QUOTA_BY_AGENT`].
+    pub by: u32,
+}
+
+/// Rows of `FLOWS`.
+pub const QUOTA_FLOWS: u32 = 1;
+/// What the programs have taken and given back.
+pub const QUOTA_BY_PROGRAMS: u32 = 0;
+/// What the agent has given back.
+pub const QUOTA_BY_AGENT: u32 = 1;
+/// One user may have a table's rows divided by this.
+pub const QUOTA_SHARE: u32 = 4;
+
 /// Key of `REFUSALS`: refusals that are one to whoever reads of them. Where a user has had more kinds of refusals in a second
 /// than are told one by one, or the map is full, address and port are zero and stand for all.
 #[repr(C)]
@@ -399,6 +421,8 @@ pub const REASON_UDP: u32 = 5;
 pub const REASON_NO_AGENT: u32 = 6;
 /// The programs are attached but have no valid configuration.
 pub const REASON_NO_CONFIG: u32 = 7;
+/// The user has as many rows of a map of the kernel programs as one user may have.
+pub const REASON_QUOTA: u32 = 16;
 
 /// Indices into the per-CPU array `COUNTERS`, all counted in connections or packets since the maps were made.
 pub mod counter {
@@ -412,7 +436,7 @@ pub mod counter {
     pub const REFUSED_NO_IDENTITY: u32 = 3;
     /// Connections refused at `connect`: not allowed.
     pub const REFUSED_NOT_ALLOWED: u32 = 4;
-    /// Connections refused at `connect`: a map was full.
+    /// Connections refused at `connect`: a map was full, or the user's share of it.
     pub const REFUSED_MAP_FULL: u32 = 5;
     /// SYN packets that the egress guard dropped.
     pub const GUARD_DROPPED: u32 = 6;
@@ -470,6 +494,8 @@ pub mod map {
     pub const INBOUND: &str = "INBOUND";
     /// `PerCpuArray<u64>` of [`counter::COUNT`](super::counter::COUNT) entries.
     pub const COUNTERS: &str = "COUNTERS";
+    /// `HashMap<QuotaKey, u64>`.
+    pub const QUOTAS: &str = "QUOTAS";
     /// `HashMap<RefusalKey, Refusal>`: what was refused, counted by its kind.
     pub const REFUSALS: &str = "REFUSALS";
     /// `LruHashMap<u32, Allowance>` by uid.
@@ -496,6 +522,7 @@ const _: () = {
     assert!(core::mem::size_of::<ListenerKey>() == 24);
     assert!(core::mem::size_of::<Listener>() == 64);
     assert!(core::mem::size_of::<Event>() == 128);
+    assert!(core::mem::size_of::<QuotaKey>() == 12);
     assert!(core::mem::size_of::<RefusalKey>() == 32);
     assert!(core::mem::size_of::<Refusal>() == 104);
     assert!(core::mem::size_of::<Allowance>() == 16);
@@ -509,5 +536,5 @@ mod pod {
     // initialised. JUSTIFICATION: aya's typed maps ask for this promise, and it can only be given here.
     macro_rules! pod { ($($type:ty),*) => { $( unsafe impl aya::Pod for $type {} )* } }
     pod!(Config, CgroupKey, CandidateKey, Candidate, DestinationKey, Destination, VerdictKey, Verdict, Task, Origin);
-    pod!(TupleKey, Own, Leg, ListenerKey, Listener, Event, RefusalKey, Refusal, Allowance);
+    pod!(TupleKey, Own, Leg, ListenerKey, Listener, Event, RefusalKey, Refusal, Allowance, QuotaKey);
 }
