@@ -33,13 +33,11 @@ pub enum Basis {
         /// By what it was verified.
         path: Arc<TrustPath>,
     },
-    /// Plaintext by a named rule.
+    /// Plaintext from the network, by a permissive rule.
     Plaintext {
         /// The local workload.
         local: SpiffeId,
     },
-    /// No workload of ours.
-    LeftAlone,
 }
 
 /// An open connection.
@@ -82,9 +80,6 @@ impl Live {
             Basis::Mesh { peer, path, .. } if !trust.still_believes(&peer.trust_domain(), path) => return false,
             Basis::Mesh { local, peer, .. } => (local, Some(peer)),
             Basis::Plaintext { local } => (local, None),
-            Basis::LeftAlone => {
-                return self.direction == Direction::Inbound || !policy.is_mesh(self.destination.address);
-            }
         };
         still_allowed(policy, self.direction, local, self.destination.address, peer).is_ok()
     }

@@ -27,10 +27,8 @@ pub enum Decision {
     Allowed,
     /// Refused; `culprit`, `code` and `reason` say why.
     Denied,
-    /// Carried in plaintext by a named rule: a bypass, or a permissive listener.
+    /// In plaintext by a named rule: a bypass, which the kernel let pass, or a permissive listener.
     Bypassed,
-    /// None of Wimsey's business, found out only after the connection had been turned to the agent.
-    LeftAlone,
 }
 
 /// How the peers were authenticated.

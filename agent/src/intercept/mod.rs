@@ -121,7 +121,7 @@ pub struct Flow {
     pub dial_from: Option<SocketAddr>,
     /// Outbound: the process that dialled. Inbound: the process that bound the listener, if any was recorded.
     pub task: Option<Task>,
-    /// Inbound: the listener is known to be protected, so nobody but its attested owner is spoken for.
+    /// Inbound: the listener is known to be protected, and not only undecided.
     pub protected: bool,
     /// Outbound: cookie of the application's socket.
     pub cookie: u64,
