@@ -57,6 +57,9 @@ pub struct Status {
     /// Tables of the kernel programs; an agent of a version before this says nothing of them.
     #[serde(default)]
     pub tables: Vec<TableStatus>,
+    /// What does not work at the moment, is tried again, and ends nothing.
+    #[serde(default)]
+    pub troubles: Vec<TroubleStatus>,
     /// Connections: open now, and carried since the start.
     pub connections: ConnectionCount,
 }
@@ -217,6 +220,23 @@ impl fmt::Display for TableStatus {
     }
 }
 
+/// Something that does not work at the moment.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct TroubleStatus {
+    /// Stable name of what fails.
+    pub code: String,
+    /// RFC 3339: since when.
+    pub since: String,
+    /// RFC 3339: when it failed last.
+    pub last: String,
+    /// How often it failed.
+    pub count: u64,
+    /// What the last failure said.
+    pub error: String,
+    /// What follows for the host.
+    pub means: String,
+}
+
 /// Numbers of connections.
 #[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
 pub struct ConnectionCount {
@@ -224,6 +244,18 @@ pub struct ConnectionCount {
     pub open: usize,
     /// Accepted since the start, refused ones included.
     pub total: u64,
+    /// Places each way.
+    #[serde(default)]
+    pub limit: usize,
+    /// Places that local programs have taken.
+    #[serde(default)]
+    pub outbound: usize,
+    /// Places that peers have taken.
+    #[serde(default)]
+    pub inbound: usize,
+    /// Peers that have not proved who they are; there is room for a quarter of `limit`.
+    #[serde(default)]
+    pub unproven: usize,
 }
 
 /// An open connection.

@@ -5,7 +5,7 @@
 
 mod places;
 
-pub use places::{Place, Places};
+use places::{Place, Places};
 
 use crate::audit::{End, Process, Record, Tls};
 use crate::authorize::still_allowed;
@@ -33,13 +33,11 @@ pub enum Basis {
         /// By what it was verified.
         path: Arc<TrustPath>,
     },
-    /// Plaintext by a named rule.
+    /// Plaintext from the network, by a permissive rule.
     Plaintext {
         /// The local workload.
         local: SpiffeId,
     },
-    /// No workload of ours.
-    LeftAlone,
 }
 
 /// An open connection.
@@ -82,9 +80,6 @@ impl Live {
             Basis::Mesh { peer, path, .. } if !trust.still_believes(&peer.trust_domain(), path) => return false,
             Basis::Mesh { local, peer, .. } => (local, Some(peer)),
             Basis::Plaintext { local } => (local, None),
-            Basis::LeftAlone => {
-                return self.direction == Direction::Inbound || !policy.is_mesh(self.destination.address);
-            }
         };
         still_allowed(policy, self.direction, local, self.destination.address, peer).is_ok()
     }
@@ -107,7 +102,6 @@ const PARTS: usize = 32;
 /// All of it. Shards write, the control thread reads.
 #[derive(Debug, Default)]
 pub struct Registry {
-    places: Arc<Places>,
     waiting: Arc<Places>,
     open: [Mutex<HashMap<u64, Arc<Live>>>; PARTS],
     refused: Mutex<BTreeMap<&'static str, Refused>>,
@@ -115,10 +109,9 @@ pub struct Registry {
 }
 
 impl Registry {
-    /// Counts a flow that begins its walk, and takes one of `all` places for it. Where none is free, says how many are taken.
-    pub fn begin(&self, all: usize) -> Result<Place, usize> {
+    /// Counts a flow that begins its walk.
+    pub fn begin(&self) {
         self.flows.fetch_add(1, Ordering::Relaxed);
-        self.places.take(all)
     }
     /// Takes one of the places for connections that wait for another use: a quarter of `all`, beside those for flows, so that
     /// what waits never keeps anybody out.
@@ -172,8 +165,8 @@ impl Registry {
             last: record.time,
             last_reason: String::new(),
         });
-        entry.count += 1;
-        entry.last = record.time;
+        entry.count += record.count;
+        entry.last = record.last.unwrap_or(record.time);
         entry.last_reason = format!("{} -> {}: {}", record.source, record.destination, record.reason);
     }
     /// What was refused so far, by code.

@@ -10,13 +10,14 @@ mod attempt;
 
 pub use attempt::turned_away;
 
+use crate::admission::{Admission, Full, Holder, Place};
 use crate::audit::{self, Decision, Method};
 use crate::authorize::{self, Authorized, Permit};
 use crate::config::Config;
 use crate::handshake::{self, Terms};
 use crate::identify::{self, Identities, Parties};
 use crate::intercept::{self, Dialler, Direction, Flow, Opening, OriginalDst};
-use crate::live::{Basis, Place, Registry};
+use crate::live::{Basis, Registry};
 use crate::offload::{self, Choice, Engine, Pipe};
 use crate::policy::{Policy, Rule};
 use crate::refusal::{Culprit, Refusal};
@@ -56,6 +57,8 @@ pub struct Shared {
     pub engine: Choice,
     /// Open connections.
     pub registry: Arc<Registry>,
+    /// Places for connections.
+    pub admission: Admission,
     /// The audit log.
     pub audit: audit::Sender,
     /// Told when policy or trust have changed: what was decided before is decided again.
@@ -87,11 +90,33 @@ const SERVER_PATIENCE: u32 = 2;
 /// Why a walk ended before the relay did.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
-    /// No room was reached: the agent has as many connections as it may have.
+    /// There is no place for another connection.
+    #[error(transparent)]
+    TooMany(Full),
+    /// A process without an identity, and no mesh destination.
     #[error(
-        "{0} connections are open or under way, which is [limits] connections, or what the limit of open files allows"
+        "{0} is no mesh destination and the process has no identity, so that nothing is carried for it: the kernel lets it pass \
+         by itself once it knows the process's cgroup. Dial again; and where the process matches a [[workload]] but for its path or \
+         hash, run it under another user or cgroup"
     )]
-    TooMany(usize),
+    NotRelayed(SocketAddr),
+    /// A bypass is for the kernel to let pass.
+    #[error(
+        "{to} may be reached in plaintext by the rule {rule}, which the kernel lets pass by itself and nobody carries: it has \
+         to know the workload by selectors that it can see (uid, gid, cgroup, systemd unit) alone"
+    )]
+    BypassNotRelayed {
+        /// Where it wanted to go.
+        to: SocketAddr,
+        /// The rule.
+        rule: Arc<str>,
+    },
+    /// Whoever listens is no workload, and the kernel did not know it yet.
+    #[error(
+        "whoever listens on {0} is no workload, which the kernel did not know yet: nothing is carried to it. Connect again; a \
+         listener that is to be reached in plaintext through the agent needs an [[inbound]] with mode = \"permissive\""
+    )]
+    ListenerUndecided(SocketAddr),
     /// The other end was not there in time.
     #[error("the connection was not made within {0:?} ([timeouts] dial)")]
     DialTimeout(Duration),
@@ -131,8 +156,8 @@ impl Error {
             Self::TooMany(_) | Self::AuditUnwritable | Self::DialTimeout(_) | Self::Closing | Self::Intercept(_) => {
                 "intercept"
             }
-            Self::Identify(_) => "identify",
-            Self::Authorize(_) | Self::Reuse(_) => "authorize",
+            Self::Identify(_) | Self::NotRelayed(_) | Self::ListenerUndecided(_) => "identify",
+            Self::Authorize(_) | Self::Reuse(_) | Self::BypassNotRelayed { .. } => "authorize",
             Self::Turn(_) | Self::Handshake(_) => "handshake",
             Self::Offload(_) => "offload",
         }
@@ -142,7 +167,10 @@ impl Error {
 impl Refusal for Error {
     fn culprit(&self) -> Culprit {
         match self {
-            Self::TooMany(_) | Self::AuditUnwritable | Self::Closing => Culprit::Host,
+            Self::AuditUnwritable | Self::Closing => Culprit::Host,
+            Self::TooMany(full) => full.culprit(),
+            Self::NotRelayed(_) | Self::ListenerUndecided(_) => Culprit::Host,
+            Self::BypassNotRelayed { .. } => Culprit::Policy,
             Self::DialTimeout(_) => Culprit::Peer,
             Self::Identify(error) => error.culprit(),
             Self::Authorize(error) => error.culprit(),
@@ -155,8 +183,10 @@ impl Refusal for Error {
     }
     fn code(&self) -> &'static str {
         match self {
-            Self::TooMany(_) => "too-many-connections",
+            Self::TooMany(full) => full.code(),
             Self::AuditUnwritable => "audit-unwritable",
+            Self::NotRelayed(_) | Self::BypassNotRelayed { .. } => "not-relayed",
+            Self::ListenerUndecided(_) => "listener-undecided",
             Self::DialTimeout(_) => "dial-timeout",
             Self::Closing => "agent-ending",
             Self::Identify(error) => error.code(),
@@ -205,16 +235,25 @@ async fn settled(left: Option<Left>) -> Option<Idle> {
 
 /// Makes a connection. `None`: it was refused, and is recorded.
 async fn begin<'a>(shared: &'a Shared, site: &'a Site, flow: Flow) -> Option<(Place, Made<'a>)> {
-    let (place, attempt, flow) = enter(shared, flow)?;
-    Walk::new(shared, site).make(attempt, flow).await.map(|made| (place, made))
+    let place = |admission: &Admission, flow: &Flow| match flow.direction {
+        Direction::Outbound => admission.outbound(flow.task.map_or(u32::MAX, |task| task.uid)),
+        Direction::Inbound => admission.unproven(flow.source.ip()),
+    };
+    let (mut place, attempt, flow) = enter(shared, flow, place)?;
+    Walk::new(shared, site).make(attempt, flow, &mut place).await.map(|made| (place, made))
 }
 
 /// Is there room for another? `None`: it was refused, and is recorded.
-fn enter(shared: &Shared, flow: Flow) -> Option<(Place, Attempt<'_>, Flow)> {
+fn enter(
+    shared: &Shared,
+    flow: Flow,
+    place: impl FnOnce(&Admission, &Flow) -> Result<Place, Full>,
+) -> Option<(Place, Attempt<'_>, Flow)> {
     let attempt = Attempt::new(shared, &flow);
-    let place = match shared.registry.begin(shared.config.limits.connections) {
-        _ if shared.audit.refuses() => Err(Error::AuditUnwritable),
-        place => place.map_err(Error::TooMany),
+    shared.registry.begin();
+    let place = match shared.audit.refuses() {
+        true => Err(Error::AuditUnwritable),
+        false => place(&shared.admission, &flow).map_err(Error::TooMany),
     };
     match place {
         Ok(place) => Some((place, attempt, flow)),
@@ -247,22 +286,11 @@ async fn again<'a>(
             return None;
         }
     };
-    let (place, mut attempt, flow) = enter(shared, flow)?;
+    let peer = Holder::Peer(agreement.peer.id.clone());
+    let (place, mut attempt, flow) = enter(shared, flow, |admission, _| admission.inbound(peer))?;
     attempt.session = Some(Box::new(session));
     let walk = Walk::new(shared, site);
-    let (mut attempt, permit) = match walk.admit(attempt, flow).await? {
-        Admitted::Mesh(attempt, permit) => (attempt, permit),
-        // Whoever listens now is no workload: a new connection may be carried without TLS, and this one was made with one.
-        Admitted::Plaintext(made) => {
-            let unfit = reuse::Unfit::NotOurs(agreement.local.id.clone());
-            let network = match made.carriage {
-                Carriage::Pipe(pipe) => Some(pipe.network),
-                Carriage::Bound(_) => None,
-            };
-            made.attempt.refuse(network, &Error::Reuse(unfit));
-            return None;
-        }
-    };
+    let (mut attempt, permit) = walk.admit(attempt, flow).await?;
     let basis = attempt.agreed(&agreement, attempt.session.as_ref().map_or(0, |session| session.uses()));
     let admission = match reuse::admit(&permit, &agreement, SystemTime::now()) {
         Ok(admission) => admission,
@@ -338,37 +366,38 @@ impl<'a> Walk<'a> {
     }
 
     /// Everything until bytes may move. `None`: it was refused, and is recorded.
-    async fn make(&self, attempt: Attempt<'a>, flow: Flow) -> Option<Made<'a>> {
-        let (attempt, permit) = match self.admit(attempt, flow).await? {
-            Admitted::Mesh(attempt, permit) => (attempt, permit),
-            Admitted::Plaintext(made) => return Some(made),
-        };
+    async fn make(&self, attempt: Attempt<'a>, flow: Flow, place: &mut Place) -> Option<Made<'a>> {
+        let (attempt, permit) = self.admit(attempt, flow).await?;
         match permit.parties().flow.direction {
             Direction::Outbound => self.outbound(attempt, permit).await,
-            Direction::Inbound => Box::pin(self.inbound(attempt, permit)).await,
+            Direction::Inbound => Box::pin(self.inbound(attempt, permit, place)).await,
         }
     }
 
     /// Who is it, and what may it do? `None` where that was refused.
-    async fn admit(&self, mut attempt: Attempt<'a>, flow: Flow) -> Option<Admitted<'a>> {
+    ///
+    /// What is nobody's is never carried for anybody: it would leave this host as root's. The kernel lets it pass where it
+    /// knows that, so what comes here all the same is undecided, and may come again.
+    async fn admit(&self, mut attempt: Attempt<'a>, flow: Flow) -> Option<(Attempt<'a>, Permit)> {
         let parties = match identify::identify(flow, &self.policy, &self.shared.identities).await {
             Ok(parties) => parties,
             Err(refused) => {
-                if refused.error.is_unknown() && self.is_nobodys_business(&refused.flow) {
-                    let made = Box::pin(self.plaintext(attempt, refused.flow, Basis::LeftAlone, None)).await;
-                    return made.map(Admitted::Plaintext);
-                }
-                attempt.refuse(refused.flow.socket, &Error::Identify(refused.error));
+                let error = match self.is_nobodys_business(&refused.flow) {
+                    Some(nobodys) if refused.error.is_unknown() => nobodys,
+                    _ => Error::Identify(refused.error),
+                };
+                attempt.refuse(refused.flow.socket, &error);
                 return None;
             }
         };
         attempt.local().id = Some(parties.workload.id.clone());
         match authorize::authorize(&self.policy, parties) {
-            Ok(Authorized::Mesh(permit)) => Some(Admitted::Mesh(attempt, permit)),
+            Ok(Authorized::Mesh(permit)) => Some((attempt, permit)),
             Ok(Authorized::Bypass(bypass)) => {
                 let (parties, rule) = bypass.into_parts();
-                let basis = Basis::Plaintext { local: parties.workload.id.clone() };
-                Box::pin(self.plaintext(attempt, parties.flow, basis, Some(rule))).await.map(Admitted::Plaintext)
+                let to = parties.flow.destination.0;
+                attempt.refuse(parties.flow.socket, &Error::BypassNotRelayed { to, rule: rule.name.clone() });
+                None
             }
             Err(denied) => {
                 attempt.refuse(denied.parties.flow.socket, &Error::Authorize(denied.reason));
@@ -377,12 +406,13 @@ impl<'a> Walk<'a> {
         }
     }
 
-    /// The kernel turned it here because it could not know that nobody concerned is enrolled: a process without an
-    /// identity that dials no mesh destination, or a listener without an identity that nothing protects.
-    fn is_nobodys_business(&self, flow: &Flow) -> bool {
+    /// Nobody concerned is enrolled: a process without an identity that dials no mesh destination, or a listener without
+    /// an identity that nothing protects.
+    fn is_nobodys_business(&self, flow: &Flow) -> Option<Error> {
+        let to = flow.destination.0;
         match flow.direction {
-            Direction::Outbound => !self.policy.is_mesh(flow.destination.0),
-            Direction::Inbound => false,
+            Direction::Outbound => (!self.policy.is_mesh(to)).then_some(Error::NotRelayed(to)),
+            Direction::Inbound => Some(Error::ListenerUndecided(to)),
         }
     }
 
@@ -487,13 +517,19 @@ impl<'a> Walk<'a> {
         foreign.insert(destination);
     }
 
-    async fn inbound(&self, mut attempt: Attempt<'a>, permit: Permit) -> Option<Made<'a>> {
+    async fn inbound(&self, mut attempt: Attempt<'a>, permit: Permit, place: &mut Place) -> Option<Made<'a>> {
         if let Some(rule) = permit.permissive().cloned() {
             // A socket that cannot be looked at is one that the handshake will fail on, and say why.
             if !handshake::looks_like_tls(&permit.parties().flow.socket, SILENCE).await.unwrap_or(true) {
                 let parties = permit.into_parties();
-                let basis = Basis::Plaintext { local: parties.workload.id.clone() };
-                return self.plaintext(attempt, parties.flow, basis, Some(rule)).await;
+                match self.shared.admission.inbound(Holder::network(parties.flow.source.ip())) {
+                    Ok(proven) => *place = proven,
+                    Err(full) => {
+                        attempt.refuse(parties.flow.socket, &Error::TooMany(full));
+                        return None;
+                    }
+                }
+                return self.plaintext(attempt, parties, rule).await;
             }
         }
         let session = {
@@ -525,6 +561,13 @@ impl<'a> Walk<'a> {
             }
         };
         let (basis, rule) = (attempt.agreed(session.agreement(), 1), session.rule().clone());
+        match self.shared.admission.inbound(Holder::Peer(session.agreement().peer.id.clone())) {
+            Ok(proven) => *place = proven,
+            Err(full) => {
+                attempt.refuse(session.into_permit().into_parties().flow.socket, &Error::TooMany(full));
+                return None;
+            }
+        }
         // Only now does the workload hear of it: whoever is not admitted cannot even make it accept.
         let leg = match self.leg(&session.permit().parties().flow, Opening::Waits).await {
             Ok(leg) => leg,
@@ -542,32 +585,22 @@ impl<'a> Walk<'a> {
         }
     }
 
-    /// A flow that is carried without TLS: by a named rule, or because it is none of our business.
-    async fn plaintext(
-        &self,
-        mut attempt: Attempt<'a>,
-        flow: Flow,
-        basis: Basis,
-        rule: Option<Arc<Rule>>,
-    ) -> Option<Made<'a>> {
-        let other = match flow.direction {
-            Direction::Outbound => self.dial(&flow).await,
-            Direction::Inbound => self.leg(&flow, Opening::Waits).await,
-        };
-        let other = match other {
-            Ok(other) => other,
+    /// A connection from the network that is carried without TLS, by a permissive rule.
+    async fn plaintext(&self, mut attempt: Attempt<'a>, parties: Parties, rule: Arc<Rule>) -> Option<Made<'a>> {
+        let Parties { flow, workload, .. } = parties;
+        let leg = match self.leg(&flow, Opening::Waits).await {
+            Ok(leg) => leg,
             Err(error) => {
                 attempt.refuse(flow.socket, &error);
                 return None;
             }
         };
-        let pipe = match flow.direction {
-            Direction::Outbound => Pipe::plain(flow.socket, other),
-            Direction::Inbound => Pipe::plain(other, flow.socket),
-        };
         attempt.method = Method::Plaintext;
-        match pipe {
-            Ok(pipe) => Some(Made { attempt, carriage: Carriage::Pipe(pipe), basis, rule, origin: None }),
+        match Pipe::plain(leg, flow.socket) {
+            Ok(pipe) => {
+                let (carriage, basis) = (Carriage::Pipe(pipe), Basis::Plaintext { local: workload.id });
+                Some(Made { attempt, carriage, basis, rule: Some(rule), origin: None })
+            }
             Err(error) => {
                 attempt.refuse(None, &Error::Offload(error));
                 None
@@ -611,7 +644,6 @@ fn carry<'a>(shared: &'a Shared, made: Made<'a>) -> impl Future<Output = Option<
     let decision = match basis {
         Basis::Mesh { .. } => Decision::Allowed,
         Basis::Plaintext { .. } => Decision::Bypassed,
-        Basis::LeftAlone => Decision::LeftAlone,
     };
     let progress = Arc::new(Progress::default());
     let (stop, stopped) = watch::channel(None);
@@ -631,12 +663,6 @@ fn carry<'a>(shared: &'a Shared, made: Made<'a>) -> impl Future<Output = Option<
         drop(entered);
         left
     }
-}
-
-/// Who was admitted to what.
-enum Admitted<'a> {
-    Mesh(Attempt<'a>, Permit),
-    Plaintext(Made<'a>),
 }
 
 /// A connection that may move bytes.

@@ -10,7 +10,8 @@ use crate::{
     ALLOW, REFUSE,
     facts::*,
     maps::{FLOWS, FOREIGN, OWN, SERVED, VERDICTS},
-    tell::{self, NOWHERE, count},
+    quota,
+    tell::{self, NOBODY, NOWHERE, count},
 };
 use aya_ebpf::{
     bindings::{__sk_buff, bpf_sock, bpf_sock_addr, bpf_sock_ops},
@@ -19,9 +20,7 @@ use aya_ebpf::{
         bpf_get_socket_uid, bpf_ktime_get_boot_ns, bpf_set_retval, bpf_sk_fullsock, bpf_skb_cgroup_id,
         bpf_skb_load_bytes,
     },
-    programs::SockAddrContext,
 };
-use aya_log_ebpf::warn;
 use core::ptr::{addr_of, addr_of_mut};
 use wimsey_common::*;
 
@@ -173,7 +172,10 @@ pub fn guard(skb: *mut __sk_buff) -> i32 {
     event.destination = address;
     event.destination_port = port;
     event.destination_id = found.id;
-    tell::send(&event);
+    // Whoever has the socket: no task may be on its way here with the packet.
+    // SAFETY: the helper takes the context.
+    event.task.uid = unsafe { bpf_get_socket_uid(skb) };
+    tell::refused(&mut event);
     REFUSE
 }
 
@@ -233,7 +235,7 @@ fn beside_tcp(skb: *mut __sk_buff, protocol: u32) -> i32 {
     } else {
         count(counter::PROTOCOL_DROPPED);
     }
-    tell::send(&event);
+    tell::refused(&mut event);
     REFUSE
 }
 
@@ -265,14 +267,13 @@ fn elsewhere(config: &Config, netns: u64, event: &mut Event) -> bool {
         return true;
     }
     count(counter::OTHER_NAMESPACES);
-    event.task = task();
     if workload(config, event.task.uid, event.task.gid, event.task.cgroup) == NOT_ENROLLED {
         return true;
     }
     event.kind = EVENT_REFUSED;
     event.reason = REASON_NAMESPACE;
     event.destination_id = found.id;
-    tell::send(event);
+    tell::refused(event);
     false
 }
 
@@ -297,6 +298,7 @@ fn connect(ctx: *mut bpf_sock_addr, dialled: Address, port: u16, family: u16) ->
     event.source_port = near_port;
     event.destination_port = port;
     if netns != config.netns_cookie {
+        event.task = task();
         event.destination = dialled;
         return if transport == 0 || elsewhere(config, netns, &mut event) { Outcome::Allow } else { Outcome::Refuse };
     }
@@ -314,7 +316,11 @@ fn connect(ctx: *mut bpf_sock_addr, dialled: Address, port: u16, family: u16) ->
     if turned_before(config, cookie, &address, port) {
         return Outcome::Allow;
     }
-    released(cookie);
+    released(cookie, &mut event);
+    event.cookie = cookie;
+    event.source_port = near_port;
+    event.destination_port = port;
+    event.protocol = transport;
     let found = destination(config, &address, port);
     event.task = task();
     event.destination = address;
@@ -344,9 +350,11 @@ fn connect(ctx: *mut bpf_sock_addr, dialled: Address, port: u16, family: u16) ->
             verdict = refused(REASON_NO_AGENT, counter::REFUSED_NO_AGENT);
         } else if device > LOOPBACK_DEVICE {
             verdict = refused(REASON_DEVICE, counter::REFUSED_NOT_ALLOWED);
-        } else if !remember(config, &event, family, agent) {
-            verdict = refused(REASON_MAP_FULL, counter::REFUSED_MAP_FULL);
-            warn!(&SockAddrContext::new(ctx), "no room for another connection in FLOWS");
+        } else {
+            let full = remember(&event, config.generation, family, agent);
+            if full != 0 {
+                verdict = refused(full, counter::REFUSED_MAP_FULL);
+            }
         }
     }
     count(verdict.counter);
@@ -354,7 +362,11 @@ fn connect(ctx: *mut bpf_sock_addr, dialled: Address, port: u16, family: u16) ->
         event.kind = verdict.kind;
         event.reason = verdict.reason;
         event.rule = verdict.rule;
-        tell::send(&event);
+        if verdict.kind == EVENT_REFUSED {
+            tell::refused(&mut event);
+        } else {
+            tell::send(&event);
+        }
     }
     match verdict.action {
         PASS => Outcome::Allow,
@@ -450,34 +462,60 @@ fn sendmsg(ctx: *mut bpf_sock_addr, dialled: Address, port: u16) -> i32 {
     event.destination_port = port;
     event.destination_id = found.id;
     count(counter::UDP_REFUSED);
-    tell::send(&event);
     if who == UNKNOWN {
         event.kind = EVENT_UNKNOWN_CGROUP;
-        event.reason = 0;
         tell::send(&event);
+        event.kind = EVENT_REFUSED;
     }
+    tell::refused(&mut event);
     REFUSE
 }
 
-/// Records where a connection that is turned to the agent wanted to go. Not inlined: what it needs of the stack it gives back.
+/// Records where a connection that is turned to the agent wanted to go. Gives the reason where there is no room, else 0. Not inlined: its record
+/// and what [`tell::refused`] needs would not fit on one stack.
 #[inline(never)]
-fn remember(config: &Config, event: &Event, family: u16, agent_port: u16) -> bool {
-    let origin = Origin {
-        task: event.task,
-        cookie: event.cookie,
-        destination: event.destination,
-        source: event.source,
-        destination_port: event.destination_port,
-        source_port: event.source_port,
-        destination_id: event.destination_id,
-        generation: config.generation,
-        family,
-        agent_port,
-        thread: bpf_get_current_pid_tgid() as u32,
-        arrived: 0,
-    };
-    FLOWS.insert(&event.cookie, &origin, 0).is_ok()
+fn remember(event: &Event, generation: u32, family: u16, agent_port: u16) -> u32 {
+    // What an earlier call has left is gone by now (`released`).
+    if !quota::take_flow(event.task.uid) {
+        return REASON_QUOTA;
+    }
+    if FLOWS.insert(&event.cookie, &NO_ORIGIN, 0).is_err() {
+        quota::give(event.task.uid, QUOTA_FLOWS);
+        return REASON_MAP_FULL;
+    }
+    let Some(origin) = FLOWS.get_ptr_mut(&event.cookie) else { return REASON_MAP_FULL };
+    // SAFETY: a row that the verifier has seen to be there. Nobody looks at it before this call has sent its SYN.
+    unsafe {
+        (*origin).task = event.task;
+        (*origin).cookie = event.cookie;
+        (*origin).destination = event.destination;
+        (*origin).source = event.source;
+        (*origin).destination_port = event.destination_port;
+        (*origin).source_port = event.source_port;
+        (*origin).destination_id = event.destination_id;
+        (*origin).generation = generation;
+        (*origin).family = family;
+        (*origin).agent_port = agent_port;
+        (*origin).thread = bpf_get_current_pid_tgid() as u32;
+    }
+    0
 }
+
+/// What a row is before it is filled in. Not on the stack, of which the callers need most.
+static NO_ORIGIN: Origin = Origin {
+    task: NOBODY,
+    cookie: 0,
+    destination: NOWHERE,
+    source: NOWHERE,
+    destination_port: 0,
+    source_port: 0,
+    destination_id: 0,
+    generation: 0,
+    family: 0,
+    agent_port: 0,
+    thread: 0,
+    arrived: 0,
+};
 
 /// Is this what a `connect()` of this socket was turned to?
 #[inline(always)]
@@ -514,21 +552,26 @@ pub fn arrived(ops: *mut bpf_sock_ops) {
     }
 }
 
-/// A socket was closed. One that was turned to the agent and never arrived there has left no line yet.
+/// A socket was closed. One that was turned to the agent and never arrived there has left no line yet. `event`: room for it.
 #[inline(always)]
-pub fn released(cookie: u64) {
+pub fn released(cookie: u64, event: &mut Event) {
     // SAFETY: rows are replaced only by this same socket's next connect.
     if let Some(origin) = unsafe { FLOWS.get(&cookie) } {
         if origin.arrived == 0 {
-            never_arrived(origin);
+            never_arrived(origin, event);
         }
-        let _ = FLOWS.remove(&cookie);
+        let uid = origin.task.uid;
+        if FLOWS.remove(&cookie).is_ok() {
+            quota::give(uid, QUOTA_FLOWS);
+        }
     }
 }
 
 #[inline(never)]
-fn never_arrived(origin: &Origin) {
-    let mut event = tell::event(EVENT_REFUSED, REASON_NEVER_ARRIVED, IPPROTO_TCP);
+fn never_arrived(origin: &Origin, event: &mut Event) {
+    event.kind = EVENT_REFUSED;
+    event.reason = REASON_NEVER_ARRIVED;
+    event.protocol = IPPROTO_TCP;
     event.task = origin.task;
     event.cookie = origin.cookie;
     event.source = origin.source;
@@ -536,7 +579,10 @@ fn never_arrived(origin: &Origin) {
     event.destination = origin.destination;
     event.destination_port = origin.destination_port;
     event.destination_id = origin.destination_id;
-    tell::send(&event);
+    tell::refused(event);
+    event.kind = 0;
+    event.reason = 0;
+    event.destination_id = 0;
 }
 
 #[inline(always)]

@@ -268,7 +268,7 @@ struct Prefixed {
 }
 
 /// The destination entry that covers an address and port: the port itself first, then "any port".
-#[inline(always)]
+#[inline(never)]
 pub fn destination(config: &Config, address: &Address, port: u16) -> Option<&'static Destination> {
     let mut key = Prefixed {
         bits: DESTINATION_KEY_BITS,

@@ -39,7 +39,7 @@ pub fn released(sock: *mut bpf_sock) {
         }
         bpf_get_socket_cookie(sock.cast())
     };
-    egress::released(cookie);
+    egress::released(cookie, &mut tell::event(0, 0, IPPROTO_TCP));
     let _ = OWN.remove(&cookie);
     registry::closed(cookie);
 }
@@ -206,7 +206,7 @@ fn refused(reason: u32, tuple: &TupleKey) {
     event.source_port = tuple.source_port;
     event.destination = tuple.destination;
     event.destination_port = tuple.destination_port;
-    tell::send(&event);
+    tell::refused(&mut event);
 }
 
 /// The strictest of what is bound where the kernel would look: the address itself, the IPv4 wildcard, the IPv6 one, each on

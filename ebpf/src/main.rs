@@ -11,11 +11,13 @@
 #![no_main]
 #![feature(asm_experimental_arch)]
 
+mod atomic;
 mod egress;
 mod facts;
 mod ingress;
 mod maps;
 mod names;
+mod quota;
 mod registry;
 mod tell;
 

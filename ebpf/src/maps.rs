@@ -44,6 +44,13 @@ pub static INBOUND: SockMap = SockMap::pinned(2 * MAX_SHARDS as u32, 0);
 pub static OUTBOUND: SockMap = SockMap::pinned(2 * MAX_SHARDS as u32, 0);
 #[map]
 pub static COUNTERS: PerCpuArray<u64> = PerCpuArray::pinned(counter::COUNT, 0);
-/// Room for 2,184 events. An agent maps it twice over, so that it weighs twice as much in the memory of the agent.
+#[map]
+pub static QUOTAS: HashMap<QuotaKey, u64> = HashMap::pinned(65_536, BPF_F_NO_PREALLOC);
+#[map]
+pub static REFUSALS: HashMap<RefusalKey, Refusal> = HashMap::pinned(4_096, BPF_F_NO_PREALLOC);
+/// What falls out of it is only a user whose allowance begins anew.
+#[map]
+pub static ALLOWANCES: LruHashMap<u32, Allowance> = LruHashMap::pinned(4_096, 0);
+/// Room for 1,927 events. An agent maps it twice over, so that it weighs twice as much in the memory of the agent.
 #[map]
 pub static EVENTS: RingBuf = RingBuf::pinned(1 << 18, 0);

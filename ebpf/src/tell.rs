@@ -1,9 +1,13 @@
 //! What the programs leave for people to see: counters, and events for what the agent could not know.
 //!
-//! *Invariant:* nothing here changes what happens to a connection. An event that does not fit is counted and dropped.
+//! *Invariant:* nothing here changes what happens to a connection. An event that does not fit is counted and dropped; a
+//! refusal is counted under its kind before it is told, so that the agent finds it there.
 
-use crate::maps::{COUNTERS, EVENTS};
-use wimsey_common::{Address, Event, Task, counter};
+use crate::atomic::plus;
+use crate::maps::{ALLOWANCES, COUNTERS, EVENTS, REFUSALS};
+use aya_ebpf::helpers::bpf_ktime_get_boot_ns;
+use core::ptr::addr_of_mut;
+use wimsey_common::*;
 
 /// Adds one to a counter of `wimsey_common::counter`.
 #[inline(always)]
@@ -22,6 +26,96 @@ pub fn send(event: &Event) {
     }
 }
 
+/// Counts a refusal under its kind, and tells it unless one of its kind was told within the last second.
+///
+/// A user who is refused in very many ways in one second, or has no row for this one, is counted without destination.
+/// Only what has no room even there is lost, and counted as that.
+#[inline(never)]
+pub fn refused(event: &mut Event) {
+    // SAFETY: a helper without arguments.
+    let now = unsafe { bpf_ktime_get_boot_ns() };
+    let mut key = RefusalKey {
+        destination: event.destination,
+        destination_port: event.destination_port as u32,
+        uid: event.task.uid,
+        reason: event.reason,
+        protocol: event.protocol,
+    };
+    // Known, and then told once in an interval; or new, and then it takes of what the user is allowed.
+    let mut row = REFUSALS.get_ptr_mut(&key);
+    let mut new = false;
+    if row.is_none() {
+        if allowed(event.task.uid, now) {
+            new = REFUSALS.insert(&key, &NEVER, 0).is_ok();
+            row = REFUSALS.get_ptr_mut(&key);
+        }
+        if row.is_none() {
+            (key.destination, key.destination_port) = (NOWHERE, 0);
+            row = REFUSALS.get_ptr_mut(&key);
+            if row.is_none() {
+                new = REFUSALS.insert(&key, &NEVER, 0).is_ok();
+                row = REFUSALS.get_ptr_mut(&key);
+            }
+            (event.destination, event.destination_port, event.destination_id) = (NOWHERE, 0, 0);
+        }
+    }
+    let Some(row) = row else { return count(counter::EVENTS_LOST) };
+    // SAFETY: a row that the verifier has seen to be there. The total is added to in one step. The other fields may be
+    // written by two CPUs at once: then both tell, and the agent, which goes by the totals, counts none of them twice.
+    unsafe {
+        if new {
+            (*row).task = event.task;
+            (*row).source = event.source;
+            (*row).source_port = event.source_port as u32;
+            (*row).destination_id = event.destination_id;
+        }
+        let total = addr_of_mut!((*row).total);
+        plus(total, 1);
+        (*row).last = now;
+        let before = addr_of_mut!((*row).told).read_volatile();
+        let told_at = addr_of_mut!((*row).told_at).read_volatile();
+        if before != 0 && now.wrapping_sub(told_at) < REFUSAL_INTERVAL {
+            return;
+        }
+        let sum = total.read_volatile();
+        (*row).told_at = now;
+        (*row).told = sum;
+        event.total = sum;
+        event.repeats = sum.wrapping_sub(before) as u32;
+    }
+    send(event);
+}
+
+/// May another kind of refusal of this user be told in this interval?
+#[inline(always)]
+fn allowed(uid: u32, now: u64) -> bool {
+    match ALLOWANCES.get_ptr_mut(&uid) {
+        // SAFETY: a row that the verifier has seen to be there; two CPUs at once may allow one too many.
+        Some(row) => unsafe {
+            if now.wrapping_sub((*row).since) >= REFUSAL_INTERVAL {
+                (*row).since = now;
+                (*row).used = 1;
+                return true;
+            }
+            (*row).used += 1;
+            (*row).used <= REFUSALS_PER_UID
+        },
+        None => ALLOWANCES.insert(&uid, &Allowance { since: now, used: 1, pad: 0 }, 0).is_ok(),
+    }
+}
+
+/// What a row is before anything was refused. Not on the stack, of which the callers need most.
+static NEVER: Refusal = Refusal {
+    total: 0,
+    told: 0,
+    told_at: 0,
+    last: 0,
+    task: NOBODY,
+    source: NOWHERE,
+    source_port: 0,
+    destination_id: 0,
+};
+
 /// An event in which nothing is known yet.
 #[inline(always)]
 pub fn event(kind: u32, reason: u32, protocol: u32) -> Event {
@@ -37,6 +131,9 @@ pub fn event(kind: u32, reason: u32, protocol: u32) -> Event {
         source_port: 0,
         destination_port: 0,
         destination_id: 0,
+        total: 0,
+        repeats: 0,
+        pad: 0,
     }
 }
 

@@ -27,10 +27,8 @@ pub enum Decision {
     Allowed,
     /// Refused; `culprit`, `code` and `reason` say why.
     Denied,
-    /// Carried in plaintext by a named rule: a bypass, or a permissive listener.
+    /// In plaintext by a named rule: a bypass, which the kernel let pass, or a permissive listener.
     Bypassed,
-    /// None of Wimsey's business, found out only after the connection had been turned to the agent.
-    LeftAlone,
 }
 
 /// How the peers were authenticated.
@@ -51,8 +49,14 @@ pub struct End {
     /// SPIFFE ID: attested for the local end, verified on the wire for the other; absent if neither happened.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub id: Option<SpiffeId>,
-    /// Address and port as the dialling application knows them.
+    /// Address and port as the dialling application knows them; `[::]:0`, and absent, where they are not known or the record
+    /// stands for several.
+    #[serde(skip_serializing_if = "is_nowhere")]
     pub address: SocketAddr,
+}
+
+fn is_nowhere(address: &SocketAddr) -> bool {
+    address.ip().is_unspecified() && address.port() == 0
 }
 
 impl std::fmt::Display for End {
@@ -107,9 +111,15 @@ pub struct Bytes {
 /// One connection attempt.
 #[derive(Clone, Debug, Serialize)]
 pub struct Record {
-    /// When the attempt began.
+    /// When the attempt began; the first, where the record stands for several.
     #[serde(serialize_with = "rfc3339")]
     pub time: OffsetDateTime,
+    /// How many attempts the record stands for: 1, and absent, but for what the kernel refuses again and again.
+    #[serde(skip_serializing_if = "is_one")]
+    pub count: u64,
+    /// When the last of several was.
+    #[serde(skip_serializing_if = "Option::is_none", serialize_with = "rfc3339_of_last")]
+    pub last: Option<OffsetDateTime>,
     /// Number of the flow on this agent; 0 for what the kernel refused by itself.
     pub flow: u64,
     /// Which way, seen from this host's workload.
@@ -166,6 +176,17 @@ fn name<S: serde::Serializer>(name: &Option<Arc<str>>, serializer: S) -> Result<
     name.as_deref().serialize(serializer)
 }
 
+fn is_one(count: &u64) -> bool {
+    *count == 1
+}
+
+fn rfc3339_of_last<S: serde::Serializer>(time: &Option<OffsetDateTime>, serializer: S) -> Result<S::Ok, S::Error> {
+    match time {
+        Some(time) => rfc3339(time, serializer),
+        None => serializer.serialize_none(),
+    }
+}
+
 fn rfc3339<S: serde::Serializer>(time: &OffsetDateTime, serializer: S) -> Result<S::Ok, S::Error> {
     let format =
         time::macros::format_description!("[year]-[month]-[day]T[hour]:[minute]:[second].[subsecond digits:6]Z");
@@ -190,6 +211,8 @@ pub(crate) mod tests_support {
     pub(crate) fn record(flow: u64) -> Record {
         Record {
             time: time::macros::datetime!(2026-11-22 05:06:07.000089 UTC),
+            count: 1,
+            last: None,
             flow,
             direction: Direction::Outbound,
             protocol: "tcp",
@@ -269,6 +292,20 @@ mod tests {
                 "\n"
             )
         );
+    }
+
+    #[test]
+    fn a_line_for_many_attempts_says_how_many_and_until_when_and_names_no_address_that_is_not_theirs() {
+        let record = Record {
+            count: 5000,
+            last: Some(time::macros::datetime!(2026-11-22 05:06:17 UTC)),
+            destination: End { id: None, address: "[::]:0".parse().unwrap() },
+            ..record(0)
+        };
+        let line = String::from_utf8(record.line()).unwrap();
+        let begin =
+            r#"{"time":"2026-11-22T05:06:07.000089Z","count":5000,"last":"2026-11-22T05:06:17.000000Z","flow":0,"#;
+        assert!(line.starts_with(begin) && line.contains(r#""destination":{},"#), "{line}");
     }
 
     #[test]

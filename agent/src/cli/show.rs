@@ -142,7 +142,19 @@ fn write_status(out: &mut String, status: &Status) -> std::fmt::Result {
     if audit.failing {
         writeln!(out, "           FAILING: {}", audit.last_error.as_deref().unwrap_or("unknown error"))?;
     }
-    writeln!(out, "open       {} connections of {} accepted", status.connections.open, status.connections.total)?;
+    let connections = &status.connections;
+    writeln!(out, "open       {} connections of {} accepted", connections.open, connections.total)?;
+    writeln!(
+        out,
+        "places     {} outbound and {} inbound of {} each are taken, {} peers have not proved who they are",
+        connections.outbound, connections.inbound, connections.limit, connections.unproven
+    )?;
+    section(out, "troubles", &status.troubles, |trouble| {
+        format!(
+            "{} FAILED {} times since {}, last {}: {} ({})",
+            trouble.code, trouble.count, trouble.since, trouble.last, trouble.error, trouble.means
+        )
+    })?;
     section(out, "identities", &status.identities, |identity| match (&identity.expires, &identity.error) {
         (Some(expires), None) => format!("{} until {expires}", identity.id),
         (Some(expires), Some(error)) => format!("{} until {expires}; renewal FAILS: {error}", identity.id),

@@ -3,13 +3,14 @@
 //! *Invariant:* nothing in the loop waits for a connection, a disk or a peer. Attestation, which may read a large file, runs
 //! beside it and reports back.
 
-use super::listeners::Listeners;
+use super::listeners::{Listeners, Report};
 use super::reload::Prepared;
+use super::troubles::Troubles;
 use super::{Error, kernel_record, status, warn_of_second_authorities};
 use crate::admin::{self, Asked, PreexistingStatus, Request};
 use crate::identify::embedded::Embedded;
 use crate::identify::provider::Provider;
-use crate::intercept::{Notice, OldConnection, Programs, Rooms};
+use crate::intercept::{Notice, OldConnection, Programs, Rooms, Work};
 use crate::pipeline::Shared;
 use crate::policy::Preexisting;
 use crate::privilege::Sandbox;
@@ -58,6 +59,12 @@ pub(super) struct Control {
     tidied: u64,
     /// Events that the kernel had had no room for when the listeners were looked at last.
     lost: u64,
+    /// What does not work at the moment.
+    pub(super) troubles: Troubles,
+    /// The listening sockets are to be looked at anew.
+    listeners_due: bool,
+    /// The connections from before are.
+    old_due: bool,
 }
 
 impl Control {
@@ -83,6 +90,9 @@ impl Control {
             old: HashMap::new(),
             tidied: 0,
             lost,
+            troubles: Troubles::default(),
+            listeners_due: false,
+            old_due: false,
         })
     }
 
@@ -100,8 +110,8 @@ impl Control {
         let mut tick = tokio::time::interval(TICK);
         let mut look = tokio::time::interval(LOOK);
         look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
-        self.look_at_listeners()?;
-        self.look_for_old_connections()?;
+        self.look_at_listeners();
+        self.look_for_old_connections();
         ready();
         match crate::sys::forget_code() {
             Ok(bytes) => tracing::debug!(bytes, "what only the start needed is given back"),
@@ -110,21 +120,22 @@ impl Control {
         self.listeners.judge(self.shared.identities.attestor(), self.shared.policy.load_full());
         loop {
             tokio::select! {
-                notice = self.programs.notice() => self.heed(notice?),
+                notice = self.programs.notice() => self.heed(notice),
                 Some(Asked { request, answer }) = questions.recv() => {
                     // Whoever asked may have gone away.
                     let _ = answer.send(self.answer(request));
                 }
-                Some(report) = self.listeners.report() => self.listeners.take(report, &self.programs)?,
+                Some(report) = self.listeners.report() => self.take(report),
                 _ = look.tick() => self.listeners.look_again(),
                 Ok(()) = changes.changed() => self.revoke("the trust bundles changed"),
                 _ = hangup.recv() => self.reload(),
-                _ = tick.tick() => self.tidy()?,
+                _ = tick.tick() => self.tidy(),
                 _ = stop(&mut terminate, &mut interrupt) => break,
             }
             self.listeners.judge(self.shared.identities.attestor(), self.shared.policy.load_full());
         }
         self.drain(closing, shards, &mut questions, [&mut terminate, &mut interrupt]).await;
+        self.tell_the_rest();
         admin.abort();
         maintenance.abort();
         // Somebody else's socket by now, if it cannot be removed.
@@ -136,27 +147,54 @@ impl Control {
     fn heed(&mut self, notice: Notice) {
         let policy = self.shared.policy.load();
         match notice {
-            Notice::Refused(event) => {
-                let record = kernel_record::refused(&event, &policy);
+            Notice::Refused(refused) => {
+                let record = kernel_record::refused(&refused, &policy);
                 self.shared.registry.count_refused(&record);
                 self.shared.audit.send(&record);
             }
             Notice::Bypassed(event) => self.shared.audit.send(&kernel_record::bypassed(&event, &policy)),
             Notice::Listening(listening) => self.listeners.note(listening),
             Notice::Closed(cookie) => self.listeners.closed(cookie),
+            Notice::Trouble(work, error) => {
+                self.listeners_due |= work == Work::Listeners;
+                self.troubles.note(work, &error);
+            }
+        }
+    }
+
+    /// Writes down what the kernel has counted and not told, so that the next agent begins with nothing.
+    fn tell_the_rest(&mut self) {
+        match self.programs.collect_refusals(true) {
+            Ok(()) => {
+                while let Some(notice) = self.programs.waiting() {
+                    self.heed(notice);
+                }
+            }
+            Err(error) => tracing::warn!(%error, "refusals that were counted are not in the audit log"),
         }
     }
 
     /// Attests the owner of a listening socket, beside the loop.
-    fn look_at_listeners(&mut self) -> Result<(), Error> {
-        let listeners = self.programs.listeners()?;
-        self.listeners.note_all(listeners);
-        Ok(())
+    /// Takes what was found out about a listening socket.
+    fn take(&mut self, report: Report) {
+        if let Err(error) = self.listeners.take(report, &self.programs) {
+            self.listeners_due = true;
+            self.troubles.note(Work::Listeners, &error);
+        }
     }
 
-    fn look_for_old_connections(&mut self) -> Result<(), Error> {
+    fn look_at_listeners(&mut self) {
+        let looked = self.programs.listeners();
+        self.listeners_due = looked.is_err();
+        let Some(listeners) = self.troubles.heed(Work::Listeners, looked) else { return };
+        self.listeners.note_all(listeners);
+    }
+
+    fn look_for_old_connections(&mut self) {
         let policy = self.shared.policy.load_full();
-        let found = self.programs.preexisting(|to| policy.is_mesh(to))?;
+        let found = self.programs.preexisting(|to| policy.is_mesh(to));
+        self.old_due = found.is_err();
+        let Some(found) = self.troubles.heed(Work::OldConnections, found) else { return };
         self.old.retain(|ends, _| found.iter().any(|old| (old.local, old.remote) == *ends));
         for old in found {
             let due = match policy.preexisting() {
@@ -167,12 +205,11 @@ impl Control {
             self.old.entry((old.local, old.remote)).or_insert((old, due));
         }
         self.close_old_connections();
-        Ok(())
     }
 
     fn close_old_connections(&mut self) {
         let now = Instant::now();
-        let programs = &self.programs;
+        let (programs, troubles, again) = (&self.programs, &mut self.troubles, &mut self.old_due);
         self.old.retain(|_, (old, due)| {
             if due.is_none_or(|due| due > now) {
                 return true;
@@ -183,8 +220,8 @@ impl Control {
                     false
                 }
                 Err(error) => {
-                    tracing::error!(local = %old.local, remote = %old.remote, %error,
-                        "a connection from before enrolment cannot be closed");
+                    troubles.note(Work::OldConnections, &format!("{} - {}: {error}", old.local, old.remote));
+                    *again = true;
                     true
                 }
             }
@@ -210,12 +247,8 @@ impl Control {
         prepared.put_in_force(|policy| programs.install(policy), &self.provider, &self.shared.policy)?;
         self.policy_loaded = OffsetDateTime::now_utc();
         warn_of_second_authorities(&self.shared.config, &self.shared.policy.load());
-        // From here on the reload is done, whatever becomes of looking at what was there before.
-        for looked in [self.look_at_listeners(), self.look_for_old_connections()] {
-            if let Err(error) = looked {
-                tracing::error!(%error, "reloaded, but sockets from before could not be looked at");
-            }
-        }
+        self.look_at_listeners();
+        self.look_for_old_connections();
         Ok(())
     }
 
@@ -228,23 +261,36 @@ impl Control {
         }
     }
 
-    fn tidy(&mut self) -> Result<(), Error> {
+    /// What is done now and then. Each part is tried, whatever came of the others.
+    fn tidy(&mut self) {
         // It looks at every socket of the host, so it is done once for about as many new connections: the idle ones cost
         // nothing, and rows that nobody needs come from new ones only.
         let flows = self.shared.registry.total();
         if flows - self.tidied > self.shared.registry.open_count() as u64 / 2 {
             self.tidied = flows;
-            self.programs.tidy()?;
+            let tidied = self.programs.tidy();
+            self.troubles.heed(Work::Tidying, tidied);
         }
-        let lost = self.programs.events_lost()?;
-        if lost > self.lost {
+        let retried = self.programs.retry();
+        self.troubles.heed(Work::Cgroups, retried);
+        let collected = self.programs.collect_refusals(false);
+        self.troubles.heed(Work::Refusals, collected);
+        let counted = self.programs.events_lost();
+        if let Some(lost) = self.troubles.heed(Work::Counters, counted)
+            && lost > self.lost
+        {
             // A refusal that is not told is in the kernel's counters. A listener that is not told would never be attested.
             tracing::warn!(events = lost - self.lost, "the kernel had more to tell than its buffer holds");
             self.lost = lost;
-            self.look_at_listeners()?;
+            self.listeners_due = true;
         }
-        self.close_old_connections();
-        Ok(())
+        if self.listeners_due {
+            self.look_at_listeners();
+        }
+        match self.old_due {
+            true => self.look_for_old_connections(),
+            false => self.close_old_connections(),
+        }
     }
 
     fn answer(&self, request: Request) -> serde_json::Value {

@@ -1,14 +1,27 @@
 //! Audit records of what the kernel programs did by themselves.
 
 use crate::audit::{Bytes, Decision, End, Method, Process, Record};
-use crate::intercept::{Direction, socket_address};
+use crate::intercept::{Direction, Refused, socket_address};
 use crate::policy::Policy;
 use crate::refusal::Culprit;
-use time::OffsetDateTime;
+use time::{Duration, OffsetDateTime};
 use wimsey_common::*;
 
-/// A connection or datagram that was refused.
-pub(super) fn refused(event: &Event, policy: &Policy) -> Record {
+/// Connections or datagrams that were refused.
+pub(super) fn refused(refused: &Refused, policy: &Policy) -> Record {
+    let Refused { event, count, age, last_age } = refused;
+    let ago = |age: u64| OffsetDateTime::now_utc() - Duration::nanoseconds(i64::try_from(age).unwrap_or(i64::MAX));
+    let mut record = refusal(event, policy);
+    if event.destination_port == 0 && event.destination == [0; 16] {
+        record.reason.to_mut().push_str(" (too many destinations in one second to name each)");
+    }
+    if *count == 1 {
+        return record;
+    }
+    Record { time: ago(*age), count: *count, last: Some(ago(*last_age)), ..record }
+}
+
+fn refusal(event: &Event, policy: &Policy) -> Record {
     let (culprit, code, reason) = match event.reason {
         REASON_NO_IDENTITY => (
             Culprit::Policy,
@@ -24,6 +37,12 @@ pub(super) fn refused(event: &Event, policy: &Policy) -> Record {
             Culprit::Host,
             "map-full",
             "a map of the kernel programs is full: fewer connections, or an agent with larger maps",
+        ),
+        REASON_QUOTA => (
+            Culprit::Host,
+            "quota",
+            "this user has as many connections through the agent as one user may have, a quarter of all: close some, or run \
+             workloads under users of their own",
         ),
         REASON_GUARD => (
             Culprit::Host,
@@ -64,6 +83,8 @@ fn record(
     let expected = policy.expected(destination).map(ToString::to_string);
     Record {
         time: OffsetDateTime::now_utc(),
+        count: 1,
+        last: None,
         flow: 0,
         direction: direction(event),
         protocol: if event.protocol == 17 { "udp" } else { "tcp" },

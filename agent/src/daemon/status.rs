@@ -71,6 +71,7 @@ pub(super) fn status(control: &Control) -> Status {
         all.next_update = std::cmp::min(&all.next_update, &list.next_update).clone();
         all.over |= list.over;
     }
+    let taken = shared.admission.taken();
     Status {
         agent: Agent {
             version: env!("CARGO_PKG_VERSION").into(),
@@ -117,7 +118,15 @@ pub(super) fn status(control: &Control) -> Status {
             Err(_) => BTreeMap::new(),
         },
         tables: tables(control),
-        connections: ConnectionCount { open: shared.registry.open_count(), total: shared.registry.total() },
+        troubles: control.troubles.status(text),
+        connections: ConnectionCount {
+            open: shared.registry.open_count(),
+            total: shared.registry.total(),
+            limit: shared.config.limits.connections,
+            outbound: taken.outbound,
+            inbound: taken.inbound,
+            unproven: taken.unproven,
+        },
     }
 }
 

@@ -2,7 +2,7 @@
 //!
 //! Two steps: which registration entry is the process on this host's end ([`attest`]), and the credential of that entry
 //! ([`provider`]). A process without an entry is no failure of this room: it says so in its own way
-//! ([`Error::is_unknown`]), and the pipeline relays or refuses by where the connection goes.
+//! ([`Error::is_unknown`]), and the pipeline says why that is refused by where the connection goes.
 //!
 //! *Invariant:* `Parties` are only made here, with a credential that is valid now and belongs to the attested workload;
 //! the agent has no identity of its own to put on the wire (R58).

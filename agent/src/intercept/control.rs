@@ -14,19 +14,22 @@ use super::{
     install::{self, Classes, KernelFacts, Rows},
     layout, owners,
     programs::{self, Loaded, Readers, ToTracing},
+    refusals::{Refusals, Refused},
     registry::Commands,
     tables::{Tables, map_error, tuple_key},
+    work::Work,
 };
 use crate::sys::{self, bpf};
 use aya::maps::{MapData, PerCpuArray, RingBuf};
 use aya_log::EbpfLogger;
 use std::{
-    collections::{HashSet, VecDeque},
+    collections::{HashMap, HashSet, VecDeque},
     io,
     net::SocketAddr,
     os::fd::{AsFd, OwnedFd},
     path::PathBuf,
     sync::{Arc, atomic::AtomicU64},
+    time::Duration,
 };
 use tokio::io::unix::AsyncFd;
 use wimsey_common::*;
@@ -54,6 +57,10 @@ pub struct Programs {
     shards: u32,
     facts: Option<Arc<dyn KernelFacts>>,
     classes: Classes,
+    /// Cgroups whose rows could not be written.
+    unclassified: HashMap<u64, Cgroup>,
+    /// Something has just failed: it is not tried again in the same breath.
+    resting: bool,
     generation: u32,
     /// Addresses that policy protects whether or not anybody listens.
     pub(super) protected: HashSet<ProtectedKey>,
@@ -65,23 +72,30 @@ pub struct Programs {
     /// Wakes when there are events, or changes of the cgroup tree; made on the runtime that waits first.
     wakers: Option<[AsyncFd<OwnedFd>; 2]>,
     counters: PerCpuArray<MapData, u64>,
+    refusals: Refusals,
     log: Option<EbpfLogger<ToTracing>>,
     pub(super) notices: VecDeque<Notice>,
     covered: PathBuf,
     _locks: [OwnedFd; 2],
 }
 
+/// How long what has failed is left alone.
+const REST: Duration = Duration::from_millis(100);
+
 /// Something that the daemon should know.
-#[derive(Clone, Copy, Debug)]
+#[derive(Debug)]
 pub enum Notice {
-    /// The kernel has refused something by itself.
-    Refused(Event),
+    /// The kernel has refused something by itself, once or many times.
+    Refused(Refused),
     /// Something passed by a named bypass.
     Bypassed(Event),
     /// Somebody listens, or holds what was left alone. It is to be judged, and [`Programs::set_listener_mode`] called.
     Listening(Listening),
     /// The socket with this cookie listens no more.
     Closed(u64),
+    /// Something does not work. It is tried again: cgroups by [`Programs::retry`], listeners by [`Programs::listeners`], all
+    /// else by itself.
+    Trouble(Work, Error),
 }
 
 /// A connection from before the agent, between this host's programs and what is protected now.
@@ -118,6 +132,12 @@ impl Programs {
         let tables = Tables::open(&host.pins, &host.shared_pin(map::SERVED))?;
         let config = tables.config.get(&0).map_err(map_error(map::CONFIG))?;
         let generation = config.filter(|config| config.abi == ABI).map_or(0, |config| config.generation);
+        for by in [QUOTA_BY_PROGRAMS, QUOTA_BY_AGENT] {
+            let row = QuotaKey { uid: ANY, what: QUOTA_FLOWS, by };
+            if tables.quotas.get(&row).map_err(map_error(map::QUOTAS))?.is_none() {
+                tables.quotas.put(&row, &0, bpf::NEW).map_err(map_error(map::QUOTAS))?;
+            }
+        }
         // What an agent that was killed in the middle has left.
         install::sweep(&tables, |of| of == generation)?;
         let layout = layout::running();
@@ -143,6 +163,7 @@ impl Programs {
             .collect();
         let cgroups = Cgroups::watch(&host.cgroup2)?;
         let protected = tables.protected.keys().map_err(map_error(map::PROTECTED))?.into_iter().collect();
+        let refusals = Refusals::adopt(&tables.refusals)?;
         let programs = Self {
             covered: host.cgroup2.join(options.cgroup.strip_prefix("/").unwrap_or(&options.cgroup)),
             host,
@@ -153,6 +174,8 @@ impl Programs {
             shards,
             facts: None,
             classes: Classes::default(),
+            unclassified: HashMap::new(),
+            resting: false,
             generation,
             protected,
             layout,
@@ -160,6 +183,7 @@ impl Programs {
             events,
             wakers: None,
             counters,
+            refusals,
             log,
             notices: VecDeque::new(),
             _locks: [lock, pins_lock],
@@ -177,7 +201,9 @@ impl Programs {
     ///
     /// Listeners keep their modes; see [`Programs::listeners`] for attesting their owners again.
     pub fn install(&mut self, facts: Arc<dyn KernelFacts>) -> Result<u32, Error> {
-        self.watch_cgroups()?;
+        // What cannot be told of the policy before is told of this one, or refuses it.
+        let watched = self.watch_cgroups();
+        self.heed(Work::Cgroups, watched);
         let generation = self.generation.checked_add(1).unwrap_or(1);
         let rows = Rows::of(facts.as_ref(), generation, &self.cgroups.all(), install::source_for);
         let in_force = self.generation;
@@ -205,6 +231,8 @@ impl Programs {
         }
         self.generation = generation;
         self.classes = rows.classes;
+        // All that were known are in its rows.
+        self.unclassified.clear();
         self.facts = Some(facts);
         let before = std::mem::replace(&mut self.protected, protected);
         // From here on the new policy is in force, and what cannot be tidied up is only a loss of room.
@@ -252,31 +280,71 @@ impl Programs {
 
     /// The next thing that the daemon should know. Cgroups that appear are classified on the way. Cancel safe.
     ///
+    /// It never fails: what goes wrong on the way is a [`Notice::Trouble`].
+    ///
     /// When [`Programs::events_lost`] has risen, something was not told: [`Programs::listeners`] then finds what listens.
-    pub async fn notice(&mut self) -> Result<Notice, Error> {
+    pub async fn notice(&mut self) -> Notice {
         loop {
             // Only then is more read: in a flood the ring buffer fills and events are counted as lost, not hoarded here.
             if let Some(notice) = self.notices.pop_front() {
-                return Ok(notice);
+                return notice;
             }
-            self.watch_cgroups()?;
-            self.read_events()?;
-            if !self.notices.is_empty() {
-                continue;
+            if self.resting {
+                tokio::time::sleep(REST).await;
+                self.resting = false;
             }
-            let failed = || "waiting for events of the kernel programs".into();
-            let [events, cgroups] = match &mut self.wakers {
-                Some(wakers) => wakers,
-                none => none.insert([
-                    sys::readable(self.events.as_fd()).during(failed)?,
-                    sys::readable(self.cgroups.as_fd()).during(failed)?,
-                ]),
-            };
-            tokio::select! {
-                ready = events.readable() => ready.during(failed)?.clear_ready(),
-                ready = cgroups.readable() => ready.during(failed)?.clear_ready(),
+            let watched = self.watch_cgroups();
+            self.heed(Work::Cgroups, watched);
+            self.read_events();
+            if self.notices.is_empty() {
+                let woken = self.wait().await;
+                self.heed(Work::Events, woken);
             }
         }
+    }
+
+    async fn wait(&mut self) -> Result<(), Error> {
+        let failed = || "waiting for events of the kernel programs".into();
+        let [events, cgroups] = match &mut self.wakers {
+            Some(wakers) => wakers,
+            none => none.insert([
+                sys::readable(self.events.as_fd()).during(failed)?,
+                sys::readable(self.cgroups.as_fd()).during(failed)?,
+            ]),
+        };
+        tokio::select! {
+            ready = events.readable() => ready.during(failed)?.clear_ready(),
+            ready = cgroups.readable() => ready.during(failed)?.clear_ready(),
+        }
+        Ok(())
+    }
+
+    /// Makes a notice of what has failed.
+    fn heed(&mut self, work: Work, outcome: Result<(), Error>) {
+        if let Err(error) = outcome {
+            self.resting = true;
+            self.notices.push_back(Notice::Trouble(work, error));
+        }
+    }
+
+    /// Tries again to tell the kernel programs of the cgroups for which there was no room. Until then nobody knows them.
+    pub fn retry(&mut self) -> Result<(), Error> {
+        let again: Vec<Cgroup> = std::mem::take(&mut self.unclassified).into_values().collect();
+        self.classify(&again)
+    }
+
+    /// A notice that is here already.
+    pub fn waiting(&mut self) -> Option<Notice> {
+        self.notices.pop_front()
+    }
+
+    /// Passes on what the kernel has refused and not told one by one, as notices; to be called now and then. `last`: this agent
+    /// ends, and the next shall not pass on the same again.
+    pub fn collect_refusals(&mut self, last: bool) -> Result<(), Error> {
+        self.read_events();
+        let found = self.refusals.collect(last)?;
+        self.notices.extend(found.into_iter().map(Notice::Refused));
+        Ok(())
     }
 
     /// Connections that were open before, between this host's programs and mesh destinations or from protected listeners,
@@ -318,7 +386,7 @@ impl Programs {
             let young = |origin: &Origin| owners::now().saturating_sub(origin.task.at) < 60_000_000_000;
             if !alive.contains(&cookie)
                 && self.tables.flows.get(&cookie).map_err(&full)?.is_some_and(|origin| !young(&origin))
-                && self.tables.flows.remove(&cookie).map_err(&full)?
+                && self.tables.forget_flow(cookie).map_err(&full)?
             {
                 gone += 1;
             }
@@ -351,7 +419,7 @@ impl Programs {
         self.tables.config.put(&0, &config, bpf::ANY).map_err(map_error(map::CONFIG))
     }
 
-    fn read_events(&mut self) -> Result<(), Error> {
+    fn read_events(&mut self) {
         if let Some(log) = &mut self.log {
             log.flush();
         }
@@ -361,30 +429,42 @@ impl Programs {
         }
         for event in events {
             match event.kind {
-                EVENT_REFUSED => self.notices.push_back(Notice::Refused(event)),
+                EVENT_REFUSED => self.notices.extend(self.refusals.told(&event).map(Notice::Refused)),
                 EVENT_BYPASSED => self.notices.push_back(Notice::Bypassed(event)),
-                EVENT_LISTENING | EVENT_HELD => self.somebody_listens(&event)?,
+                EVENT_LISTENING | EVENT_HELD => {
+                    let seen = self.somebody_listens(&event);
+                    self.heed(Work::Listeners, seen);
+                }
                 EVENT_CLOSED => self.somebody_closed(&event),
-                EVENT_UNKNOWN_CGROUP => self.classify_unknown(event.task.cgroup)?,
+                EVENT_UNKNOWN_CGROUP => {
+                    let known = self.classify_unknown(event.task.cgroup);
+                    self.heed(Work::Cgroups, known);
+                }
                 _ => {}
             }
         }
-        Ok(())
     }
 
     fn watch_cgroups(&mut self) -> Result<(), Error> {
         let changes = self.cgroups.changes()?;
         let generation = self.generation;
+        let mut removed = Ok(());
         for id in changes.removed {
+            self.unclassified.remove(&id);
             let key = CgroupKey { generation, pad: 0, cgroup: id };
-            self.tables.cgroups.remove(&key).map_err(map_error(map::CGROUPS))?;
+            if let Err(error) = self.tables.cgroups.remove(&key) {
+                removed = Err(map_error(map::CGROUPS)(error));
+            }
         }
-        self.classify(&changes.made)
+        self.classify(&changes.made).and(removed)
     }
 
     fn classify_unknown(&mut self, id: u64) -> Result<(), Error> {
         let key = CgroupKey { generation: self.generation, pad: 0, cgroup: id };
-        if self.tables.cgroups.get(&key).map_err(map_error(map::CGROUPS))?.is_some() {
+        // Of one for which there was no room is told again with each call of its programs: the next tick is soon enough.
+        if self.unclassified.contains_key(&id)
+            || self.tables.cgroups.get(&key).map_err(map_error(map::CGROUPS))?.is_some()
+        {
             return Ok(());
         }
         let made = self.cgroups.rescan();
@@ -396,9 +476,16 @@ impl Programs {
 
     fn classify(&mut self, cgroups: &[Cgroup]) -> Result<(), Error> {
         let Some(facts) = self.facts.clone().filter(|_| self.classes.wanted()) else { return Ok(()) };
-        cgroups
-            .iter()
-            .try_for_each(|cgroup| self.classes.classify(facts.as_ref(), self.generation, cgroup).write(&self.tables))
+        let mut outcome = Ok(());
+        for cgroup in cgroups {
+            let rows = self.classes.classify(facts.as_ref(), self.generation, cgroup);
+            if let Err(error) = rows.write(&self.tables) {
+                self.classes.forget(&rows, &self.tables);
+                self.unclassified.insert(cgroup.id, cgroup.clone());
+                outcome = Err(error);
+            }
+        }
+        outcome
     }
 
     fn is_leg(&self, socket: &Socket) -> Result<bool, Error> {

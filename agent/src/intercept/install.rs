@@ -46,6 +46,8 @@ impl KernelFacts for Policy {
 #[derive(Debug, Default)]
 pub(super) struct Classes {
     numbers: HashMap<Vec<u32>, u32>,
+    /// Numbers that were given: those of a class that was forgotten are not given again.
+    given: u32,
     wanted: bool,
 }
 
@@ -54,6 +56,8 @@ pub(super) struct Classes {
 pub(super) struct ClassRows {
     cgroup: Option<(CgroupKey, u32)>,
     candidates: Vec<(CandidateKey, Candidate)>,
+    /// The class that these rows make.
+    makes: Option<Vec<u32>>,
 }
 
 impl Classes {
@@ -70,14 +74,28 @@ impl Classes {
             Some(class) => *class,
             None if set.is_empty() => CLASS_NONE,
             None => {
-                let class = u32::try_from(self.numbers.len()).unwrap_or(u32::MAX - 1) + 1;
+                self.given = self.given.saturating_add(1);
+                let class = self.given;
                 rows.candidates = candidate_rows(facts, generation, class, &set);
+                rows.makes = Some(set.clone());
                 self.numbers.insert(set, class);
                 class
             }
         };
         rows.cgroup = Some((CgroupKey { generation, pad: 0, cgroup: cgroup.id }, class));
         rows
+    }
+
+    /// Forgets the class that these rows were to make, since they could not be written: without all of its rows it would be
+    /// one of programs that nobody enrolled.
+    pub fn forget(&mut self, rows: &ClassRows, tables: &Tables) {
+        if let Some(set) = &rows.makes {
+            self.numbers.remove(set);
+            for (key, _) in &rows.candidates {
+                // Nobody looks for what stays.
+                let _ = tables.candidates.remove(key);
+            }
+        }
     }
 }
 
@@ -114,7 +132,7 @@ impl Rows {
         source: impl Fn(IpAddr) -> Option<IpAddr>,
     ) -> Self {
         let policy = facts.kernel();
-        let mut classes = Classes { numbers: HashMap::new(), wanted: policy.cgroup_classes };
+        let mut classes = Classes { numbers: HashMap::new(), given: 0, wanted: policy.cgroup_classes };
         let of_cgroups = if policy.cgroup_classes {
             cgroups.iter().map(|cgroup| classes.classify(facts, generation, cgroup)).collect()
         } else {

@@ -24,9 +24,11 @@ mod install;
 mod layout;
 mod owners;
 mod programs;
+mod refusals;
 mod registry;
 mod room;
 mod tables;
+mod work;
 
 pub use control::{Notice, OldConnection, Options, Programs};
 #[cfg(test)]
@@ -36,9 +38,11 @@ pub use error::{Error, Holder};
 pub use host::{Finding, findings, hold_against_host};
 pub use install::KernelFacts;
 pub use programs::release;
+pub use refusals::Refused;
 pub use registry::{Held, Listening, holders};
 pub use room::{Room, Rooms};
 pub use tables::{address, canonical, ip, listener_key, socket_address};
+pub use work::Work;
 
 use std::{fmt, net::SocketAddr};
 use wimsey_common::Task;

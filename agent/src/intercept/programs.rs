@@ -24,7 +24,7 @@ use std::{
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
 };
-use wimsey_common::map;
+use wimsey_common::{QUOTA_SHARE, map};
 
 /// The kernel programs, compiled. Empty where they were not built.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/wimsey-ebpf"));
@@ -99,7 +99,13 @@ impl Loaded {
         if OBJECT.is_empty() {
             return Err(Error::NoObject);
         }
+        // What is pinned is adopted as it is, and else there are as many rows as are asked for, or built in.
+        let asked = sizes.iter().find(|(map, _)| *map == map::FLOWS).map(|(_, rows)| *rows);
+        let share = rows_of(&host.pins.join(map::FLOWS))?.or(asked).map(|rows| rows.div_ceil(QUOTA_SHARE));
         let mut loader = EbpfLoader::new();
+        if let Some(share) = &share {
+            loader.override_global("FLOWS_PER_UID", share, true);
+        }
         loader.default_map_pin_directory(&host.pins);
         loader.map_max_entries(LOG.0, LOG.1);
         // Which namespaces have an agent is known to all agents of the host.

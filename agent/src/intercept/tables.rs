@@ -28,6 +28,8 @@ pub(super) struct Tables {
     pub sockets: Table<u64, Socket>,
     pub protected: Table<ProtectedKey, u32>,
     pub served: Table<u64, u32>,
+    pub quotas: Table<QuotaKey, u64>,
+    pub refusals: Table<RefusalKey, Refusal>,
     pub inbound: Table<u32, u32>,
     pub outbound: Table<u32, u32>,
 }
@@ -52,9 +54,24 @@ impl Tables {
             sockets: table(pins, map::SOCKETS)?,
             protected: table(pins, map::PROTECTED)?,
             served: Table::open(served).map_err(|error| Error::Map { map: map::SERVED, error })?,
+            quotas: table(pins, map::QUOTAS)?,
+            refusals: table(pins, map::REFUSALS)?,
             inbound: table(pins, map::INBOUND)?,
             outbound: table(pins, map::OUTBOUND)?,
         })
+    }
+
+    /// Takes away the row of a socket that is gone, and gives it back to its user. Says whether there was one.
+    pub fn forget_flow(&self, cookie: u64) -> io::Result<bool> {
+        let Some(origin) = self.flows.take(&cookie)? else { return Ok(false) };
+        let key = |uid, by| QuotaKey { uid, what: QUOTA_FLOWS, by };
+        let uid = match self.quotas.get(&key(origin.task.uid, QUOTA_BY_PROGRAMS))? {
+            Some(_) => origin.task.uid,
+            None => ANY,
+        };
+        let given = self.quotas.get(&key(uid, QUOTA_BY_AGENT))?.unwrap_or(0);
+        self.quotas.put(&key(uid, QUOTA_BY_AGENT), &(given + 1), crate::sys::bpf::ANY)?;
+        Ok(true)
     }
 }
 

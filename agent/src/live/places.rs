@@ -1,4 +1,4 @@
-//! How many connections there may be: each flow takes a place when its walk begins and gives it back at its end.
+//! How many connections may wait for another use: each takes a place when it begins to wait.
 //!
 //! *Invariant:* never more places are taken than there are, whatever the number of shards.
 

@@ -36,7 +36,7 @@ pub struct Pipe {
 
 /// How the bytes of a pipe are protected on the network.
 pub(crate) enum Lane {
-    /// Not at all: permissive inbound, bypass, and what is left alone.
+    /// Not at all: permissive inbound.
     Plain,
     /// By this process.
     User(Box<UserKeys>),

@@ -137,6 +137,8 @@ impl<'a> Attempt<'a> {
     fn close(self, decision: Decision, stage: &'static str, end: Ending) {
         let record = Record {
             time: self.time,
+            count: 1,
+            last: None,
             flow: self.flow,
             direction: self.direction,
             protocol: "tcp",

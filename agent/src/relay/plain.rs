@@ -1,4 +1,4 @@
-//! Bytes as they are: permissive listeners, named bypasses, and what is left alone.
+//! Bytes as they are: permissive listeners.
 //!
 //! *Invariant:* a plain pipe is made only where policy said so; nothing falls back to this lane.
 

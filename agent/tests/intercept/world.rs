@@ -17,7 +17,7 @@ use std::{
     time::Duration,
 };
 use wimsey::{
-    intercept::{Door, Error, KernelFacts, Notice, Options, Programs},
+    intercept::{Door, Error, KernelFacts, Notice, Options, Programs, Refused},
     policy::{KernelCandidate, KernelDestination, KernelPolicy, KernelVerdict},
 };
 use wimsey_common::*;
@@ -70,6 +70,8 @@ pub struct Facts {
     pub cgroup: String,
     /// They have to be attested first.
     pub ask: bool,
+    /// Users of them that are; empty for all.
+    pub uids: Vec<u32>,
 }
 
 impl KernelFacts for Facts {
@@ -81,7 +83,11 @@ impl KernelFacts for Facts {
     }
     fn candidates(&self, set: &[u32]) -> Vec<KernelCandidate> {
         let workload = if self.ask { 0 } else { WORKLOAD };
-        set.iter().map(|_| KernelCandidate { uid: None, gid: None, workload }).collect()
+        let uids = match self.uids.as_slice() {
+            [] => vec![None],
+            uids => uids.iter().copied().map(Some).collect(),
+        };
+        set.iter().flat_map(|_| uids.iter().map(|uid| KernelCandidate { uid: *uid, gid: None, workload })).collect()
     }
 }
 
@@ -99,7 +105,7 @@ impl Facts {
             cgroup_classes: true,
             ..KernelPolicy::default()
         };
-        Self { policy, cgroup: cgroup.into(), ask: false }
+        Self { policy, cgroup: cgroup.into(), ask: false, uids: Vec::new() }
     }
 
     pub fn verdict(mut self, destination: u32, protocol: u32, action: u32) -> Self {
@@ -212,7 +218,7 @@ impl World {
         let mut programs = self.programs.take().unwrap();
         let found = self.run(async {
             loop {
-                let notice = programs.notice().await.unwrap();
+                let notice = programs.notice().await;
                 if let Some(found) = wanted(&notice) {
                     return found;
                 }
@@ -228,7 +234,7 @@ impl World {
         let _ = self.runtime.block_on(async {
             tokio::time::timeout(time, async {
                 loop {
-                    programs.notice().await.unwrap();
+                    programs.notice().await;
                 }
             })
             .await
@@ -236,10 +242,31 @@ impl World {
         self.programs = Some(programs);
     }
 
+    /// All that the kernel has refused and nobody has heard of yet.
+    pub fn refusals(&mut self) -> Vec<Refused> {
+        let mut found = Vec::new();
+        for _ in 0..2 {
+            let mut programs = self.programs.take().unwrap();
+            let _ = self.runtime.block_on(async {
+                tokio::time::timeout(Duration::from_millis(100), async {
+                    loop {
+                        if let Notice::Refused(refused) = programs.notice().await {
+                            found.push(refused);
+                        }
+                    }
+                })
+                .await
+            });
+            programs.collect_refusals(false).unwrap();
+            self.programs = Some(programs);
+        }
+        found
+    }
+
     /// The next refusal by the kernel.
     pub fn refusal(&mut self) -> Event {
         self.notice(|notice| match notice {
-            Notice::Refused(event) => Some(*event),
+            Notice::Refused(refused) => Some(refused.event),
             _ => None,
         })
     }
@@ -249,6 +276,11 @@ impl World {
         self.client_in(&self.cgroup, script)
     }
 
+    /// Starts a client in the world's cgroup, as this user.
+    pub fn client_of(&self, uid: u32, script: &str) -> Client {
+        Client::start(&self.cgroup, &format!("setpriv --reuid={uid} --clear-groups"), script)
+    }
+
     /// Starts a client outside it: a program without an identity.
     pub fn stranger(&self, script: &str) -> Client {
         self.client_in(&self.cgroup.join("outside"), script)
@@ -256,7 +288,7 @@ impl World {
 
     /// Starts a client in this cgroup.
     pub fn client_in(&self, cgroup: &Path, script: &str) -> Client {
-        Client::start(cgroup, script)
+        Client::start(cgroup, "", script)
     }
 }
 
@@ -296,12 +328,15 @@ pub struct Client {
 }
 
 impl Client {
-    fn start(cgroup: &Path, script: &str) -> Self {
+    fn start(cgroup: &Path, as_whom: &str, script: &str) -> Self {
         let exe = std::env::current_exe().unwrap();
         let join = format!("echo $$ > {}/cgroup.procs", cgroup.display());
         let mut child = Command::new("sh")
             .arg("-c")
-            .arg(format!("{join} && exec {} the_client_role --exact --nocapture --test-threads=1", exe.display()))
+            .arg(format!(
+                "{join} && exec {as_whom} {} the_client_role --exact --nocapture --test-threads=1",
+                exe.display()
+            ))
             .env("WIMSEY_TEST_CLIENT", script)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())

@@ -469,6 +469,91 @@ pub struct Event {
     pub destination_port: u16,
     /// Number of the destination entry.
     pub destination_id: u32,
+    /// A refusal: how many there were of its kind up to this one, its row's [`Refusal::total`].
+    pub total: u64,
+    /// A refusal: how many it stands for, itself included.
+    pub repeats: u32,
+    /// Always zero.
+    pub pad: u32,
+}
+
+/// Key of `QUOTAS`: how many rows of a table a user has. The value is a number; what the agent gives back is counted in a row
+/// of its own. The agent makes the row of [`ANY`], for users who came when the map was full.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct QuotaKey {
+    /// Real user id.
+    pub uid: u32,
+    /// One of the `QUOTA_` tables.
+    pub what: u32,
+    /// [`QUOTA_BY_PROGRAMS`] or [`QUOTA_BY_AGENT`].
+    pub by: u32,
+}
+
+/// Rows of `FLOWS`.
+pub const QUOTA_FLOWS: u32 = 1;
+/// What the programs have taken and given back.
+pub const QUOTA_BY_PROGRAMS: u32 = 0;
+/// What the agent has given back.
+pub const QUOTA_BY_AGENT: u32 = 1;
+/// One user may have a table's rows divided by this.
+pub const QUOTA_SHARE: u32 = 4;
+
+/// Key of `REFUSALS`: refusals that are one to whoever reads of them. Where a user has had more kinds of refusals in a second
+/// than are told one by one, or the map is full, address and port are zero and stand for all.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct RefusalKey {
+    /// Destination address as dialled; for a listener, the address that was dialled.
+    pub destination: Address,
+    /// Destination port.
+    pub destination_port: u32,
+    /// Real user id of the task, or owner of the socket.
+    pub uid: u32,
+    /// One of the `REASON_` codes.
+    pub reason: u32,
+    /// IPPROTO_TCP or IPPROTO_UDP.
+    pub protocol: u32,
+}
+
+/// Value of `REFUSALS`. The programs only ever add to `total`, so that no count is lost between them and the agent, which
+/// remembers how many of them it has written down.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Refusal {
+    /// How many there were.
+    pub total: u64,
+    /// How many of them an event has stood for.
+    pub told: u64,
+    /// `CLOCK_BOOTTIME` in nanoseconds of the last event.
+    pub told_at: u64,
+    /// `CLOCK_BOOTTIME` in nanoseconds of the last refusal.
+    pub last: u64,
+    /// Who was refused first.
+    pub task: Task,
+    /// Its source address as far as known.
+    pub source: Address,
+    /// Its source port.
+    pub source_port: u32,
+    /// Number of the destination entry.
+    pub destination_id: u32,
+}
+
+/// Nanoseconds within which a refusal of one kind is told once.
+pub const REFUSAL_INTERVAL: u64 = 1_000_000_000;
+/// Kinds of refusals that are told of one user in a [`REFUSAL_INTERVAL`]; what comes beyond is told without its destination.
+pub const REFUSALS_PER_UID: u32 = 32;
+
+/// Value of `ALLOWANCES` (by uid): how many kinds of refusals are still told of a user.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Allowance {
+    /// `CLOCK_BOOTTIME` in nanoseconds when the interval began.
+    pub since: u64,
+    /// How many were told in it.
+    pub used: u32,
+    /// Always zero.
+    pub pad: u32,
 }
 
 /// A connection, or a datagram, was refused.
@@ -508,6 +593,8 @@ pub const REASON_NEVER_ARRIVED: u32 = 10;
 pub const REASON_PROTOCOL: u32 = 11;
 /// An enrolled process in a network namespace without an agent dialled a mesh destination of this one.
 pub const REASON_NAMESPACE: u32 = 12;
+/// The user has as many rows of a map of the kernel programs as one user may have.
+pub const REASON_QUOTA: u32 = 16;
 
 /// Indices into the per-CPU array `COUNTERS`, all counted in connections or packets since the maps were made.
 pub mod counter {
@@ -521,7 +608,7 @@ pub mod counter {
     pub const REFUSED_NO_IDENTITY: u32 = 3;
     /// Connections refused at `connect`: not allowed.
     pub const REFUSED_NOT_ALLOWED: u32 = 4;
-    /// Connections refused at `connect`: a map was full.
+    /// Connections refused at `connect`: a map was full, or the user's share of it.
     pub const REFUSED_MAP_FULL: u32 = 5;
     /// SYN packets that the egress guard dropped.
     pub const GUARD_DROPPED: u32 = 6;
@@ -591,6 +678,12 @@ pub mod map {
     pub const INBOUND: &str = "INBOUND";
     /// `PerCpuArray<u64>` of [`counter::COUNT`](super::counter::COUNT) entries.
     pub const COUNTERS: &str = "COUNTERS";
+    /// `HashMap<QuotaKey, u64>`.
+    pub const QUOTAS: &str = "QUOTAS";
+    /// `HashMap<RefusalKey, Refusal>`: what was refused, counted by its kind.
+    pub const REFUSALS: &str = "REFUSALS";
+    /// `LruHashMap<u32, Allowance>` by uid.
+    pub const ALLOWANCES: &str = "ALLOWANCES";
     /// `RingBuf` of [`Event`](super::Event)s.
     pub const EVENTS: &str = "EVENTS";
 }
@@ -615,7 +708,11 @@ const _: () = {
     assert!(core::mem::size_of::<ProtectedKey>() == 24);
     assert!(core::mem::size_of::<Socket>() == 144);
     assert!(core::mem::size_of::<Command>() == 96);
-    assert!(core::mem::size_of::<Event>() == 112);
+    assert!(core::mem::size_of::<Event>() == 128);
+    assert!(core::mem::size_of::<QuotaKey>() == 12);
+    assert!(core::mem::size_of::<RefusalKey>() == 32);
+    assert!(core::mem::size_of::<Refusal>() == 104);
+    assert!(core::mem::size_of::<Allowance>() == 16);
 };
 
 #[cfg(feature = "user")]
@@ -627,4 +724,5 @@ mod pod {
     macro_rules! pod { ($($type:ty),*) => { $( unsafe impl aya::Pod for $type {} )* } }
     pod!(Config, CgroupKey, CandidateKey, Candidate, DestinationKey, Destination, VerdictKey, Verdict, Task, Origin);
     pod!(TupleKey, Own, Leg, ListenerKey, Listeners, ProtectedKey, Socket, Command, Event);
+    pod!(RefusalKey, Refusal, Allowance, QuotaKey);
 }

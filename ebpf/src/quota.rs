@@ -1,0 +1,68 @@
+//! How much of a table one user may take: a quarter, so that nobody fills it alone.
+//!
+//! The programs count under the user's number, in one step each time, so that no count is lost. What the agent takes away it
+//! counts in a row of its own, to which nobody else writes. Where there is no room for another user, those that come then
+//! share one row.
+//!
+//! *Invariant:* whatever is taken is given back under the same user, once.
+
+use crate::{atomic::plus, maps::QUOTAS};
+use wimsey_common::*;
+
+/// Rows of `FLOWS` that one user may have. The agent puts in the number that fits the map.
+#[unsafe(no_mangle)]
+static FLOWS_PER_UID: u32 = 131_072 / 4;
+
+/// Takes a row of `FLOWS` for a user. False: the user has as many as one may have.
+#[inline(always)]
+pub fn take_flow(uid: u32) -> bool {
+    // SAFETY: the loader writes other bytes there, so that the compiler shall not know them.
+    let most = unsafe { (&raw const FLOWS_PER_UID).read_volatile() };
+    take(uid, QUOTA_FLOWS, most as u64)
+}
+
+/// Takes one of `most` rows for a user. False: the user has as many. Two CPUs at once may take one too many.
+#[inline(always)]
+pub fn take(uid: u32, what: u32, most: u64) -> bool {
+    let Some((row, by_agent)) = row(uid, what) else { return false };
+    // SAFETY: a row that the verifier has seen to be there.
+    unsafe {
+        // Less than nothing is nothing: the agent may have counted first what it takes away.
+        if (row.read_volatile().wrapping_sub(by_agent) as i64) >= most as i64 {
+            return false;
+        }
+        plus(row, 1);
+    }
+    true
+}
+
+/// Gives a row back.
+#[inline(always)]
+pub fn give(uid: u32, what: u32) {
+    if let Some((row, _)) = row(uid, what) {
+        // SAFETY: a row that the verifier has seen to be there.
+        unsafe { plus(row, u64::MAX) };
+    }
+}
+
+/// The count of a user, and what the agent has given back of it.
+#[inline(always)]
+fn row(uid: u32, what: u32) -> Option<(*mut u64, u64)> {
+    let mut key = QuotaKey { uid, what, by: QUOTA_BY_PROGRAMS };
+    let mut row = QUOTAS.get_ptr_mut(&key);
+    if row.is_none() {
+        let _ = QUOTAS.insert(&key, &0, BPF_NOEXIST);
+        row = QUOTAS.get_ptr_mut(&key);
+    }
+    if row.is_none() {
+        key.uid = ANY;
+        row = QUOTAS.get_ptr_mut(&key);
+    }
+    let row = row?;
+    key.by = QUOTA_BY_AGENT;
+    // SAFETY: one number, read once.
+    let by_agent = unsafe { QUOTAS.get(&key) }.map_or(0, |given| *given);
+    Some((row, by_agent))
+}
+
+const BPF_NOEXIST: u64 = 1;
