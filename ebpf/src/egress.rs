@@ -9,7 +9,7 @@
 use crate::{
     ALLOW, REFUSE,
     facts::*,
-    maps::{FLOWS, FOREIGN, OWN, VERDICTS},
+    maps::{FLOWS, FOREIGN, OWN},
     tell::{self, NOWHERE, count},
 };
 use aya_ebpf::{
@@ -152,7 +152,7 @@ pub fn guard(skb: *mut __sk_buff) -> i32 {
     event.cookie = cookie;
     event.destination = address;
     event.destination_port = port;
-    event.destination_id = found.id;
+    event.destination_id = found.target as u32;
     tell::send(&event);
     REFUSE
 }
@@ -190,16 +190,17 @@ fn connect(ctx: *mut bpf_sock_addr, dialled: Address, port: u16, family: u16) ->
     event.source_port = near_port;
     event.destination = address;
     event.destination_port = port;
-    let mut mode = 0;
+    let mut there = NOTHING;
     let mut hint = NOWHERE;
     if let Some(found) = found {
-        event.destination_id = found.id;
-        mode = found.mode;
+        event.destination_id = found.target as u32;
+        there = There::of(found, port);
         hint = found.source;
     }
     event.source = if is_any(&near) { hint } else { near };
 
-    let who = workload(config, event.task.uid, event.task.gid, event.task.cgroup);
+    let subject = workload(config, event.task.uid, event.task.gid, event.task.cgroup);
+    let who = subject.known();
     if who != ASK && who != UNKNOWN {
         event.task.workload = who;
     }
@@ -208,12 +209,12 @@ fn connect(ctx: *mut bpf_sock_addr, dialled: Address, port: u16, family: u16) ->
         tell::send(&event);
     }
     let listener = outbound_listener(config, cookie, !is_mapped(&address));
-    let mut verdict = judge(config, transport, mode, event.destination_id, who);
+    let mut verdict = judge(config, transport, &there, &subject);
     let mut agent = 0;
     if verdict.action == TURN {
         agent = agent_port(listener);
         if agent == 0 {
-            verdict = if who == UNKNOWN && mode != MODE_MESH {
+            verdict = if who == UNKNOWN && there.mode != MODE_MESH {
                 left_alone()
             } else {
                 refused(REASON_NO_AGENT, counter::REFUSED_NO_AGENT)
@@ -243,46 +244,65 @@ fn connect(ctx: *mut bpf_sock_addr, dialled: Address, port: u16, family: u16) ->
     }
 }
 
+/// What is at the address dialled: the words of [`Destination`] that decide.
+struct There {
+    mode: u32,
+    port: u16,
+    target: u64,
+    group: u64,
+    datagrams: u64,
+}
+
+/// No destination entry covers it.
+const NOTHING: There = There { mode: 0, port: 0, target: 0, group: 0, datagrams: 0 };
+
+impl There {
+    #[inline(always)]
+    fn of(found: &Destination, port: u16) -> Self {
+        let Destination { mode, target, group, datagrams, .. } = *found;
+        Self { mode, port, target, group, datagrams }
+    }
+}
+
 /// The decision, from the facts alone.
 #[inline(always)]
-fn judge(config: &Config, transport: u32, mode: u32, destination: u32, who: u32) -> Verdicted {
+fn judge(config: &Config, transport: u32, there: &There, subject: &Who) -> Verdicted {
     if transport == IPPROTO_UDP {
-        return datagram(config, mode, destination, who);
+        return datagram(config, there, subject);
     }
+    let who = subject.known();
     if who == ASK || who == UNKNOWN {
         return turned();
     }
-    if mode == MODE_MESH {
-        if who == NOT_ENROLLED {
-            return refused(REASON_NO_IDENTITY, counter::REFUSED_NO_IDENTITY);
-        }
-        return match verdict(config, who, destination, IPPROTO_TCP) {
-            Some(row) if row.action == VERDICT_MESH => turned(),
-            Some(row) if row.action == VERDICT_BYPASS => bypassed(row.rule, counter::BYPASSED),
-            _ => refused(REASON_NOT_ALLOWED, counter::REFUSED_NOT_ALLOWED),
+    if who == NOT_ENROLLED {
+        return if there.mode == MODE_MESH {
+            refused(REASON_NO_IDENTITY, counter::REFUSED_NO_IDENTITY)
+        } else {
+            left_alone()
         };
     }
-    if who == NOT_ENROLLED {
-        return left_alone();
-    }
-    match verdict(config, who, destination, IPPROTO_TCP) {
-        Some(row) if row.action == VERDICT_BYPASS => bypassed(row.rule, counter::BYPASSED),
-        _ => refused(REASON_NOT_ALLOWED, counter::REFUSED_NOT_ALLOWED),
+    let row = verdict(config, subject, there.target, there.group, there.port, IPPROTO_TCP);
+    if row.action == VERDICT_MESH && there.mode == MODE_MESH {
+        turned()
+    } else if row.action == VERDICT_BYPASS {
+        bypassed(row.rule, counter::BYPASSED)
+    } else {
+        refused(REASON_NOT_ALLOWED, counter::REFUSED_NOT_ALLOWED)
     }
 }
 
 /// The decision for UDP: only an enrolled workload's datagrams to a mesh destination are anybody's business.
 #[inline(always)]
-fn datagram(config: &Config, mode: u32, destination: u32, who: u32) -> Verdicted {
-    if mode != MODE_MESH || who == NOT_ENROLLED {
+fn datagram(config: &Config, there: &There, subject: &Who) -> Verdicted {
+    let who = subject.known();
+    if there.mode != MODE_MESH || who == NOT_ENROLLED {
         return left_alone();
     }
-    if who != ASK
-        && who != UNKNOWN
-        && let Some(row) = verdict(config, who, destination, IPPROTO_UDP)
-        && row.action == VERDICT_BYPASS
-    {
-        return bypassed(row.rule, counter::UDP_ALLOWED);
+    if who != ASK && who != UNKNOWN && there.datagrams != 0 {
+        let row = verdict(config, subject, there.datagrams, 0, 0, IPPROTO_UDP);
+        if row.action == VERDICT_BYPASS {
+            return bypassed(row.rule, counter::UDP_ALLOWED);
+        }
     }
     refused(REASON_UDP, counter::UDP_REFUSED)
 }
@@ -303,8 +323,9 @@ fn sendmsg(ctx: *mut bpf_sock_addr, dialled: Address, port: u16) -> i32 {
     }
     let mut event = tell::event(EVENT_REFUSED, REASON_UDP, IPPROTO_UDP);
     event.task = task();
-    let who = workload(config, event.task.uid, event.task.gid, event.task.cgroup);
-    let verdict = datagram(config, found.mode, found.id, who);
+    let subject = workload(config, event.task.uid, event.task.gid, event.task.cgroup);
+    let who = subject.known();
+    let verdict = datagram(config, &There::of(found, port), &subject);
     if verdict.action == PASS {
         if verdict.kind != 0 {
             count(verdict.counter);
@@ -320,7 +341,7 @@ fn sendmsg(ctx: *mut bpf_sock_addr, dialled: Address, port: u16) -> i32 {
     event.source_port = near_port;
     event.destination = address;
     event.destination_port = port;
-    event.destination_id = found.id;
+    event.destination_id = found.target as u32;
     count(counter::UDP_REFUSED);
     tell::send(&event);
     if who == UNKNOWN {
@@ -365,12 +386,6 @@ pub fn turned_to(cookie: u64, address: &Address, port: u16) -> Option<&'static O
 fn turned_before(config: &Config, cookie: u64, address: &Address, port: u16) -> bool {
     turned_to(cookie, address, port).is_some()
         && agent_port(outbound_listener(config, cookie, !is_mapped(address))) == port
-}
-
-#[inline(always)]
-fn verdict(config: &Config, workload: u32, destination: u32, protocol: u32) -> Option<&'static Verdict> {
-    // SAFETY: rows are never changed in place.
-    unsafe { VERDICTS.get(&VerdictKey { generation: config.generation, workload, destination, protocol }) }
 }
 
 /// IPPROTO_TCP or IPPROTO_UDP, or 0 for what is neither.

@@ -172,7 +172,7 @@ fn listening(ops: *mut bpf_sock_ops) {
     let mut mode = LISTENER_UNKNOWN;
     if let Some(by) = unsafe { BINDS.get(&cookie) } {
         owner = *by;
-        mode = match workload(config, owner.uid, owner.gid, owner.cgroup) {
+        mode = match recorded(config, owner.uid, owner.gid, owner.cgroup).known() {
             NOT_ENROLLED => LISTENER_LEFT_ALONE,
             ASK | UNKNOWN => LISTENER_UNKNOWN,
             known => {

@@ -13,7 +13,7 @@ use wimsey_common::*;
 #[map]
 pub static CONFIG: Array<Config> = Array::pinned(1, 0);
 #[map]
-pub static CGROUPS: HashMap<CgroupKey, u32> = HashMap::pinned(65_536, BPF_F_NO_PREALLOC);
+pub static CGROUPS: HashMap<CgroupKey, Placed> = HashMap::pinned(65_536, BPF_F_NO_PREALLOC);
 #[map]
 pub static CANDIDATES: HashMap<CandidateKey, Candidate> = HashMap::pinned(65_536, BPF_F_NO_PREALLOC);
 #[map]

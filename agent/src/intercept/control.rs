@@ -7,7 +7,7 @@
 
 use super::{
     Doorway, Error, Listening,
-    cgroups::{Cgroup, Cgroups},
+    cgroups::Cgroups,
     diagnostics::{self, Socket},
     error::During,
     host::{self, Host},
@@ -47,12 +47,15 @@ pub struct Options {
 pub struct Programs {
     pub(super) host: Host,
     pub(super) tables: Tables,
-    cgroups: Cgroups,
+    pub(super) cgroups: Cgroups,
     doorways: Vec<Doorway>,
     shards: u32,
-    facts: Option<Arc<dyn KernelFacts>>,
-    classes: Classes,
-    generation: u32,
+    pub(super) facts: Option<Arc<dyn KernelFacts>>,
+    /// What is in force: the rows for everybody, and those of classes of cgroups.
+    pub(super) rows: Arc<Rows>,
+    pub(super) classes: Classes,
+    pub(super) generation: u32,
+    pub(super) epoch: u32,
     /// Addresses that policy protects whether or not anybody listens.
     pub(super) protected: HashSet<ListenerKey>,
     events: RingBuf<MapData>,
@@ -111,9 +114,11 @@ impl Programs {
         let loaded = Loaded::load(&host, &options.sizes)?;
         let tables = Tables::open(&host.pins)?;
         let config = tables.config.get(&0).map_err(map_error(map::CONFIG))?;
-        let generation = config.filter(|config| config.abi == ABI).map_or(0, |config| config.generation);
+        let config = config.filter(|config| config.abi == ABI && config.epoch != 0);
+        let (generation, epoch) = config.map_or((0, 0), |config| (config.generation, config.epoch));
         // What an agent that was killed in the middle has left.
-        install::sweep(&tables, |of| of == generation)?;
+        install::sweep(&tables, |of| of == epoch)?;
+        let rows = Arc::new(Self::adopt_verdicts(&tables)?);
         let Readers { events, counters, log } = loaded.attach(&host, &options.cgroup)?;
         for stale in tables.origins.keys().map_err(map_error(map::ORIGINS))? {
             tables.origins.remove(&stale).map_err(map_error(map::ORIGINS))?;
@@ -130,8 +135,10 @@ impl Programs {
             doorways: doorways?,
             shards,
             facts: None,
+            rows,
             classes: Classes::default(),
             generation,
+            epoch,
             protected: HashSet::new(),
             events,
             wakers: None,
@@ -140,8 +147,9 @@ impl Programs {
             notices: VecDeque::new(),
             _locks: [lock, pins_lock],
         };
-        if let Some(config) = config.filter(|_| generation != 0) {
-            programs.configure(generation, config.flags)?;
+        if let Some(config) = config {
+            let config = programs.config(generation, epoch, config.flags);
+            programs.tables.config.put(&0, &config, bpf::ANY).map_err(map_error(map::CONFIG))?;
         }
         Ok(programs)
     }
@@ -149,41 +157,6 @@ impl Programs {
     /// The doors of the shards, to be sent to their threads. They are there once.
     pub fn doorways(&mut self) -> Vec<Doorway> {
         std::mem::take(&mut self.doorways)
-    }
-
-    /// Puts a policy in force and gives its generation. When it fails, nothing has changed.
-    ///
-    /// Listeners keep their modes; see [`Programs::listeners`] for attesting their owners again.
-    pub fn install(&mut self, facts: Arc<dyn KernelFacts>) -> Result<u32, Error> {
-        self.watch_cgroups()?;
-        let generation = self.generation.checked_add(1).unwrap_or(1);
-        let rows = Rows::of(facts.as_ref(), generation, &self.cgroups.all(), install::source_for);
-        let in_force = self.generation;
-        let prepared = rows.write(&self.tables).and_then(|()| install::protect(&self.tables, &rows.protected));
-        let protected = match prepared {
-            Ok(protected) => protected,
-            Err(error) => {
-                install::sweep(&self.tables, |of| of == in_force)?;
-                return Err(error);
-            }
-        };
-        if let Err(error) = self.flip(generation, rows.flags) {
-            install::sweep(&self.tables, |of| of == in_force)?;
-            install::unprotect(&self.tables, &protected)?;
-            return Err(error);
-        }
-        self.generation = generation;
-        self.classes = rows.classes;
-        self.facts = Some(facts);
-        let before = std::mem::replace(&mut self.protected, rows.protected.into_iter().collect());
-        // From here on the new policy is in force, and what cannot be tidied up is only a loss of room.
-        let over: Vec<ListenerKey> = before.difference(&self.protected).copied().collect();
-        if let Err(error) =
-            install::sweep(&self.tables, |of| of == generation).and_then(|()| install::unprotect(&self.tables, &over))
-        {
-            tracing::warn!(%error, "rows of the policy before could not be removed from the kernel maps");
-        }
-        Ok(generation)
     }
 
     /// Inode number of the network namespace.
@@ -297,21 +270,16 @@ impl Programs {
         Ok(gone)
     }
 
-    /// Flips to a generation. The flag that makes the programs ask more comes before the generation that needs it: the map's
-    /// one value is not replaced in one step.
-    fn flip(&self, generation: u32, flags: u32) -> Result<(), Error> {
-        if self.generation != 0
-            && let Some(before) = self.tables.config.get(&0).map_err(map_error(map::CONFIG))?
-        {
-            self.configure(self.generation, before.flags | flags)?;
-            self.configure(generation, before.flags | flags)?;
+    pub(super) fn config(&self, generation: u32, epoch: u32, flags: u32) -> Config {
+        Config {
+            abi: ABI,
+            generation,
+            netns_cookie: self.host.netns_cookie,
+            shards: self.shards,
+            flags,
+            epoch,
+            namespace: install::NAMESPACE,
         }
-        self.configure(generation, flags)
-    }
-
-    fn configure(&self, generation: u32, flags: u32) -> Result<(), Error> {
-        let config = Config { abi: ABI, generation, netns_cookie: self.host.netns_cookie, shards: self.shards, flags };
-        self.tables.config.put(&0, &config, bpf::ANY).map_err(map_error(map::CONFIG))
     }
 
     fn read_events(&mut self) -> Result<(), Error> {
@@ -328,40 +296,11 @@ impl Programs {
                 EVENT_BYPASSED => self.notices.push_back(Notice::Bypassed(event)),
                 EVENT_LISTENING => self.somebody_listens(&event)?,
                 EVENT_CLOSED => self.somebody_closed(&event)?,
-                EVENT_UNKNOWN_CGROUP => self.classify_unknown(event.task.cgroup)?,
+                EVENT_UNKNOWN_CGROUP => self.classify_unknown(event.task.cgroup),
                 _ => {}
             }
         }
         Ok(())
-    }
-
-    fn watch_cgroups(&mut self) -> Result<(), Error> {
-        let changes = self.cgroups.changes()?;
-        let generation = self.generation;
-        for id in changes.removed {
-            let key = CgroupKey { generation, pad: 0, cgroup: id };
-            self.tables.cgroups.remove(&key).map_err(map_error(map::CGROUPS))?;
-        }
-        self.classify(&changes.made)
-    }
-
-    fn classify_unknown(&mut self, id: u64) -> Result<(), Error> {
-        let key = CgroupKey { generation: self.generation, pad: 0, cgroup: id };
-        if self.tables.cgroups.get(&key).map_err(map_error(map::CGROUPS))?.is_some() {
-            return Ok(());
-        }
-        let made = self.cgroups.rescan();
-        self.classify(&made)?;
-        // Known before, and not in this generation: it was there under an older policy.
-        let known: Vec<Cgroup> = self.cgroups.all().into_iter().filter(|cgroup| cgroup.id == id).collect();
-        self.classify(&known)
-    }
-
-    fn classify(&mut self, cgroups: &[Cgroup]) -> Result<(), Error> {
-        let Some(facts) = self.facts.clone().filter(|_| self.classes.wanted()) else { return Ok(()) };
-        cgroups
-            .iter()
-            .try_for_each(|cgroup| self.classes.classify(facts.as_ref(), self.generation, cgroup).write(&self.tables))
     }
 
     fn is_leg(&self, socket: &Socket) -> Result<bool, Error> {
@@ -385,7 +324,7 @@ impl std::fmt::Debug for Programs {
 fn discard_foreign(host: &Host) -> Result<(), Error> {
     let Ok(config) = bpf::Table::<u32, Config>::open(&host.pins.join(map::CONFIG)) else { return Ok(()) };
     match config.get(&0).map_err(map_error(map::CONFIG))? {
-        Some(config) if config.generation != 0 && config.netns_cookie != host.netns_cookie => {
+        Some(config) if config.epoch != 0 && config.netns_cookie != host.netns_cookie => {
             programs::remove_pins(&host.pins).map(|_| ())
         }
         _ => Ok(()),

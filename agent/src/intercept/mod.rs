@@ -31,7 +31,7 @@ pub use control::{Notice, OldConnection, Options, Programs};
 pub(crate) use door::{Congestion, prepare};
 pub use door::{Dialler, Door, Doorway, Opening};
 pub use error::{Error, Holder};
-pub use install::KernelFacts;
+pub use install::{KernelFacts, Outlook, Prepared};
 pub use programs::release;
 pub use registry::Listening;
 pub use tables::{address, canonical, ip, listener_key, socket_address};

@@ -16,7 +16,7 @@ use wimsey_common::*;
 #[derive(Clone, Debug)]
 pub(super) struct Tables {
     pub config: Table<u32, Config>,
-    pub cgroups: Table<CgroupKey, u32>,
+    pub cgroups: Table<CgroupKey, Placed>,
     pub candidates: Table<CandidateKey, Candidate>,
     pub destinations: Table<Key<DestinationKey>, Destination>,
     pub verdicts: Table<VerdictKey, Verdict>,

@@ -14,7 +14,7 @@ use crate::{
     spiffe::{Pattern, SpiffeId, TrustDomain},
     units,
 };
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, net::SocketAddr, sync::Arc, time::Duration};
 
 /// Everything that the files of a policy say, in their order.
 #[derive(Default)]
@@ -435,19 +435,17 @@ fn ports(table: &Table<'_>, problems: &mut Problems) -> Option<Ports> {
         return Some(Ports::All);
     }
     let before = problems.0.len();
-    let mut ports = Vec::new();
+    let mut seen = BTreeSet::new();
     for number in table.numbers("ports", 1, 65535, problems)? {
         let port = u16::try_from(number.value).unwrap_or_default();
-        if ports.contains(&port) {
+        if !seen.insert(port) {
             problems.add(&number.place, format!("port {port} is there twice"), "write it once");
         }
-        ports.push(port);
     }
-    if ports.is_empty() && problems.0.len() == before {
+    if seen.is_empty() && problems.0.len() == before {
         problems.add(&table.place_of("ports"), "`ports` is empty", "write the ports, or remove it for all ports");
     }
-    ports.sort_unstable();
-    (problems.0.len() == before).then_some(Ports::Some(ports))
+    (problems.0.len() == before).then(|| Ports::Some(seen.into_iter().collect()))
 }
 
 /// The name of a rule; `file.toml:12` where none is written and none is needed.
