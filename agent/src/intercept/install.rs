@@ -345,6 +345,16 @@ impl Step {
         }
     }
 
+    fn rows(&self) -> usize {
+        match self {
+            Self::Verdicts(changes) => changes.len(),
+            Self::Destinations(changes) => changes.len(),
+            Self::Candidates(changes) => changes.len(),
+            Self::Cgroups(changes) => changes.len(),
+            Self::Config(_) => 1,
+        }
+    }
+
     /// The step that takes this one back, in the opposite order.
     fn back(self) -> Self {
         fn back<K, V>(changes: Vec<Change<K, V>>) -> Vec<Change<K, V>> {
@@ -386,6 +396,40 @@ struct Plan {
 }
 
 impl Plan {
+    /// `before` is the configuration in force, if any is. `anew` has the rows of a new epoch; without it the people stay who
+    /// they are, and `classes` are the rows of cgroups that change.
+    fn new(
+        before: Option<Config>,
+        after: Config,
+        differing: [Step; 5],
+        classes: Vec<Change<CandidateKey, Candidate>>,
+        anew: Option<([Step; 2], Placement)>,
+    ) -> Self {
+        let flags = after.flags | before.map_or(0, |before| before.flags);
+        let mut last = before;
+        let mut configured =
+            |config: Config| Step::Config(Change { key: 0, before: last.replace(config), after: Some(config) });
+        let [verdicts_go, destinations_come, destinations_go, candidates, verdicts_come] = differing;
+        let mut steps = Vec::new();
+        // The flags that make the programs ask more come before what needs them, and go after it.
+        steps.extend(before.map(|before| configured(Config { flags, ..before })));
+        match anew {
+            Some((rows, Placement { candidates, cgroups })) => {
+                steps.extend([Step::Candidates(candidates), Step::Cgroups(cgroups)]);
+                steps.extend(rows);
+                steps.push(verdicts_go);
+                steps.extend(before.map(|_| configured(Config { flags, ..after })));
+                steps.push(verdicts_come);
+            }
+            None => {
+                steps.extend([verdicts_go, destinations_come, destinations_go, candidates]);
+                steps.extend([Step::Candidates(classes), verdicts_come]);
+            }
+        }
+        steps.push(configured(after));
+        Self { steps }
+    }
+
     /// The people stay who they are: only what differs is written, under the same epoch.
     fn differing(before: &Rows, after: &Rows, epoch: u32) -> [Step; 5] {
         let (verdicts_go, verdicts_come) = differences(&before.verdicts, &after.verdicts);
@@ -473,6 +517,19 @@ impl std::fmt::Debug for Prepared {
     }
 }
 
+impl Prepared {
+    /// How many rows for everybody are to be written or removed.
+    pub fn changes(&self) -> usize {
+        let [verdicts_go, destinations_come, destinations_go, candidates, verdicts_come] = &self.differing;
+        let verdicts = [verdicts_go, verdicts_come].map(Step::rows).iter().sum::<usize>();
+        let others: [usize; 3] = match &self.anew {
+            Some(anew) => [anew.steps.iter().map(Step::rows).sum(), 0, 0],
+            None => [destinations_come, destinations_go, candidates].map(Step::rows),
+        };
+        verdicts + others.iter().sum::<usize>()
+    }
+}
+
 impl Outlook {
     /// Works out what a policy says to the kernel programs. It takes time, in the network namespace that the policy is for, and
     /// changes nothing.
@@ -528,45 +585,20 @@ impl Programs {
         let Prepared { facts, rows, differing, anew, .. } = prepared;
         self.fits(&rows, anew.is_some())?;
         let generation = self.generation.checked_add(1).unwrap_or(1);
-        let before = self.tables.config.get(&0).map_err(map_error(map::CONFIG))?;
-        let before = before.filter(|_| self.epoch != 0);
-        let both = before.map_or(0, |before| before.flags) | rows.flags;
+        let before = self.tables.config.get(&0).map_err(map_error(map::CONFIG))?.filter(|_| self.epoch != 0);
         let epoch = anew.as_ref().map_or(self.epoch, |anew| anew.epoch);
-        let mut last = before;
-        let mut configured =
-            |config: Config| Step::Config(Change { key: 0, before: last.replace(config), after: Some(config) });
-        let to = |generation, epoch, flags| self.config(generation, epoch, flags);
-
-        let [verdicts_go, destinations_come, destinations_go, candidates, verdicts_come] = differing;
-        let mut steps = Vec::new();
+        let after = self.config(generation, epoch, rows.flags);
+        let changes = if anew.is_some() { Vec::new() } else { self.classes.changes(facts.as_ref()) };
         let mut classes = None;
-        let mut changes = Vec::new();
-        if before.is_some() {
-            // The flags that make the programs ask more come before what needs them.
-            steps.push(configured(to(self.generation, self.epoch, both)));
-        }
-        match anew {
-            Some(mut anew) => {
-                self.update_placement(facts.as_ref(), &mut anew);
-                steps.extend([Step::Candidates(anew.placement.candidates), Step::Cgroups(anew.placement.cgroups)]);
-                steps.extend(anew.steps);
-                steps.push(verdicts_go);
-                classes = Some(anew.classes);
-                if before.is_some() {
-                    steps.push(configured(to(generation, epoch, both)));
-                }
-                steps.push(verdicts_come);
-            }
-            None => {
-                changes = self.classes.changes(facts.as_ref());
-                steps.extend([verdicts_go, destinations_come, destinations_go, candidates]);
-                steps.extend([Step::Candidates(changes.clone()), verdicts_come]);
-            }
-        }
-        steps.push(configured(to(generation, epoch, rows.flags)));
+        let anew = anew.map(|mut anew| {
+            self.update_placement(facts.as_ref(), &mut anew);
+            classes = Some(anew.classes);
+            (anew.steps, anew.placement)
+        });
+        let plan = Plan::new(before, after, differing, changes.clone(), anew);
 
         let protected = protect(&self.tables, &rows.protected)?;
-        if let Err(error) = (Plan { steps }).carry_out(&self.tables) {
+        if let Err(error) = plan.carry_out(&self.tables) {
             unprotect(&self.tables, &protected)?;
             return Err(error);
         }
@@ -788,3 +820,6 @@ impl Sources {
         (!source.is_unspecified()).then_some(source)
     }
 }
+
+#[cfg(test)]
+mod tests;
