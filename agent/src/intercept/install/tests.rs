@@ -216,8 +216,7 @@ struct InForce {
 impl InForce {
     /// The steps to a policy, and what is in force after them.
     fn plan(&self, policy: Policy) -> (Plan, InForce) {
-        let outlook =
-            Outlook { in_force: Arc::clone(&self.rows), epoch: self.epoch, cgroups: cgroups(), room: ROOM };
+        let outlook = Outlook { in_force: Arc::clone(&self.rows), epoch: self.epoch, cgroups: cgroups(), room: ROOM };
         let facts: Arc<dyn KernelFacts> = Arc::new(policy);
         let Prepared { facts, rows, differing, anew, .. } = outlook.prepare(facts);
         let epoch = anew.as_ref().map_or(self.epoch, |anew| anew.epoch);
@@ -240,7 +239,9 @@ fn questions() -> Vec<(u32, u64, SocketAddr, bool)> {
         for cgroup in [1, 2] {
             for host in ["10.0.0.1", "10.0.0.2", "10.0.0.3", "10.0.0.9", "10.0.1.1"] {
                 for port in [80, 81] {
-                    all.extend([false, true].map(|udp| (uid, cgroup, SocketAddr::new(host.parse().unwrap(), port), udp)));
+                    all.extend(
+                        [false, true].map(|udp| (uid, cgroup, SocketAddr::new(host.parse().unwrap(), port), udp)),
+                    );
                 }
             }
         }
