@@ -10,7 +10,7 @@ use super::{
     table::Region,
 };
 use crate::{
-    document::{At, Document, Place, Problems, Table, TextOrTable, clip, nearest},
+    document::{At, Document, Place, Problems, Table, TextOrTable, clip, nearest, parts},
     spiffe::{Pattern, SpiffeId, TrustDomain},
     units,
 };
@@ -135,7 +135,32 @@ const ROOT: [&str; 9] =
 impl Statements {
     /// Reads one file.
     pub fn read(&mut self, file: &Arc<str>, text: &str, accounts: &Accounts, problems: &mut Problems) {
-        let Some(document) = Document::parse(file, text, problems) else { return };
+        let (mut statements, mut found) = (Self::default(), Problems::default());
+        let whole = parts(text).all(|(before, part)| {
+            let document = Document::parse_part(file, before, part, &mut found);
+            document.map(|document| statements.take(&document, accounts, &mut found)).is_some()
+        });
+        if whole {
+            self.append(statements);
+            problems.0.extend(found.0);
+        } else if let Some(document) = Document::parse(file, text, problems) {
+            self.take(&document, accounts, problems);
+        }
+    }
+
+    fn append(&mut self, other: Self) {
+        self.trust_domains.extend(other.trust_domains);
+        self.preexisting.extend(other.preexisting);
+        self.workloads.extend(other.workloads);
+        self.destinations.extend(other.destinations);
+        self.allows.extend(other.allows);
+        self.inbounds.extend(other.inbounds);
+        self.bypasses.extend(other.bypasses);
+        self.udps.extend(other.udps);
+        self.expectations.extend(other.expectations);
+    }
+
+    fn take(&mut self, document: &Document<'_>, accounts: &Accounts, problems: &mut Problems) {
         let root = document.root(&ROOT, problems);
         if let Some(name) = root.text("trust_domain", problems) {
             match TrustDomain::parse(name.value) {

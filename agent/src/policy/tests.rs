@@ -196,6 +196,22 @@ fn users_and_cgroups_do_not_multiply() {
 }
 
 #[test]
+fn a_long_file_is_read_in_parts_and_means_the_same() {
+    let rule = |number: usize| format!("[[allow]]\nfrom = \"spiffe://td/a\"\nto = \"spiffe://td/s/{number}\"\n");
+    let rules: String = (0..20_000).map(rule).collect();
+    let whole = policy(&rules);
+    assert_eq!(whole.allows.len(), 20_000);
+    assert_eq!(&*whole.rule(20_000).unwrap().name, "p.toml:59999");
+    // A line that looks like the beginning of a statement, in a text, wherever the file is cut.
+    let odd: String = (0..4000).map(|number| format!("{}name = \"\"\"\\\n[[x{number}\"\"\"\n", rule(number))).collect();
+    let refused = refusal(&odd);
+    assert_eq!(refused.lines().count(), 4000);
+    assert!(refused.starts_with("p.toml:5: the name `[[x0` is not a word;"), "{}", &refused[..200]);
+    let broken = refusal(&format!("{rules}[[allow]]\nfrom = \n{rules}"));
+    assert!(broken.starts_with("p.toml:60003: not valid TOML:"), "{broken}");
+}
+
+#[test]
 fn there_is_a_row_for_each_rule_and_destination_and_none_for_pairs() {
     let mut text = String::new();
     for number in 0..300 {
