@@ -605,7 +605,7 @@ impl Programs {
         let gone = std::mem::replace(&mut self.rows, Arc::clone(&rows));
         let epoch_before = std::mem::replace(&mut self.epoch, epoch);
         self.generation = generation;
-        self.facts = Some(facts);
+        discard((self.facts.replace(facts), Arc::clone(&gone)));
         self.classes.accept(&changes);
         let classes_before = classes.map(|classes| std::mem::replace(&mut self.classes, classes));
         let protected_before = std::mem::replace(&mut self.protected, rows.protected.iter().copied().collect());
@@ -730,6 +730,13 @@ impl Programs {
     pub fn unplaced_cgroups(&self) -> u64 {
         self.classes.unplaced
     }
+}
+
+/// Drops what is no longer in force on a thread of its own, where it can: a large policy takes longer to take apart than to
+/// replace.
+fn discard(past: impl Send + 'static) {
+    // Where there can be no thread, it is dropped here with the closure.
+    drop(std::thread::Builder::new().name("wimsey-discard".into()).spawn(move || drop(past)));
 }
 
 impl Classes {
