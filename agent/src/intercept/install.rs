@@ -292,6 +292,8 @@ struct Change<K, V> {
     after: Option<V>,
 }
 
+type Changes<K, V> = Vec<Change<K, V>>;
+
 impl<K, V> Change<K, V> {
     fn new(key: K, after: V) -> Self {
         Self { key, before: None, after: Some(after) }
@@ -299,15 +301,12 @@ impl<K, V> Change<K, V> {
 }
 
 /// What two sorted lists of rows differ in: rows that go, and rows that come or change.
-fn differences<K: Ord + Copy, V: PartialEq + Copy>(
-    before: &[(K, V)],
-    after: &[(K, V)],
-) -> (Vec<Change<K, V>>, Vec<Change<K, V>>) {
+fn differences<K: Ord + Copy, V: PartialEq + Copy>(before: &[(K, V)], after: &[(K, V)]) -> [Changes<K, V>; 2] {
     let (mut go, mut come) = (Vec::new(), Vec::new());
     let (mut before, mut after) = (before.iter().peekable(), after.iter().peekable());
     loop {
         let order = match (before.peek(), after.peek()) {
-            (None, None) => return (go, come),
+            (None, None) => return [go, come],
             (Some(_), None) => Ordering::Less,
             (None, Some(_)) => Ordering::Greater,
             (Some(one), Some(other)) => one.0.cmp(&other.0),
@@ -432,8 +431,8 @@ impl Plan {
 
     /// The people stay who they are: only what differs is written, under the same epoch.
     fn differing(before: &Rows, after: &Rows, epoch: u32) -> [Step; 5] {
-        let (verdicts_go, verdicts_come) = differences(&before.verdicts, &after.verdicts);
-        let (mut go, mut come) = differences(&before.destinations, &after.destinations);
+        let [verdicts_go, verdicts_come] = differences(&before.verdicts, &after.verdicts);
+        let [mut go, mut come] = differences(&before.destinations, &after.destinations);
         come.sort_by(|one, other| one.key.before(&other.key));
         go.sort_by(|one, other| other.key.before(&one.key));
         let of_epoch = |changes: Vec<Change<Network, Destination>>| {
@@ -441,7 +440,7 @@ impl Plan {
                 |Change { key, before, after }: Change<Network, _>| Change { key: key.key(epoch), before, after };
             changes.into_iter().map(under).collect()
         };
-        let (_, candidates) = differences(&before.candidates, &after.candidates);
+        let [_, candidates] = differences(&before.candidates, &after.candidates);
         [
             Step::Verdicts(verdicts_go),
             Step::Destinations(of_epoch(come)),
@@ -624,7 +623,8 @@ impl Programs {
         let destinations = if anew {
             before.destinations.len() + rows.destinations.len()
         } else {
-            before.destinations.len() + differences(&before.destinations, &rows.destinations).1.len()
+            before.destinations.len()
+                + differences(&before.destinations, &rows.destinations).iter().map(Vec::len).sum::<usize>()
         };
         for (map, wanted, room) in [
             (map::DESTINATIONS, destinations, self.tables.destinations.room()),
