@@ -3,10 +3,15 @@
 //! What a policy says is worked out beside the control thread ([`Outlook::prepare`]), from a look at what is in force. Then it
 //! is installed in steps ([`Programs::install_prepared`]), each of which can be taken back. Where it changes who is who,
 //! candidates, cgroups and destinations are written under the keys of a new epoch, and one number is flipped; else only the
-//! rows that differ are written, in such an order that no connection ever meets a mixture ([`Plan`] says why).
+//! rows that differ are written, in such an order that no connection ever meets a mixture (`plan` says why).
 //!
 //! *Invariant:* at every moment each connection is decided as by the policy before or by the one after, or is refused. When a
 //! step fails, those before it are taken back.
+
+mod classes;
+mod plan;
+
+pub(super) use classes::Classes;
 
 use super::{
     Error, Programs,
@@ -18,10 +23,12 @@ use crate::{
     policy::{KernelCandidate, KernelPolicy, Policy},
     sys::bpf,
 };
-use aya::{Pod, maps::lpm_trie::Key};
+use aya::maps::lpm_trie::Key;
+use classes::{Placement, Room};
+use plan::{Plan, Step, differences};
 use std::{
     cmp::Ordering,
-    collections::{HashMap, HashSet},
+    collections::HashSet,
     net::{IpAddr, SocketAddr, UdpSocket},
     sync::Arc,
 };
@@ -184,303 +191,6 @@ fn shapes(rows: &[(CandidateKey, Candidate)]) -> u32 {
     })
 }
 
-/// How many rows of one epoch the maps for cgroups may hold: during a reload they hold two epochs.
-#[derive(Clone, Copy, Debug)]
-struct Room {
-    cgroups: usize,
-    candidates: usize,
-}
-
-/// Classes of cgroups: one number for each set of selectors, in one epoch.
-#[derive(Debug, Default)]
-pub(super) struct Classes {
-    wanted: bool,
-    by_set: HashMap<Vec<u32>, Class>,
-    /// Cgroups that have a row.
-    placed: HashSet<u64>,
-    candidates: usize,
-    /// Cgroups that need a row and have none, for want of room.
-    unplaced: u64,
-}
-
-#[derive(Debug)]
-struct Class {
-    number: u32,
-    rows: Vec<(CandidateKey, Candidate)>,
-}
-
-/// The rows that a new cgroup brings.
-#[derive(Debug, Default)]
-struct Placement {
-    cgroups: Vec<Change<CgroupKey, Placed>>,
-    candidates: Vec<Change<CandidateKey, Candidate>>,
-}
-
-impl Classes {
-    /// Places a cgroup: its row, with the rows of its class where that is new. One that is what its parent is can do without a
-    /// row, and does when the map is half full. One that cannot do without and finds no room is counted: it is below an open
-    /// cgroup, so whoever could be somebody there is refused.
-    fn place(&mut self, facts: &dyn KernelFacts, epoch: u32, cgroup: &Cgroup, room: Room, into: &mut Placement) {
-        if !self.wanted || self.placed.contains(&cgroup.id) {
-            return;
-        }
-        let set = facts.cgroup_set(&cgroup.path);
-        let open = facts.cgroup_open(&cgroup.path);
-        if self.placed.len() >= room.cgroups / 2 {
-            let parent = cgroup.parent();
-            let inherits =
-                !open && parent.is_some_and(|parent| !facts.cgroup_open(parent) && facts.cgroup_set(parent) == set);
-            if inherits {
-                return;
-            }
-            if self.placed.len() >= room.cgroups {
-                self.unplaced += 1;
-                return;
-            }
-        }
-        let class = match self.by_set.get(&set) {
-            _ if set.is_empty() => CLASS_NONE,
-            Some(class) => class.number,
-            None => {
-                let number = u32::try_from(self.by_set.len() + 1).unwrap_or(CLASS_UNSEEN - 1);
-                let mut rows = candidate_rows(number, &facts.candidates(&set));
-                if self.candidates + rows.len() > room.candidates {
-                    self.unplaced += 1;
-                    return;
-                }
-                rows.iter_mut().for_each(|(key, _)| key.epoch = epoch);
-                self.candidates += rows.len();
-                into.candidates.extend(rows.iter().map(|(key, row)| Change::new(*key, *row)));
-                self.by_set.insert(set, Class { number, rows });
-                number
-            }
-        };
-        self.placed.insert(cgroup.id);
-        let key = CgroupKey { epoch, pad: 0, cgroup: cgroup.id };
-        into.cgroups.push(Change::new(key, Placed { class, open: u32::from(open) }));
-    }
-
-    /// Rows whose patterns have other numbers under these facts, which have the same entries.
-    fn changes(&self, facts: &dyn KernelFacts) -> Vec<Change<CandidateKey, Candidate>> {
-        let mut changes = Vec::new();
-        for (set, class) in &self.by_set {
-            for ((key, before), (_, after)) in
-                class.rows.iter().zip(candidate_rows(class.number, &facts.candidates(set)))
-            {
-                if *before != after {
-                    changes.push(Change { key: *key, before: Some(*before), after: Some(after) });
-                }
-            }
-        }
-        changes
-    }
-
-    fn accept(&mut self, changes: &[Change<CandidateKey, Candidate>]) {
-        let after: HashMap<CandidateKey, Candidate> =
-            changes.iter().filter_map(|change| Some((change.key, change.after?))).collect();
-        for (key, row) in self.by_set.values_mut().flat_map(|class| &mut class.rows) {
-            *row = after.get(key).copied().unwrap_or(*row);
-        }
-    }
-}
-
-/// One row before and after.
-#[derive(Clone, Copy, Debug)]
-struct Change<K, V> {
-    key: K,
-    before: Option<V>,
-    after: Option<V>,
-}
-
-type Changes<K, V> = Vec<Change<K, V>>;
-
-impl<K, V> Change<K, V> {
-    fn new(key: K, after: V) -> Self {
-        Self { key, before: None, after: Some(after) }
-    }
-}
-
-/// What two sorted lists of rows differ in: rows that go, and rows that come or change.
-fn differences<K: Ord + Copy, V: PartialEq + Copy>(before: &[(K, V)], after: &[(K, V)]) -> [Changes<K, V>; 2] {
-    let (mut go, mut come) = (Vec::new(), Vec::new());
-    let (mut before, mut after) = (before.iter().peekable(), after.iter().peekable());
-    loop {
-        let order = match (before.peek(), after.peek()) {
-            (None, None) => return [go, come],
-            (Some(_), None) => Ordering::Less,
-            (None, Some(_)) => Ordering::Greater,
-            (Some(one), Some(other)) => one.0.cmp(&other.0),
-        };
-        let old = if order.is_le() { before.next() } else { None };
-        let new = if order.is_ge() { after.next() } else { None };
-        match (old, new) {
-            (Some((key, row)), None) => go.push(Change { key: *key, before: Some(*row), after: None }),
-            (None, Some((key, row))) => come.push(Change::new(*key, *row)),
-            (Some((key, row)), Some((_, new))) if row != new => {
-                come.push(Change { key: *key, before: Some(*row), after: Some(*new) });
-            }
-            _ => {}
-        }
-    }
-}
-
-/// Part of an installation.
-enum Step {
-    Verdicts(Vec<Change<VerdictKey, Verdict>>),
-    Destinations(Vec<Change<Key<DestinationKey>, Destination>>),
-    Candidates(Vec<Change<CandidateKey, Candidate>>),
-    Cgroups(Vec<Change<CgroupKey, Placed>>),
-    Config(Change<u32, Config>),
-}
-
-impl Step {
-    fn take(&self, tables: &Tables) -> Result<(), Error> {
-        match self {
-            Self::Verdicts(changes) => write(&tables.verdicts, map::VERDICTS, changes),
-            Self::Destinations(changes) => write(&tables.destinations, map::DESTINATIONS, changes),
-            Self::Candidates(changes) => write(&tables.candidates, map::CANDIDATES, changes),
-            Self::Cgroups(changes) => write(&tables.cgroups, map::CGROUPS, changes),
-            Self::Config(change) => write(&tables.config, map::CONFIG, std::slice::from_ref(change)),
-        }
-    }
-
-    fn rows(&self) -> usize {
-        match self {
-            Self::Verdicts(changes) => changes.len(),
-            Self::Destinations(changes) => changes.len(),
-            Self::Candidates(changes) => changes.len(),
-            Self::Cgroups(changes) => changes.len(),
-            Self::Config(_) => 1,
-        }
-    }
-
-    /// The step that takes this one back, in the opposite order.
-    fn back(self) -> Self {
-        fn back<K, V>(changes: Vec<Change<K, V>>) -> Vec<Change<K, V>> {
-            let turned = |Change { key, before, after }| Change { key, before: after, after: before };
-            changes.into_iter().rev().map(turned).collect()
-        }
-        match self {
-            Self::Verdicts(changes) => Self::Verdicts(back(changes)),
-            Self::Destinations(changes) => Self::Destinations(back(changes)),
-            Self::Candidates(changes) => Self::Candidates(back(changes)),
-            Self::Cgroups(changes) => Self::Cgroups(back(changes)),
-            Self::Config(Change { key, before, after }) => Self::Config(Change { key, before: after, after: before }),
-        }
-    }
-}
-
-/// Writes rows in their order, as many at once as the kernel takes.
-fn write<K: Pod, V: Pod>(table: &bpf::Table<K, V>, name: &'static str, changes: &[Change<K, V>]) -> Result<(), Error> {
-    for run in changes.chunk_by(|one, next| one.after.is_some() == next.after.is_some()) {
-        let keys: Vec<K> = run.iter().map(|change| change.key).collect();
-        let values: Vec<V> = run.iter().filter_map(|change| change.after).collect();
-        let done = if values.is_empty() { table.remove_all(&keys) } else { table.put_all(&keys, &values) };
-        done.map_err(map_error(name))?;
-    }
-    Ok(())
-}
-
-/// The steps from what is in force to another policy.
-///
-/// A verdict is about numbers that mean the same in both policies, so one that both have is right in both. The steps are: the
-/// verdicts that go; who is who and what is where; the verdicts that come. Until the last, the verdicts are those that both
-/// have, so whatever a connection finds of the rest, the policy that it is from agrees, or it is refused. It finds all of one:
-/// where people change, the epoch is flipped for them and for destinations at once. Where only destinations change, a
-/// new row is written when those that the programs prefer to it are there, and an old one goes when those that it is
-/// preferred to are gone: so the first that covers an address is always the old policy's first or the new one's.
-#[derive(Default)]
-struct Plan {
-    steps: Vec<Step>,
-}
-
-impl Plan {
-    /// `before` is the configuration in force, if any is. `anew` has the rows of a new epoch; without it the people stay who
-    /// they are, and `classes` are the rows of cgroups that change.
-    fn new(
-        before: Option<Config>,
-        after: Config,
-        differing: [Step; 5],
-        classes: Vec<Change<CandidateKey, Candidate>>,
-        anew: Option<([Step; 2], Placement)>,
-    ) -> Self {
-        let flags = after.flags | before.map_or(0, |before| before.flags);
-        let mut last = before;
-        let mut configured =
-            |config: Config| Step::Config(Change { key: 0, before: last.replace(config), after: Some(config) });
-        let [verdicts_go, destinations_come, destinations_go, candidates, verdicts_come] = differing;
-        let mut steps = Vec::new();
-        // The flags that make the programs ask more come before what needs them, and go after it.
-        steps.extend(before.map(|before| configured(Config { flags, ..before })));
-        match anew {
-            Some((rows, Placement { candidates, cgroups })) => {
-                steps.extend([Step::Candidates(candidates), Step::Cgroups(cgroups)]);
-                steps.extend(rows);
-                steps.push(verdicts_go);
-                steps.extend(before.map(|_| configured(Config { flags, ..after })));
-                steps.push(verdicts_come);
-            }
-            None => {
-                steps.extend([verdicts_go, destinations_come, destinations_go, candidates]);
-                steps.extend([Step::Candidates(classes), verdicts_come]);
-            }
-        }
-        steps.push(configured(after));
-        Self { steps }
-    }
-
-    /// The people stay who they are: only what differs is written, under the same epoch.
-    fn differing(before: &Rows, after: &Rows, epoch: u32) -> [Step; 5] {
-        let [verdicts_go, verdicts_come] = differences(&before.verdicts, &after.verdicts);
-        let [mut go, mut come] = differences(&before.destinations, &after.destinations);
-        come.sort_by(|one, other| one.key.before(&other.key));
-        go.sort_by(|one, other| other.key.before(&one.key));
-        let of_epoch = |changes: Vec<Change<Network, Destination>>| {
-            let under =
-                |Change { key, before, after }: Change<Network, _>| Change { key: key.key(epoch), before, after };
-            changes.into_iter().map(under).collect()
-        };
-        let [_, candidates] = differences(&before.candidates, &after.candidates);
-        [
-            Step::Verdicts(verdicts_go),
-            Step::Destinations(of_epoch(come)),
-            Step::Destinations(of_epoch(go)),
-            Step::Candidates(candidates.into_iter().map(|change| of_that(change, epoch)).collect()),
-            Step::Verdicts(verdicts_come),
-        ]
-    }
-
-    /// All rows for candidates and destinations that a new epoch has, beside those for cgroups.
-    fn anew(after: &Rows, epoch: u32) -> [Step; 2] {
-        let candidates = after.candidates.iter().map(|(key, row)| of_that(Change::new(*key, *row), epoch));
-        let destinations = after.destinations.iter().map(|(network, row)| Change::new(network.key(epoch), *row));
-        [Step::Candidates(candidates.collect()), Step::Destinations(destinations.collect())]
-    }
-
-    /// Takes all steps or none.
-    fn carry_out(self, tables: &Tables) -> Result<(), Error> {
-        let mut taken = Vec::with_capacity(self.steps.len());
-        for step in self.steps {
-            let done = step.take(tables);
-            taken.push(step);
-            if let Err(error) = done {
-                for step in taken.into_iter().rev() {
-                    if let Err(error) = step.back().take(tables) {
-                        tracing::error!(%error, "a step of a policy that failed to be installed cannot be taken back");
-                    }
-                }
-                return Err(error);
-            }
-        }
-        Ok(())
-    }
-}
-
-fn of_that(mut change: Change<CandidateKey, Candidate>, epoch: u32) -> Change<CandidateKey, Candidate> {
-    change.key.epoch = epoch;
-    change
-}
-
 /// What is in force, for a policy to be prepared by on another thread.
 #[derive(Debug)]
 pub struct Outlook {
@@ -623,8 +333,8 @@ impl Programs {
         let destinations = if anew {
             before.destinations.len() + rows.destinations.len()
         } else {
-            before.destinations.len()
-                + differences(&before.destinations, &rows.destinations).iter().map(Vec::len).sum::<usize>()
+            let [_, come] = differences(&before.destinations, &rows.destinations);
+            before.destinations.len() + come.iter().filter(|change| change.before.is_none()).count()
         };
         for (map, wanted, room) in [
             (map::DESTINATIONS, destinations, self.tables.destinations.room()),
@@ -737,20 +447,6 @@ impl Programs {
 fn discard(past: impl Send + 'static) {
     // Where there can be no thread, it is dropped here with the closure.
     drop(std::thread::Builder::new().name("wimsey-discard".into()).spawn(move || drop(past)));
-}
-
-impl Classes {
-    /// Undoes the placing of a cgroup whose rows could not be written, and of its class, if that was new with it.
-    fn forget(&mut self, cgroup: u64, set: Vec<u32>) {
-        self.unplaced += 1;
-        self.placed.remove(&cgroup);
-        let newest = self.by_set.len();
-        if self.by_set.get(&set).is_some_and(|class| class.number as usize == newest)
-            && let Some(class) = self.by_set.remove(&set)
-        {
-            self.candidates = self.candidates.saturating_sub(class.rows.len());
-        }
-    }
 }
 
 /// Removes the rows of every epoch that is not to stay.

@@ -1,7 +1,10 @@
-use super::*;
+use super::{classes::*, plan::*, *};
 use crate::policy::{Accounts, Source};
 use proptest::prelude::*;
-use std::{collections::BTreeMap, fmt::Write};
+use std::{
+    collections::{BTreeMap, HashMap},
+    fmt::Write,
+};
 
 /// The maps as the programs see them. Rows are taken one by one, so that there is a moment after each.
 #[derive(Clone, Default)]
