@@ -105,10 +105,36 @@ pub fn read(path: &Path) -> Result<String, (String, String)> {
     })
 }
 
+/// Cuts a long text where a line begins with `[[`, so that it need not be in memory as one tree: a tree takes twenty times as
+/// much as its text. With each part comes how many lines there are in front of it. Such a line may also stand within a
+/// string or an array: then the part in front of it is not whole, no document, and the text has to be parsed at once.
+pub fn parts(text: &str) -> impl Iterator<Item = (usize, &str)> {
+    /// Bytes after which the next such line begins a part.
+    const PART: usize = 256 << 10;
+    let (mut rest, mut line) = (text, 0);
+    std::iter::from_fn(move || {
+        if rest.is_empty() {
+            return None;
+        }
+        let from = (PART..rest.len()).find(|at| rest.is_char_boundary(*at));
+        let cut = from.and_then(|from| Some(from + rest.get(from..)?.find("\n[[")? + 1)).unwrap_or(rest.len());
+        let (part, after) = rest.split_at(cut);
+        let before = line;
+        rest = after;
+        line += part.bytes().filter(|byte| *byte == b'\n').count();
+        Some((before, part))
+    })
+}
+
 impl<'t> Document<'t> {
     /// Parses a whole file. A syntax error is a problem, and then there is no document.
     pub fn parse(file: &Arc<str>, text: &'t str, problems: &mut Problems) -> Option<Self> {
-        let lines = Lines::new(file, text);
+        Self::parse_part(file, 0, text, problems)
+    }
+
+    /// Parses one of the [`parts`] of a file, in front of which there are so many lines.
+    pub fn parse_part(file: &Arc<str>, before: usize, text: &'t str, problems: &mut Problems) -> Option<Self> {
+        let lines = Lines::new(file, before, text);
         match DeTable::parse(text) {
             Ok(root) => Some(Self { root, lines }),
             Err(error) => {
@@ -414,17 +440,19 @@ fn wrong_type(key: &str, wanted: &str, found: &DeValue<'_>) -> String {
 /// Byte offsets to lines.
 struct Lines {
     file: Arc<str>,
+    /// Lines in front of the text.
+    before: usize,
     starts: Vec<usize>,
 }
 
 impl Lines {
-    fn new(file: &Arc<str>, text: &str) -> Self {
+    fn new(file: &Arc<str>, before: usize, text: &str) -> Self {
         let after_breaks = text.bytes().enumerate().filter(|(_, byte)| *byte == b'\n').map(|(at, _)| at + 1);
-        Self { file: file.clone(), starts: std::iter::once(0).chain(after_breaks).collect() }
+        Self { file: file.clone(), before, starts: std::iter::once(0).chain(after_breaks).collect() }
     }
 
     fn place(&self, offset: usize) -> Place {
-        Place { file: self.file.clone(), line: self.starts.partition_point(|start| *start <= offset) }
+        Place { file: self.file.clone(), line: self.before + self.starts.partition_point(|start| *start <= offset) }
     }
 }
 

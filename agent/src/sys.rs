@@ -232,7 +232,7 @@ pub mod tls {
 // intercept: maps of the kernel programs, and two socket options.
 
 pub mod bpf {
-    //! Maps, one element at a time, from any thread: what aya's typed maps ask `&mut` or a whole program for.
+    //! Maps, one element or many at a time, from any thread: what aya's typed maps ask `&mut` or a whole program for.
 
     use aya::{
         Pod,
@@ -257,6 +257,7 @@ pub mod bpf {
     /// A handle of a map with keys `K` and values `V`. Clones share one descriptor.
     pub struct Table<K, V> {
         map: Arc<OwnedFd>,
+        room: usize,
         types: PhantomData<fn(K) -> V>,
     }
 
@@ -268,7 +269,7 @@ pub mod bpf {
 
     impl<K, V> Clone for Table<K, V> {
         fn clone(&self) -> Self {
-            Self { map: Arc::clone(&self.map), types: PhantomData }
+            Self { map: Arc::clone(&self.map), room: self.room, types: PhantomData }
         }
     }
 
@@ -288,6 +289,24 @@ pub mod bpf {
     const MAP_DELETE_ELEM: libc::c_long = 3;
     const MAP_GET_NEXT_KEY: libc::c_long = 4;
     const MAP_LOOKUP_AND_DELETE_ELEM: libc::c_long = 21;
+    const MAP_UPDATE_BATCH: libc::c_long = 26;
+    const MAP_DELETE_BATCH: libc::c_long = 27;
+
+    /// `union bpf_attr` for the commands on batches.
+    #[repr(C)]
+    struct BatchAttributes {
+        from: u64,
+        to: u64,
+        keys: u64,
+        values: u64,
+        count: u32,
+        map: u32,
+        element_flags: u64,
+        flags: u64,
+    }
+
+    /// Rows in one call: few enough that a reload never holds a processor for long.
+    const BATCH: usize = 4096;
 
     impl<K: Pod, V: Pod> Table<K, V> {
         /// Opens a pinned map, if its keys and values have the size of `K` and `V`.
@@ -308,7 +327,12 @@ pub mod bpf {
                 ));
             }
             let map = Arc::new(map.fd().as_fd().try_clone_to_owned()?);
-            Ok(Self { map, types: PhantomData })
+            Ok(Self { map, room: info.max_entries() as usize, types: PhantomData })
+        }
+
+        /// How many rows it has room for.
+        pub fn room(&self) -> usize {
+            self.room
         }
 
         /// The value under a key.
@@ -344,6 +368,58 @@ pub mod bpf {
                 Ok(()) => Ok(true),
                 Err(error) if error.raw_os_error() == Some(libc::ENOENT) => Ok(false),
                 Err(error) => Err(error),
+            }
+        }
+
+        /// Writes many rows, in this order, new ones and others. When it fails, some are written.
+        pub fn put_all(&self, keys: &[K], values: &[V]) -> io::Result<()> {
+            for (keys, values) in keys.chunks(BATCH).zip(values.chunks(BATCH)) {
+                let done = self.batch(MAP_UPDATE_BATCH, keys, values);
+                for (key, value) in keys.iter().zip(values).skip(done) {
+                    self.put(key, value, ANY)?;
+                }
+            }
+            Ok(())
+        }
+
+        /// Removes many rows, in this order; those that are not there are nobody's error. When it fails, some are removed.
+        pub fn remove_all(&self, keys: &[K]) -> io::Result<()> {
+            for keys in keys.chunks(BATCH) {
+                let done = self.batch(MAP_DELETE_BATCH, keys, &[]);
+                for key in keys.iter().skip(done) {
+                    self.remove(key)?;
+                }
+            }
+            Ok(())
+        }
+
+        /// How many of these rows were dealt with in one call: not all where one is an error, and none where the kernel has no
+        /// batches for this kind of map. The caller goes on one by one, and meets the error again.
+        fn batch(&self, command: libc::c_long, keys: &[K], values: &[V]) -> usize {
+            if keys.len() < 2 || (command == MAP_UPDATE_BATCH && keys.len() != values.len()) {
+                return 0;
+            }
+            let mut attributes = BatchAttributes {
+                from: 0,
+                to: 0,
+                keys: keys.as_ptr().addr() as u64,
+                values: values.as_ptr().addr() as u64,
+                count: u32::try_from(keys.len()).unwrap_or(0),
+                map: self.map.as_raw_fd().cast_unsigned(),
+                element_flags: ANY,
+                flags: 0,
+            };
+            let asked = attributes.count;
+            // SAFETY: `attributes` is what bpf(2) takes for these commands. It points to `count` live keys, and for an update
+            // to as many values, of the sizes that `open` has compared with the map's; the kernel only reads them, and
+            // writes `count`. JUSTIFICATION: no crate offers these calls on a shared handle.
+            let result =
+                unsafe { libc::syscall(libc::SYS_bpf, command, &raw mut attributes, size_of::<BatchAttributes>()) };
+            match result {
+                0 => keys.len(),
+                // The kernel says how far it came, unless it refused to begin and left what was asked.
+                _ if attributes.count < asked => attributes.count as usize,
+                _ => 0,
             }
         }
 

@@ -9,7 +9,7 @@
 use crate::{
     ALLOW, REFUSE,
     facts::*,
-    maps::{FLOWS, FOREIGN, OWN, SERVED, VERDICTS},
+    maps::{FLOWS, FOREIGN, OWN, SERVED},
     quota,
     tell::{self, NOBODY, NOWHERE, count},
 };
@@ -32,15 +32,37 @@ const LOOPBACK_DEVICE: u32 = 1;
 /// Longer than one `connect()` takes from one program to the next, in nanoseconds.
 const ONE_CALL: u64 = 100_000_000;
 
-/// What becomes of a connection.
+/// What becomes of a connection: action, event to send (or 0), its reason and the counter, a byte each, and the rule above
+/// them. One number, which the verifier does not follow.
 #[derive(Clone, Copy)]
-struct Verdicted {
-    action: u32,
-    /// Event to send, or 0, with its reason and rule.
-    kind: u32,
-    reason: u32,
-    rule: u32,
-    counter: u32,
+#[repr(transparent)]
+struct Verdicted(u64);
+
+impl Verdicted {
+    #[inline(always)]
+    const fn new(action: u32, kind: u32, reason: u32, rule: u32, counter: u32) -> Self {
+        Self(action as u64 | (kind as u64) << 8 | (reason as u64) << 16 | (counter as u64) << 24 | (rule as u64) << 32)
+    }
+    #[inline(always)]
+    fn action(self) -> u32 {
+        self.0 as u32 & 0xff
+    }
+    #[inline(always)]
+    fn kind(self) -> u32 {
+        (self.0 >> 8) as u32 & 0xff
+    }
+    #[inline(always)]
+    fn reason(self) -> u32 {
+        (self.0 >> 16) as u32 & 0xff
+    }
+    #[inline(always)]
+    fn counter(self) -> u32 {
+        (self.0 >> 24) as u32 & 0xff
+    }
+    #[inline(always)]
+    fn rule(self) -> u32 {
+        (self.0 >> 32) as u32
+    }
 }
 
 const PASS: u32 = 0;
@@ -49,22 +71,22 @@ const TURN: u32 = 2;
 
 #[inline(always)]
 fn left_alone() -> Verdicted {
-    Verdicted { action: PASS, kind: 0, reason: 0, rule: 0, counter: counter::LEFT_ALONE }
+    Verdicted::new(PASS, 0, 0, 0, counter::LEFT_ALONE)
 }
 
 #[inline(always)]
 fn bypassed(rule: u32, counter: u32) -> Verdicted {
-    Verdicted { action: PASS, kind: EVENT_BYPASSED, reason: 0, rule, counter }
+    Verdicted::new(PASS, EVENT_BYPASSED, 0, rule, counter)
 }
 
 #[inline(always)]
 fn refused(reason: u32, counter: u32) -> Verdicted {
-    Verdicted { action: DENY, kind: EVENT_REFUSED, reason, rule: 0, counter }
+    Verdicted::new(DENY, EVENT_REFUSED, reason, 0, counter)
 }
 
 #[inline(always)]
 fn turned() -> Verdicted {
-    Verdicted { action: TURN, kind: 0, reason: 0, rule: 0, counter: counter::TURNED }
+    Verdicted::new(TURN, 0, 0, 0, counter::TURNED)
 }
 
 /// `connect()` to an IPv4 address.
@@ -75,7 +97,7 @@ pub fn connect4(ctx: *mut bpf_sock_addr) -> i32 {
     match connect(ctx, dialled, port, 4) {
         Outcome::Allow => ALLOW,
         Outcome::Refuse => REFUSE,
-        Outcome::Turn(agent) => {
+        Outcome::Turn(agent, _) => {
             // SAFETY: as above.
             unsafe {
                 addr_of_mut!((*ctx).user_ip4).write_volatile(0x7f00_0001_u32.to_be());
@@ -94,12 +116,10 @@ pub fn connect6(ctx: *mut bpf_sock_addr) -> i32 {
     match connect(ctx, dialled, port, 6) {
         Outcome::Allow => ALLOW,
         Outcome::Refuse => REFUSE,
-        Outcome::Turn(agent) => {
+        Outcome::Turn(agent, four) => {
             // SAFETY: as above. A socket for both families cannot reach `[::1]` once it is bound to an IPv4 address, and
             // one for IPv6 only cannot reach `::ffff:127.0.0.1`: the family of the address decides.
             unsafe {
-                let (near, _) = near_end(ctx);
-                let four = is_mapped(&reached(dialled, &near));
                 let address = addr_of_mut!((*ctx).user_ip6).cast::<u32>();
                 address.write_volatile(0);
                 address.add(1).write_volatile(0);
@@ -150,7 +170,18 @@ pub fn guard(skb: *mut __sk_buff) -> i32 {
             return beside_tcp(skb, word(addr_of!((*full).protocol)));
         }
     }
+    syn(skb)
+}
+
+/// A SYN: not inlined, so that what it needs of the stack is not taken from [`beside_tcp`].
+#[inline(never)]
+fn syn(skb: *mut __sk_buff) -> i32 {
     let Some(config) = config() else { return ALLOW };
+    // SAFETY: fields of the context that this hook may read; the verifier insists on the null check.
+    let sk: *mut bpf_sock = unsafe { (*skb).__bindgen_anon_2.sk };
+    if sk.is_null() {
+        return ALLOW;
+    }
     // SAFETY: a socket that the verifier knows not to be null.
     let (address, port) = unsafe { far_end(sk) };
     let Some(found) = destination(config, &address, port) else { return ALLOW };
@@ -171,7 +202,7 @@ pub fn guard(skb: *mut __sk_buff) -> i32 {
     event.cookie = cookie;
     event.destination = address;
     event.destination_port = port;
-    event.destination_id = found.id;
+    event.destination_id = found.target as u32;
     // Whoever has the socket: no task may be on its way here with the packet.
     // SAFETY: the helper takes the context.
     event.task.uid = unsafe { bpf_get_socket_uid(skb) };
@@ -218,8 +249,8 @@ fn beside_tcp(skb: *mut __sk_buff, protocol: u32) -> i32 {
         event.task.cgroup = bpf_skb_cgroup_id(skb);
         event.cookie = bpf_get_socket_cookie(skb.cast());
     }
-    let who = workload(config, event.task.uid, event.task.gid, event.task.cgroup);
-    if who == NOT_ENROLLED {
+    let subject = recorded(config, event.task.uid, event.task.gid, event.task.cgroup);
+    if subject.known() == NOT_ENROLLED {
         return ALLOW;
     }
     if protocol == IPPROTO_UDP || protocol == IPPROTO_UDPLITE {
@@ -227,8 +258,8 @@ fn beside_tcp(skb: *mut __sk_buff, protocol: u32) -> i32 {
         event.protocol = IPPROTO_UDP;
         event.destination_port = udp_port(skb, ipv6);
         let Some(found) = destination(config, &event.destination, event.destination_port) else { return ALLOW };
-        event.destination_id = found.id;
-        if datagram(config, found.mode, found.id, who).action == PASS {
+        event.destination_id = found.target as u32;
+        if datagram(config, &There::of(found, event.destination_port), &subject).action() == PASS {
             return ALLOW;
         }
         count(counter::UDP_REFUSED);
@@ -267,12 +298,12 @@ fn elsewhere(config: &Config, netns: u64, event: &mut Event) -> bool {
         return true;
     }
     count(counter::OTHER_NAMESPACES);
-    if workload(config, event.task.uid, event.task.gid, event.task.cgroup) == NOT_ENROLLED {
+    if workload(config, event.task.uid, event.task.gid, event.task.cgroup).known() == NOT_ENROLLED {
         return true;
     }
     event.kind = EVENT_REFUSED;
     event.reason = REASON_NAMESPACE;
-    event.destination_id = found.id;
+    event.destination_id = found.target as u32;
     tell::refused(event);
     false
 }
@@ -280,13 +311,15 @@ fn elsewhere(config: &Config, netns: u64, event: &mut Event) -> bool {
 enum Outcome {
     Allow,
     Refuse,
-    Turn(u16),
+    /// To this port of the agent, and whether by IPv4.
+    Turn(u16, bool),
 }
 
 /// Any `connect()`: the story from the address dialled to the outcome.
 #[inline(always)]
 fn connect(ctx: *mut bpf_sock_addr, dialled: Address, port: u16, family: u16) -> Outcome {
     let Some(config) = config() else { return Outcome::Allow };
+    let config = &at_this_moment(config);
     // SAFETY: helpers and fields that this hook may use.
     let (netns, transport, (near, near_port), cookie, device) = unsafe {
         let sk: *mut bpf_sock = (*ctx).__bindgen_anon_1.sk;
@@ -309,43 +342,36 @@ fn connect(ctx: *mut bpf_sock_addr, dialled: Address, port: u16, family: u16) ->
     if unsafe { OWN.get(&cookie) }.is_some() {
         return Outcome::Allow;
     }
-    let near = blurred(near, config);
-    let address = blurred(reached(dialled, &near), config);
-    // While a new agent takes over, the programs of the old one have been here for the same call. What an earlier call of
-    // this socket has left is nobody's any more: somebody else may have the socket now.
-    if turned_before(config, cookie, &address, port) {
+    let mut near = near;
+    blur(&mut near, config.epoch);
+    event.destination = reached(dialled, &near);
+    blur(&mut event.destination, config.epoch);
+    let four = is_mapped(&event.destination);
+    // While a new agent takes over, the programs of the old one have been here for the same call.
+    if turned_before(config, cookie, &event.destination, port) {
         return Outcome::Allow;
     }
-    released(cookie, &mut event);
-    event.cookie = cookie;
-    event.source_port = near_port;
-    event.destination_port = port;
-    event.protocol = transport;
-    let found = destination(config, &address, port);
+    let found = destination(config, &event.destination, port);
     event.task = task();
-    event.destination = address;
-    let mut mode = 0;
-    let mut hint = NOWHERE;
+    let zero = nothing(config);
+    // SAFETY: sixteen bytes are sixteen bytes.
+    let mut hint: Address = unsafe { core::mem::transmute([zero, zero]) };
+    event.destination_id = zero as u32;
+    event.task.workload = zero as u32;
     if let Some(found) = found {
-        event.destination_id = found.id;
-        mode = found.mode;
+        event.destination_id = found.target as u32;
         hint = found.source;
     }
     event.source = if is_any(&near) { hint } else { near };
-
-    let who = workload(config, event.task.uid, event.task.gid, event.task.cgroup);
+    let subject = workload(config, event.task.uid, event.task.gid, event.task.cgroup);
+    let who = subject.known();
     if who != ASK && who != UNKNOWN {
         event.task.workload = who;
     }
-    if who == UNKNOWN {
-        event.kind = EVENT_UNKNOWN_CGROUP;
-        tell::send(&event);
-    }
-    let listener = outbound_listener(config, cookie, !is_mapped(&address));
-    let mut verdict = judge(config, transport, mode, event.destination_id, who);
+    let mut verdict = judged(config, found, &subject, transport << 16 | port as u32);
     let mut agent = 0;
-    if verdict.action == TURN {
-        agent = agent_port(listener);
+    if verdict.action() == TURN {
+        agent = agent_port(outbound_listener(config, cookie, !four));
         if agent == 0 {
             verdict = refused(REASON_NO_AGENT, counter::REFUSED_NO_AGENT);
         } else if device > LOOPBACK_DEVICE {
@@ -357,37 +383,78 @@ fn connect(ctx: *mut bpf_sock_addr, dialled: Address, port: u16, family: u16) ->
             }
         }
     }
-    count(verdict.counter);
-    if verdict.kind != 0 {
-        event.kind = verdict.kind;
-        event.reason = verdict.reason;
-        event.rule = verdict.rule;
-        if verdict.kind == EVENT_REFUSED {
-            tell::refused(&mut event);
-        } else {
-            tell::send(&event);
-        }
+    told(&mut event, verdict, who);
+    if verdict.action() == TURN {
+        return Outcome::Turn(agent, four);
     }
-    match verdict.action {
-        PASS => Outcome::Allow,
-        TURN => Outcome::Turn(agent),
-        _ => {
-            if verdict.reason == REASON_NO_AGENT {
-                // SAFETY: the helper takes a number. To the program it is as if nobody listened there.
-                unsafe { bpf_set_retval(-ECONNREFUSED) };
-            }
-            Outcome::Refuse
-        }
+    // What an earlier call of this socket has left is nobody's any more: somebody else may have the socket now.
+    released(cookie, &mut event);
+    if verdict.action() == PASS {
+        return Outcome::Allow;
+    }
+    if verdict.reason() == REASON_NO_AGENT {
+        // SAFETY: the helper takes a number. To the program it is as if nobody listened there.
+        unsafe { bpf_set_retval(-ECONNREFUSED) };
+    }
+    Outcome::Refuse
+}
+
+/// Leaves what was decided for people to see.
+#[inline(always)]
+fn told(event: &mut Event, verdict: Verdicted, who: u32) {
+    count(verdict.counter());
+    if who == UNKNOWN {
+        event.kind = EVENT_UNKNOWN_CGROUP;
+        tell::send(event);
+    }
+    event.kind = verdict.kind();
+    event.reason = verdict.reason();
+    event.rule = verdict.rule();
+    if event.kind == EVENT_REFUSED {
+        tell::refused(event);
+    } else if event.kind != 0 {
+        tell::send(event);
+    }
+}
+
+/// The decision about a `connect()`. `what`: transport and port. Not inlined: to the verifier all its answers are one.
+#[inline(never)]
+fn judged(config: &Config, found: Option<&'static Destination>, subject: &Who, what: u32) -> Verdicted {
+    let there = match found {
+        Some(found) => There::of(found, what as u16),
+        None => NOTHING,
+    };
+    judge(config, what >> 16, &there, subject)
+}
+
+/// What is at the address dialled: the words of [`Destination`] that decide.
+struct There {
+    mode: u32,
+    port: u16,
+    target: u64,
+    group: u64,
+    datagrams: u64,
+}
+
+/// No destination entry covers it.
+const NOTHING: There = There { mode: 0, port: 0, target: 0, group: 0, datagrams: 0 };
+
+impl There {
+    #[inline(always)]
+    fn of(found: &Destination, port: u16) -> Self {
+        let Destination { mode, target, group, datagrams, .. } = *found;
+        Self { mode, port, target, group, datagrams }
     }
 }
 
 /// The decision, from the facts alone.
 #[inline(always)]
-fn judge(config: &Config, transport: u32, mode: u32, destination: u32, who: u32) -> Verdicted {
+fn judge(config: &Config, transport: u32, there: &There, subject: &Who) -> Verdicted {
     if transport == IPPROTO_UDP {
-        return datagram(config, mode, destination, who);
+        return datagram(config, there, subject);
     }
-    if mode == MODE_MESH {
+    let who = subject.known();
+    if there.mode == MODE_MESH {
         // Only a connection to a mesh destination is the agent's: it attests who dials before anything is sent.
         if who == ASK || who == UNKNOWN {
             return turned();
@@ -395,34 +462,35 @@ fn judge(config: &Config, transport: u32, mode: u32, destination: u32, who: u32)
         if who == NOT_ENROLLED {
             return refused(REASON_NO_IDENTITY, counter::REFUSED_NO_IDENTITY);
         }
-        return match verdict(config, who, destination, IPPROTO_TCP) {
-            Some(row) if row.action == VERDICT_MESH => turned(),
-            Some(row) if row.action == VERDICT_BYPASS => bypassed(row.rule, counter::BYPASSED),
-            _ => refused(REASON_NOT_ALLOWED, counter::REFUSED_NOT_ALLOWED),
-        };
+    } else {
+        // What only the agent could tell apart is not confined: whoever shares the kernel's facts with a workload can be it.
+        // In a cgroup that is not known yet a task is what it would be in its nearest known ancestor.
+        if subject.workload == NOT_ENROLLED || subject.workload == ASK {
+            return left_alone();
+        }
     }
-    // What only the agent could tell apart is not confined: whoever shares the kernel's facts with a workload can be it.
-    if who == NOT_ENROLLED || who == ASK || who == UNKNOWN {
-        return left_alone();
-    }
-    match verdict(config, who, destination, IPPROTO_TCP) {
-        Some(row) if row.action == VERDICT_BYPASS => bypassed(row.rule, counter::BYPASSED),
-        _ => refused(REASON_NOT_ALLOWED, counter::REFUSED_NOT_ALLOWED),
+    let row = verdict(config, subject, there.target, there.group, there.port, IPPROTO_TCP);
+    if row.action == VERDICT_MESH && there.mode == MODE_MESH {
+        turned()
+    } else if row.action == VERDICT_BYPASS {
+        bypassed(row.rule, counter::BYPASSED)
+    } else {
+        refused(REASON_NOT_ALLOWED, counter::REFUSED_NOT_ALLOWED)
     }
 }
 
 /// The decision for UDP: only an enrolled workload's datagrams to a mesh destination are anybody's business.
 #[inline(always)]
-fn datagram(config: &Config, mode: u32, destination: u32, who: u32) -> Verdicted {
-    if mode != MODE_MESH || who == NOT_ENROLLED {
+fn datagram(config: &Config, there: &There, subject: &Who) -> Verdicted {
+    let who = subject.known();
+    if there.mode != MODE_MESH || who == NOT_ENROLLED {
         return left_alone();
     }
-    if who != ASK
-        && who != UNKNOWN
-        && let Some(row) = verdict(config, who, destination, IPPROTO_UDP)
-        && row.action == VERDICT_BYPASS
-    {
-        return bypassed(row.rule, counter::UDP_ALLOWED);
+    if who != ASK && who != UNKNOWN && there.datagrams != 0 {
+        let row = verdict(config, subject, there.datagrams, 0, 0, IPPROTO_UDP);
+        if row.action == VERDICT_BYPASS {
+            return bypassed(row.rule, counter::UDP_ALLOWED);
+        }
     }
     refused(REASON_UDP, counter::UDP_REFUSED)
 }
@@ -431,6 +499,7 @@ fn datagram(config: &Config, mode: u32, destination: u32, who: u32) -> Verdicted
 #[inline(always)]
 fn sendmsg(ctx: *mut bpf_sock_addr, dialled: Address, port: u16) -> i32 {
     let Some(config) = config() else { return ALLOW };
+    let config = &at_this_moment(config);
     // SAFETY: helpers and fields that this hook may use.
     let (netns, (near, near_port)) = unsafe { (bpf_get_netns_cookie(ctx.cast()), near_end(ctx)) };
     if netns != config.netns_cookie {
@@ -443,11 +512,12 @@ fn sendmsg(ctx: *mut bpf_sock_addr, dialled: Address, port: u16) -> i32 {
     }
     let mut event = tell::event(EVENT_REFUSED, REASON_UDP, IPPROTO_UDP);
     event.task = task();
-    let who = workload(config, event.task.uid, event.task.gid, event.task.cgroup);
-    let verdict = datagram(config, found.mode, found.id, who);
-    if verdict.action == PASS {
-        if verdict.kind != 0 {
-            count(verdict.counter);
+    let subject = workload(config, event.task.uid, event.task.gid, event.task.cgroup);
+    let who = subject.known();
+    let verdict = datagram(config, &There::of(found, port), &subject);
+    if verdict.action() == PASS {
+        if verdict.kind() != 0 {
+            count(verdict.counter());
         }
         return ALLOW;
     }
@@ -460,7 +530,7 @@ fn sendmsg(ctx: *mut bpf_sock_addr, dialled: Address, port: u16) -> i32 {
     event.source_port = near_port;
     event.destination = address;
     event.destination_port = port;
-    event.destination_id = found.id;
+    event.destination_id = found.target as u32;
     count(counter::UDP_REFUSED);
     if who == UNKNOWN {
         event.kind = EVENT_UNKNOWN_CGROUP;
@@ -475,13 +545,21 @@ fn sendmsg(ctx: *mut bpf_sock_addr, dialled: Address, port: u16) -> i32 {
 /// and what [`tell::refused`] needs would not fit on one stack.
 #[inline(never)]
 fn remember(event: &Event, generation: u32, family: u16, agent_port: u16) -> u32 {
-    // What an earlier call has left is gone by now (`released`).
-    if !quota::take_flow(event.task.uid) {
+    // A socket that dials again has its row already.
+    // SAFETY: rows are replaced only by this same socket's next connect.
+    let before = unsafe { FLOWS.get(&event.cookie) }.map(|origin| origin.task.uid);
+    let takes = before != Some(event.task.uid);
+    if takes && !quota::take_flow(event.task.uid) {
         return REASON_QUOTA;
     }
     if FLOWS.insert(&event.cookie, &NO_ORIGIN, 0).is_err() {
-        quota::give(event.task.uid, QUOTA_FLOWS);
+        if takes {
+            quota::give(event.task.uid, QUOTA_FLOWS);
+        }
         return REASON_MAP_FULL;
+    }
+    if takes && let Some(before) = before {
+        quota::give(before, QUOTA_FLOWS);
     }
     let Some(origin) = FLOWS.get_ptr_mut(&event.cookie) else { return REASON_MAP_FULL };
     // SAFETY: a row that the verifier has seen to be there. Nobody looks at it before this call has sent its SYN.
@@ -583,12 +661,6 @@ fn never_arrived(origin: &Origin, event: &mut Event) {
     event.kind = 0;
     event.reason = 0;
     event.destination_id = 0;
-}
-
-#[inline(always)]
-fn verdict(config: &Config, workload: u32, destination: u32, protocol: u32) -> Option<&'static Verdict> {
-    // SAFETY: rows are never changed in place.
-    unsafe { VERDICTS.get(&VerdictKey { generation: config.generation, workload, destination, protocol }) }
 }
 
 /// IPPROTO_TCP or IPPROTO_UDP, or 0 for what is neither.

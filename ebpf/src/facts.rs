@@ -3,13 +3,14 @@
 //! *Invariant:* fields of a context are read one by one, each as the 32-bit word that the kernel offers it as. The
 //! verifier refuses what a compiler makes of it otherwise (wider, narrower or shared loads).
 
-use crate::maps::{CANDIDATES, CGROUPS, CONFIG, DESTINATIONS, OUTBOUND};
+use crate::maps::{CANDIDATES, CGROUPS, CONFIG, DESTINATIONS, OUTBOUND, VERDICTS};
 use crate::tell::{NOBODY, NOWHERE};
 use aya_ebpf::{
     bindings::{bpf_sock, bpf_sock_addr},
     helpers::{
-        bpf_get_current_cgroup_id, bpf_get_current_comm, bpf_get_current_task, bpf_probe_read_kernel, bpf_get_current_pid_tgid, bpf_get_current_uid_gid,
-        bpf_ktime_get_boot_ns, bpf_map_lookup_elem, bpf_sk_release,
+        bpf_get_current_ancestor_cgroup_id, bpf_get_current_cgroup_id, bpf_get_current_comm, bpf_get_current_pid_tgid,
+        bpf_get_current_task, bpf_get_current_uid_gid, bpf_ktime_get_boot_ns, bpf_map_lookup_elem,
+        bpf_probe_read_kernel, bpf_sk_release,
     },
     maps::lpm_trie::Key,
 };
@@ -31,7 +32,7 @@ pub const TCP_LISTEN: u32 = 10;
 #[inline(always)]
 pub fn config() -> Option<&'static Config> {
     let config = CONFIG.get(0)?;
-    if config.abi != ABI || config.generation == 0 || config.shards == 0 || config.shards > MAX_SHARDS as u32 {
+    if config.abi != ABI || config.epoch == 0 || config.shards == 0 || config.shards > MAX_SHARDS as u32 {
         return None;
     }
     Some(config)
@@ -48,6 +49,20 @@ pub fn recording() -> Option<&'static Config> {
 #[inline(always)]
 pub fn is_tcp(protocol: u32) -> bool {
     protocol == IPPROTO_TCP || protocol == IPPROTO_MPTCP
+}
+
+/// Zero, of which the verifier does not know that it is.
+#[inline(always)]
+pub fn nothing(config: &Config) -> u64 {
+    // SAFETY: a reference is valid to read.
+    unsafe { addr_of!(config.zero).read_volatile() }
+}
+
+/// The configuration as it is at one moment. A reload flips the epoch, and who is who and what is where have to be of one.
+#[inline(always)]
+pub fn at_this_moment(config: &Config) -> Config {
+    // SAFETY: a reference is valid to read. Volatile: what is read here is not read again.
+    unsafe { from_ref(config).read_volatile() }
 }
 
 /// Reads one word of a context, exactly as written here.
@@ -117,18 +132,18 @@ pub fn reached(address: Address, bound: &Address) -> Address {
     address
 }
 
-/// The same address, of which the verifier knows nothing any more. It follows every way on which an address may have come
+/// Leaves an address as it is, and makes the verifier forget what it knows of it. It follows every way on which an address may have come
 /// about to the end of the program, as long as it can tell the results apart: here the ways become one again, and
 /// `connect6` takes a third of the work to verify.
-#[inline(always)]
-pub fn blurred(address: Address, config: &Config) -> Address {
+#[inline(never)]
+pub fn blur(address: &mut Address, epoch: u32) {
     // A slot that is written at an index which only the map knows could hold anything, to the verifier.
-    let at = (config.generation & 1) as usize;
+    let at = (epoch & 1) as usize;
     let mut both = [NOWHERE; 2];
-    both[at] = address;
-    both[at ^ 1] = address;
+    both[at] = *address;
+    both[at ^ 1] = *address;
     // SAFETY: the first of two.
-    unsafe { addr_of!(both).cast::<Address>().read_volatile() }
+    *address = unsafe { addr_of!(both).cast::<Address>().read_volatile() };
 }
 
 /// Chooses between the two forms in which a context shows one address. Both were read before: a choice between the two
@@ -227,37 +242,194 @@ unsafe fn number(base: u64, offset: u32) -> u32 {
 pub const NOT_ENROLLED: u32 = 0;
 /// The agent has to attest the process before anybody knows.
 pub const ASK: u32 = u32::MAX;
-/// The agent has not looked at the cgroup yet.
+/// The agent has not looked at the cgroup yet, and an entry could match.
 pub const UNKNOWN: u32 = u32::MAX - 1;
 
-/// Which workload is a task with these facts: its number, or [`NOT_ENROLLED`], [`ASK`] or [`UNKNOWN`]?
-#[inline(always)]
-pub fn workload(config: &Config, uid: u32, gid: u32, cgroup: u64) -> u32 {
-    let generation = config.generation;
-    let mut class = CLASS_NONE;
-    if config.flags & FLAG_CGROUP_CLASSES != 0 {
-        // SAFETY: rows are never changed in place.
-        match unsafe { CGROUPS.get(&CgroupKey { generation, pad: 0, cgroup }) } {
-            Some(known) => class = *known,
-            None => return UNKNOWN,
-        }
-    }
-    let mut found = candidate(NOT_ENROLLED, CandidateKey { generation, class, uid, gid });
-    found = candidate(found, CandidateKey { generation, class, uid, gid: ANY });
-    found = candidate(found, CandidateKey { generation, class, uid: ANY, gid });
-    candidate(found, CandidateKey { generation, class, uid: ANY, gid: ANY })
+/// Levels of the hierarchy at which an unknown cgroup's ancestors are looked for. In a deeper one the nearest ancestor may
+/// be missed, but not that something below a farther one is not settled: that one is open.
+const LEVELS: i32 = 16;
+
+/// Who is a task?
+#[derive(Clone, Copy)]
+pub struct Who {
+    /// Number of the workload, or [`NOT_ENROLLED`] or [`ASK`].
+    pub workload: u32,
+    /// 1 where the cgroup is not known yet and an entry could match there; `workload` is then what its nearest known
+    /// ancestor's tasks with this uid and gid would be.
+    pub undecided: u32,
+    /// Number of the identity, and of the patterns that match it; for [`verdict`].
+    pub source: u64,
+    pub group: u64,
 }
 
-/// Adds one candidate to what was found before.
-#[inline(always)]
-fn candidate(found: u32, key: CandidateKey) -> u32 {
-    // SAFETY: rows are never changed in place.
-    match unsafe { CANDIDATES.get(&key) } {
-        None => found,
-        Some(row) if row.workload == 0 => ASK,
-        Some(row) if found == NOT_ENROLLED || found == row.workload => row.workload,
-        Some(_) => ASK,
+impl Who {
+    /// The workload, or [`UNKNOWN`] where that is not decided.
+    #[inline(always)]
+    pub fn known(&self) -> u32 {
+        if self.undecided != 0 { UNKNOWN } else { self.workload }
     }
+}
+
+/// Which workload is the task that is running, if these are its facts? An unknown cgroup inherits.
+#[inline(never)]
+pub fn workload(config: &Config, uid: u32, gid: u32, cgroup: u64) -> Who {
+    let mut placed = Placed { class: CLASS_NONE, open: 0 };
+    let mut seen = true;
+    if config.flags & FLAG_CGROUP_CLASSES != 0 {
+        // SAFETY: rows are never changed in place.
+        match unsafe { CGROUPS.get(&CgroupKey { epoch: config.epoch, pad: 0, cgroup }) } {
+            Some(known) => placed = *known,
+            None => {
+                let inherited = inherited(config.epoch);
+                placed = Placed { class: inherited as u32, open: (inherited >> 32) as u32 };
+                seen = false;
+            }
+        }
+    }
+    who(config, (gid as u64) << 32 | uid as u64, &placed, seen as u32)
+}
+
+/// Which workload was a task that had these facts, and need not be the one that is running?
+#[inline(never)]
+pub fn recorded(config: &Config, uid: u32, gid: u32, cgroup: u64) -> Who {
+    let mut placed = Placed { class: CLASS_NONE, open: 1 };
+    let mut seen = true;
+    if config.flags & FLAG_CGROUP_CLASSES != 0 {
+        // SAFETY: rows are never changed in place.
+        match unsafe { CGROUPS.get(&CgroupKey { epoch: config.epoch, pad: 0, cgroup }) } {
+            Some(known) => placed = *known,
+            None => seen = false,
+        }
+    }
+    who(config, (gid as u64) << 32 | uid as u64, &placed, seen as u32)
+}
+
+/// What the nearest known ancestor of the running task's cgroup is: its class, and in the upper half whether it is open.
+#[inline(never)]
+fn inherited(epoch: u32) -> u64 {
+    let mut level = LEVELS;
+    while level > 0 {
+        level -= 1;
+        // SAFETY: the helper takes a number, and gives 0 where the task's cgroup is not that deep. Rows are never changed
+        // in place.
+        unsafe {
+            let cgroup = bpf_get_current_ancestor_cgroup_id(level);
+            if cgroup != 0
+                && let Some(row) = CGROUPS.get(&CgroupKey { epoch, pad: 0, cgroup })
+            {
+                return (row.open as u64) << 32 | row.class as u64;
+            }
+        }
+    }
+    1 << 32 | CLASS_NONE as u64
+}
+
+/// What the rows of `CANDIDATES` that a task matches say together.
+struct Contest {
+    source: u64,
+    group: u64,
+    workload: u32,
+    certain: u32,
+    attested: u32,
+}
+
+/// No row was found yet.
+#[inline(always)]
+fn nobody_yet(zero: u64) -> Contest {
+    Contest { source: zero, group: zero, workload: zero as u32, certain: zero as u32, attested: zero as u32 }
+}
+
+#[inline(always)]
+fn who(config: &Config, ids: u64, placed: &Placed, seen: u32) -> Who {
+    let without = config.flags >> SHAPES_WITHOUT_CGROUP & shape::ALL;
+    let with = config.flags >> SHAPES_WITH_CGROUP & shape::ALL;
+    let zero = nothing(config);
+    let mut contest = nobody_yet(zero);
+    let mut undecided = zero as u32;
+    if seen == 0 && placed.open != 0 {
+        candidates(config.epoch, CLASS_UNSEEN, ids, with, &mut contest);
+        undecided = (contest.attested != 0) as u32;
+        contest = nobody_yet(zero);
+    }
+    candidates(config.epoch, CLASS_NONE, ids, without, &mut contest);
+    if placed.class != CLASS_NONE {
+        candidates(config.epoch, placed.class, ids, with, &mut contest);
+    }
+    let workload = if contest.certain == 0 && contest.attested == 0 {
+        NOT_ENROLLED
+    } else if contest.workload == 0 || contest.attested >= contest.certain {
+        ASK
+    } else {
+        contest.workload
+    };
+    Who { workload, undecided, source: contest.source, group: contest.group }
+}
+
+/// Adds the rows of a class. Its own program to the verifier, so that no caller is verified with each way through it.
+#[inline(never)]
+fn candidates(epoch: u32, class: u32, ids: u64, shapes: u32, contest: &mut Contest) {
+    let mut form = 0;
+    while form < 4 {
+        if shapes & 1 << form != 0 {
+            let uid = if form & 2 == 0 { ids as u32 } else { ANY };
+            let gid = if form & 1 == 0 { (ids >> 32) as u32 } else { ANY };
+            // SAFETY: a row is replaced as a whole, and one of the two is as good as the other.
+            if let Some(row) = unsafe { CANDIDATES.get(&CandidateKey { epoch, class, uid, gid }) } {
+                let (certain, attested) = (row.certain as u32, row.attested as u32);
+                if attested > contest.attested {
+                    contest.attested = attested;
+                }
+                if certain > contest.certain {
+                    contest.certain = certain;
+                    contest.workload = row.workload;
+                    contest.source = row.source;
+                    contest.group = row.group;
+                } else if certain == contest.certain && row.workload != contest.workload {
+                    contest.workload = 0;
+                }
+            }
+        }
+        form += 1;
+    }
+}
+
+/// What policy says about a source and a target: first their identities, then the patterns that match either, then both; for
+/// every port before the port dialled. [`VerdictKey`] says what the numbers are. `action` 0: denied.
+#[inline(always)]
+pub fn verdict(config: &Config, who: &Who, target: u64, group: u64, port: u16, protocol: u32) -> Verdict {
+    let mut what = port as u32 | protocol << 16;
+    if config.flags & FLAG_PORTS != 0 && group | target != 0 {
+        what |= BY_PORT;
+    }
+    let found = verdicts(who.source, who.group, target, group, what);
+    Verdict { action: (found >> 32) as u32, rule: found as u32 }
+}
+
+/// In what [`verdicts`] is asked: also look for rows of the port.
+const BY_PORT: u32 = 1 << 31;
+
+#[inline(never)]
+fn verdicts(source: u64, sources: u64, target: u64, targets: u64, what: u32) -> u64 {
+    let protocol = (what >> 16) as u16 & 0x7fff;
+    let most = if what & BY_PORT != 0 { 8 } else { 4 };
+    let mut turn = 0;
+    while turn < 8 {
+        let key = VerdictKey {
+            source: if turn & 1 == 0 { source } else { sources },
+            target: if turn & 2 == 0 { target } else { targets },
+            port: if turn & 4 == 0 { 0 } else { what as u16 },
+            protocol,
+            pad: 0,
+        };
+        if turn < most && key.source != 0 && key.target != 0 {
+            // SAFETY: a row is replaced as a whole, and one of the two is as good as the other.
+            if let Some(row) = unsafe { VERDICTS.get(&key) } {
+                return (row.action as u64) << 32 | row.rule as u64;
+            }
+        }
+        turn += 1;
+    }
+    0
 }
 
 /// A trie key as the kernel wants it: the length, then the bytes.
@@ -272,7 +444,7 @@ struct Prefixed {
 pub fn destination(config: &Config, address: &Address, port: u16) -> Option<&'static Destination> {
     let mut key = Prefixed {
         bits: DESTINATION_KEY_BITS,
-        key: DestinationKey { generation: config.generation, port, pad: 0, address: *address },
+        key: DestinationKey { epoch: config.epoch, namespace: config.namespace, port, pad: 0, address: *address },
     };
     if let Some(found) = covering(&key) {
         return Some(found);
@@ -284,7 +456,13 @@ pub fn destination(config: &Config, address: &Address, port: u16) -> Option<&'st
 /// Is some port of this address a mesh destination?
 #[inline(always)]
 pub fn is_mesh_address(config: &Config, address: &Address) -> bool {
-    let key = DestinationKey { generation: config.generation, port: 0, pad: DESTINATION_ADDRESS, address: *address };
+    let key = DestinationKey {
+        epoch: config.epoch,
+        namespace: config.namespace,
+        port: 0,
+        pad: DESTINATION_ADDRESS,
+        address: *address,
+    };
     covering(&Prefixed { bits: DESTINATION_KEY_BITS, key }).is_some()
 }
 

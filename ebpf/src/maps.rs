@@ -13,7 +13,9 @@ use wimsey_common::*;
 #[map]
 pub static CONFIG: Array<Config> = Array::pinned(1, 0);
 #[map]
-pub static CGROUPS: HashMap<CgroupKey, u32> = HashMap::pinned(65_536, BPF_F_NO_PREALLOC);
+pub static LAYOUT: Array<TaskLayout> = Array::pinned(1, 0);
+#[map]
+pub static CGROUPS: HashMap<CgroupKey, Placed> = HashMap::pinned(65_536, BPF_F_NO_PREALLOC);
 #[map]
 pub static CANDIDATES: HashMap<CandidateKey, Candidate> = HashMap::pinned(65_536, BPF_F_NO_PREALLOC);
 #[map]

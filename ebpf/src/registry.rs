@@ -51,7 +51,8 @@ pub fn bound(sock: *mut bpf_sock, address: Address) -> i32 {
     // It may have been bound before, and disconnected.
     forget(cookie);
     let mut binder = task();
-    let found = if own { LISTENER_LEFT_ALONE } else { protection(config, &mut binder) };
+    let who = workload(config, binder.uid, binder.gid, binder.cgroup);
+    let found = if own { LISTENER_LEFT_ALONE } else { protection(config, &mut binder, who) };
     // Whoever is left alone is counted when they listen: until then they are nobody to be found.
     let counted = if (own || found != LISTENER_LEFT_ALONE) && key.port != 0 { found } else { 0 };
     let row = Socket { binder, owner: binder, key, mode: 0, bound: found, listens: 0 };
@@ -80,8 +81,9 @@ pub fn listening(ops: *mut bpf_sock_ops, address: Address, port: u16) -> bool {
         return false;
     }
     let key = ListenerKey { address, netns, device, port, ipv6_only: 0 };
-    let mut owner = running(&config.layout);
-    let who = if owner.tgid == 0 { LISTENER_UNDECIDED } else { protection(config, &mut owner) };
+    let mut owner = LAYOUT.get(0).map_or(NOBODY, running);
+    let who = recorded(config, owner.uid, owner.gid, owner.cgroup);
+    let who = if owner.tgid == 0 { LISTENER_UNDECIDED } else { protection(config, &mut owner, who) };
     let mut row = Socket { binder: NOBODY, owner, key, mode: 0, bound: LISTENER_UNDECIDED, listens: 1 };
     // SAFETY: a copy of a row whose one changing field is read once more where it counts.
     if let Some(before) = unsafe { SOCKETS.get(&cookie) } {
@@ -252,7 +254,8 @@ pub fn held(cookie: u64) {
     }
     let Some(config) = config() else { return };
     let mut holder = task();
-    if protection(config, &mut holder) == LISTENER_LEFT_ALONE {
+    let who = workload(config, holder.uid, holder.gid, holder.cgroup);
+    if protection(config, &mut holder, who) == LISTENER_LEFT_ALONE {
         return;
     }
     // Undecided: the agent looks who holds it.
@@ -263,11 +266,11 @@ pub fn held(cookie: u64) {
 
 /// What a socket of this task is to be, from the task alone.
 #[inline(always)]
-fn protection(config: &Config, task: &mut Task) -> u32 {
-    if config.generation == 0 {
+fn protection(config: &Config, task: &mut Task, who: Who) -> u32 {
+    if config.epoch == 0 {
         return LISTENER_UNDECIDED;
     }
-    match workload(config, task.uid, task.gid, task.cgroup) {
+    match who.known() {
         NOT_ENROLLED => LISTENER_LEFT_ALONE,
         UNKNOWN => LISTENER_UNDECIDED,
         // What only the agent can tell apart is refused by it.

@@ -32,6 +32,17 @@ pub(super) struct Cgroup {
     pub id: u64,
 }
 
+impl Cgroup {
+    /// Path of the cgroup above, if there is one.
+    pub fn parent(&self) -> Option<&str> {
+        match self.path.rsplit_once('/')? {
+            ("", "") => None,
+            ("", _) => Some("/"),
+            (parent, _) => Some(parent),
+        }
+    }
+}
+
 /// The tree, watched.
 #[derive(Debug)]
 pub(super) struct Cgroups {

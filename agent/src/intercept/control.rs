@@ -7,7 +7,7 @@
 
 use super::{
     Doorway, Error, Listening,
-    cgroups::{Cgroup, Cgroups},
+    cgroups::Cgroups,
     diagnostics::{self, Socket},
     error::During,
     host::{self, Host},
@@ -23,7 +23,7 @@ use crate::sys::{self, bpf};
 use aya::maps::{MapData, PerCpuArray, RingBuf};
 use aya_log::EbpfLogger;
 use std::{
-    collections::{HashMap, HashSet, VecDeque},
+    collections::{HashSet, VecDeque},
     io,
     net::SocketAddr,
     os::fd::{AsFd, OwnedFd},
@@ -54,20 +54,19 @@ pub struct Programs {
     pub(super) cgroups: Cgroups,
     pub(super) commands: Commands,
     doorways: Vec<Doorway>,
-    shards: u32,
-    facts: Option<Arc<dyn KernelFacts>>,
-    classes: Classes,
-    /// Cgroups whose rows could not be written.
-    unclassified: HashMap<u64, Cgroup>,
     /// Something has just failed: it is not tried again in the same breath.
     resting: bool,
-    generation: u32,
+    shards: u32,
+    pub(super) facts: Option<Arc<dyn KernelFacts>>,
+    /// What is in force: the rows for everybody, and those of classes of cgroups.
+    pub(super) rows: Arc<Rows>,
+    pub(super) classes: Classes,
+    pub(super) generation: u32,
+    pub(super) epoch: u32,
     /// Addresses that policy protects whether or not anybody listens.
     pub(super) protected: HashSet<ProtectedKey>,
-    /// Where the kernel keeps what the programs want to know of a task.
-    layout: TaskLayout,
     /// Every listening socket is recorded.
-    complete: bool,
+    pub(super) complete: bool,
     events: RingBuf<MapData>,
     /// Wakes when there are events, or changes of the cgroup tree; made on the runtime that waits first.
     wakers: Option<[AsyncFd<OwnedFd>; 2]>,
@@ -131,7 +130,8 @@ impl Programs {
         let loaded = Loaded::load(&host, &options.sizes)?;
         let tables = Tables::open(&host.pins, &host.shared_pin(map::SERVED))?;
         let config = tables.config.get(&0).map_err(map_error(map::CONFIG))?;
-        let generation = config.filter(|config| config.abi == ABI).map_or(0, |config| config.generation);
+        let config = config.filter(|config| config.abi == ABI && config.epoch != 0);
+        let (generation, epoch) = config.map_or((0, 0), |config| (config.generation, config.epoch));
         for by in [QUOTA_BY_PROGRAMS, QUOTA_BY_AGENT] {
             let row = QuotaKey { uid: ANY, what: QUOTA_FLOWS, by };
             if tables.quotas.get(&row).map_err(map_error(map::QUOTAS))?.is_none() {
@@ -139,19 +139,21 @@ impl Programs {
             }
         }
         // What an agent that was killed in the middle has left.
-        install::sweep(&tables, |of| of == generation)?;
-        let layout = layout::running();
-        let before = config.filter(|_| generation != 0).unwrap_or(Config {
+        install::sweep(&tables, |of| of == epoch)?;
+        let rows = Arc::new(Self::adopt_verdicts(&tables)?);
+        let before = config.unwrap_or(Config {
             abi: ABI,
             generation: 0,
             netns_cookie: host.netns_cookie,
             shards,
             flags: 0,
-            layout,
+            epoch: 0,
+            namespace: install::NAMESPACE,
+            zero: 0,
         });
         // Sockets are recorded from the moment that the programs are attached.
-        let config_now = Config { layout, shards: before.shards, ..before };
-        tables.config.put(&0, &config_now, bpf::ANY).map_err(map_error(map::CONFIG))?;
+        tables.layout.put(&0, &layout::running(), bpf::ANY).map_err(map_error(map::LAYOUT))?;
+        tables.config.put(&0, &before, bpf::ANY).map_err(map_error(map::CONFIG))?;
         let Readers { events, counters, log, registry } = loaded.attach(&host, &options.cgroup)?;
         tables.served.put(&host.netns_cookie, &1, bpf::ANY).map_err(map_error(map::SERVED))?;
         for stale in tables.origins.keys().map_err(map_error(map::ORIGINS))? {
@@ -173,12 +175,12 @@ impl Programs {
             doorways: doorways?,
             shards,
             facts: None,
+            rows,
             classes: Classes::default(),
-            unclassified: HashMap::new(),
             resting: false,
             generation,
+            epoch,
             protected,
-            layout,
             complete: before.flags & FLAG_REGISTRY_COMPLETE != 0,
             events,
             wakers: None,
@@ -188,59 +190,14 @@ impl Programs {
             notices: VecDeque::new(),
             _locks: [lock, pins_lock],
         };
-        programs.configure(generation, before.flags)?;
+        let config = programs.config(generation, epoch, before.flags);
+        programs.tables.config.put(&0, &config, bpf::ANY).map_err(map_error(map::CONFIG))?;
         Ok(programs)
     }
 
     /// The doors of the shards, to be sent to their threads. They are there once.
     pub fn doorways(&mut self) -> Vec<Doorway> {
         std::mem::take(&mut self.doorways)
-    }
-
-    /// Puts a policy in force and gives its generation. When it fails, nothing has changed.
-    ///
-    /// Listeners keep their modes; see [`Programs::listeners`] for attesting their owners again.
-    pub fn install(&mut self, facts: Arc<dyn KernelFacts>) -> Result<u32, Error> {
-        // What cannot be told of the policy before is told of this one, or refuses it.
-        let watched = self.watch_cgroups();
-        self.heed(Work::Cgroups, watched);
-        let generation = self.generation.checked_add(1).unwrap_or(1);
-        let rows = Rows::of(facts.as_ref(), generation, &self.cgroups.all(), install::source_for);
-        let in_force = self.generation;
-        let protected: HashSet<ProtectedKey> = rows.protected.iter().copied().collect();
-        let prepared = rows.write(&self.tables).and_then(|()| self.protect(&protected));
-        let new = match prepared {
-            Ok(new) => new,
-            Err(error) => {
-                install::sweep(&self.tables, |of| of == in_force)?;
-                return Err(error);
-            }
-        };
-        let flags = rows.flags | if protected.is_empty() { 0 } else { FLAG_PROTECTED_ADDRESSES };
-        // Listeners from before, and those that the new policy may see with other eyes, are refused until they are judged.
-        let complete = self.complete;
-        let flipped = self.listeners().and_then(|_| self.raise(facts.as_ref())).and_then(|()| {
-            self.complete = true;
-            self.flip(generation, flags)
-        });
-        if let Err(error) = flipped {
-            self.complete = complete;
-            install::sweep(&self.tables, |of| of == in_force)?;
-            self.unprotect(&new)?;
-            return Err(error);
-        }
-        self.generation = generation;
-        self.classes = rows.classes;
-        // All that were known are in its rows.
-        self.unclassified.clear();
-        self.facts = Some(facts);
-        let before = std::mem::replace(&mut self.protected, protected);
-        // From here on the new policy is in force, and what cannot be tidied up is only a loss of room.
-        let over: Vec<ProtectedKey> = before.difference(&self.protected).copied().collect();
-        if let Err(error) = install::sweep(&self.tables, |of| of == generation).and_then(|()| self.unprotect(&over)) {
-            tracing::warn!(%error, "rows of the policy before could not be removed from the kernel maps");
-        }
-        Ok(generation)
     }
 
     /// Inode number of the network namespace.
@@ -320,7 +277,7 @@ impl Programs {
     }
 
     /// Makes a notice of what has failed.
-    fn heed(&mut self, work: Work, outcome: Result<(), Error>) {
+    pub(super) fn heed(&mut self, work: Work, outcome: Result<(), Error>) {
         if let Err(error) = outcome {
             self.resting = true;
             self.notices.push_back(Notice::Trouble(work, error));
@@ -329,8 +286,7 @@ impl Programs {
 
     /// Tries again to tell the kernel programs of the cgroups for which there was no room. Until then nobody knows them.
     pub fn retry(&mut self) -> Result<(), Error> {
-        let again: Vec<Cgroup> = std::mem::take(&mut self.unclassified).into_values().collect();
-        self.classify(&again)
+        self.classify_again()
     }
 
     /// A notice that is here already.
@@ -394,29 +350,18 @@ impl Programs {
         Ok(gone)
     }
 
-    /// Flips to a generation. The flag that makes the programs ask more comes before the generation that needs it: the map's
-    /// one value is not replaced in one step.
-    fn flip(&self, generation: u32, flags: u32) -> Result<(), Error> {
-        if self.generation != 0
-            && let Some(before) = self.tables.config.get(&0).map_err(map_error(map::CONFIG))?
-        {
-            self.configure(self.generation, before.flags | flags)?;
-            self.configure(generation, before.flags | flags)?;
-        }
-        self.configure(generation, flags)
-    }
-
-    fn configure(&self, generation: u32, flags: u32) -> Result<(), Error> {
+    pub(super) fn config(&self, generation: u32, epoch: u32, flags: u32) -> Config {
         let complete = if self.complete { FLAG_REGISTRY_COMPLETE } else { 0 };
-        let config = Config {
+        Config {
             abi: ABI,
             generation,
             netns_cookie: self.host.netns_cookie,
             shards: self.shards,
             flags: flags & !FLAG_REGISTRY_COMPLETE | complete,
-            layout: self.layout,
-        };
-        self.tables.config.put(&0, &config, bpf::ANY).map_err(map_error(map::CONFIG))
+            epoch,
+            namespace: install::NAMESPACE,
+            zero: 0,
+        }
     }
 
     fn read_events(&mut self) {
@@ -445,49 +390,6 @@ impl Programs {
         }
     }
 
-    fn watch_cgroups(&mut self) -> Result<(), Error> {
-        let changes = self.cgroups.changes()?;
-        let generation = self.generation;
-        let mut removed = Ok(());
-        for id in changes.removed {
-            self.unclassified.remove(&id);
-            let key = CgroupKey { generation, pad: 0, cgroup: id };
-            if let Err(error) = self.tables.cgroups.remove(&key) {
-                removed = Err(map_error(map::CGROUPS)(error));
-            }
-        }
-        self.classify(&changes.made).and(removed)
-    }
-
-    fn classify_unknown(&mut self, id: u64) -> Result<(), Error> {
-        let key = CgroupKey { generation: self.generation, pad: 0, cgroup: id };
-        // Of one for which there was no room is told again with each call of its programs: the next tick is soon enough.
-        if self.unclassified.contains_key(&id)
-            || self.tables.cgroups.get(&key).map_err(map_error(map::CGROUPS))?.is_some()
-        {
-            return Ok(());
-        }
-        let made = self.cgroups.rescan();
-        self.classify(&made)?;
-        // Known before, and not in this generation: it was there under an older policy.
-        let known: Vec<Cgroup> = self.cgroups.all().into_iter().filter(|cgroup| cgroup.id == id).collect();
-        self.classify(&known)
-    }
-
-    fn classify(&mut self, cgroups: &[Cgroup]) -> Result<(), Error> {
-        let Some(facts) = self.facts.clone().filter(|_| self.classes.wanted()) else { return Ok(()) };
-        let mut outcome = Ok(());
-        for cgroup in cgroups {
-            let rows = self.classes.classify(facts.as_ref(), self.generation, cgroup);
-            if let Err(error) = rows.write(&self.tables) {
-                self.classes.forget(&rows, &self.tables);
-                self.unclassified.insert(cgroup.id, cgroup.clone());
-                outcome = Err(error);
-            }
-        }
-        outcome
-    }
-
     fn is_leg(&self, socket: &Socket) -> Result<bool, Error> {
         let leg = self.tables.legs.get(&tuple_key(socket.remote, socket.local)).map_err(map_error(map::LEGS))?;
         Ok(leg.is_some())
@@ -509,7 +411,7 @@ impl std::fmt::Debug for Programs {
 fn discard_foreign(host: &Host) -> Result<(), Error> {
     let Ok(config) = bpf::Table::<u32, Config>::open(&host.pins.join(map::CONFIG)) else { return Ok(()) };
     match config.get(&0).map_err(map_error(map::CONFIG))? {
-        Some(config) if config.generation != 0 && config.netns_cookie != host.netns_cookie => {
+        Some(config) if config.epoch != 0 && config.netns_cookie != host.netns_cookie => {
             programs::remove_pins(&host.pins).map(|_| ())
         }
         _ => Ok(()),

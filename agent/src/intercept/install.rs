@@ -1,326 +1,530 @@
-//! A policy on its way into the kernel's maps: rows of the next generation are written, one number is flipped, rows of the
-//! one before are removed. No connection ever meets half a policy.
+//! A policy on its way into the kernel's maps.
 //!
-//! *Invariant:* when it fails, the generation in force and its rows are what they were.
+//! What a policy says is worked out beside the control thread ([`Outlook::prepare`]), from a look at what is in force. Then it
+//! is installed in steps ([`Programs::install_prepared`]), each of which can be taken back. Where it changes who is who,
+//! candidates, cgroups and destinations are written under the keys of a new epoch, and one number is flipped; else only the
+//! rows that differ are written, in such an order that no connection ever meets a mixture (`plan` says why).
+//!
+//! *Invariant:* at every moment each connection is decided as by the policy before or by the one after, or is refused. When a
+//! step fails, those before it are taken back.
+
+mod classes;
+mod plan;
+
+pub(super) use classes::Classes;
 
 use super::{
-    Error,
+    Error, Programs,
     cgroups::Cgroup,
     error::During,
     tables::{Tables, address, map_error},
+    work::Work,
 };
 use crate::{
     policy::{KernelCandidate, KernelPolicy, Policy},
-    sys::bpf,
 };
 use aya::maps::lpm_trie::Key;
+use classes::{Placement, Room};
+use plan::{Plan, Step, differences};
 use std::{
-    collections::HashMap,
+    cmp::Ordering,
+    collections::HashSet,
     net::{IpAddr, SocketAddr, UdpSocket},
+    sync::Arc,
 };
 use wimsey_common::*;
+
+/// The number of this network namespace in the keys of destinations. One agent serves one.
+pub(super) const NAMESPACE: u32 = 1;
 
 /// What a policy tells the kernel programs. [`Policy`] is one.
 pub trait KernelFacts: Send + Sync {
     /// Destinations, verdicts and protected addresses.
-    fn kernel(&self) -> KernelPolicy;
+    fn kernel(&self) -> Arc<KernelPolicy>;
+    /// A number of all registration entries: facts with the same have the same candidates, but for the numbers of their
+    /// patterns, and classes.
+    fn who(&self) -> u64;
     /// The cgroup selectors that a cgroup satisfies: cgroups with equal sets share a class.
     fn cgroup_set(&self, cgroup: &str) -> Vec<u32>;
-    /// The candidate rows for cgroups with this set.
+    /// Could a cgroup below this one satisfy a selector that this one does not?
+    fn cgroup_open(&self, cgroup: &str) -> bool;
+    /// The candidate rows for the class of cgroups with this set; for the empty set, those of entries without cgroups.
     fn candidates(&self, set: &[u32]) -> Vec<KernelCandidate>;
 }
 
 impl KernelFacts for Policy {
-    fn kernel(&self) -> KernelPolicy {
+    fn kernel(&self) -> Arc<KernelPolicy> {
         Policy::kernel(self)
+    }
+    fn who(&self) -> u64 {
+        Policy::who(self)
     }
     fn cgroup_set(&self, cgroup: &str) -> Vec<u32> {
         Policy::cgroup_set(self, cgroup)
+    }
+    fn cgroup_open(&self, cgroup: &str) -> bool {
+        Policy::cgroup_open(self, cgroup)
     }
     fn candidates(&self, set: &[u32]) -> Vec<KernelCandidate> {
         Policy::candidates(self, set)
     }
 }
 
-/// Classes of cgroups: one number for each set of selectors, in one generation.
+/// A destination's key without epoch and namespace.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct Network {
+    /// Prefix length with [`DESTINATION_FIXED_BITS`].
+    bits: u32,
+    port: u16,
+    /// 0, or [`DESTINATION_ADDRESS`].
+    kind: u16,
+    address: Address,
+}
+
+impl Network {
+    fn key(&self, epoch: u32) -> Key<DestinationKey> {
+        let key =
+            DestinationKey { epoch, namespace: NAMESPACE, port: self.port, pad: self.kind, address: self.address };
+        Key::new(self.bits, key)
+    }
+
+    /// The programs take the first in this order that covers an address: the port itself before any port, and the longest
+    /// prefix of either.
+    fn before(&self, other: &Self) -> Ordering {
+        (self.port == 0).cmp(&(other.port == 0)).then(other.bits.cmp(&self.bits))
+    }
+}
+
+/// The rows of a policy for everybody, whatever the epoch; each list is sorted by its keys. Classes of cgroups are in
+/// [`Classes`].
 #[derive(Debug, Default)]
-pub(super) struct Classes {
-    numbers: HashMap<Vec<u32>, u32>,
-    /// Numbers that were given: those of a class that was forgotten are not given again.
-    given: u32,
-    wanted: bool,
-}
-
-/// Rows of one generation that a new cgroup brings.
-#[derive(Debug, Default)]
-pub(super) struct ClassRows {
-    cgroup: Option<(CgroupKey, u32)>,
-    candidates: Vec<(CandidateKey, Candidate)>,
-    /// The class that these rows make.
-    makes: Option<Vec<u32>>,
-}
-
-impl Classes {
-    /// Does this generation look at cgroups at all?
-    pub fn wanted(&self) -> bool {
-        self.wanted
-    }
-
-    /// The class of a cgroup, and the rows that make it known.
-    pub fn classify(&mut self, facts: &dyn KernelFacts, generation: u32, cgroup: &Cgroup) -> ClassRows {
-        let set = facts.cgroup_set(&cgroup.path);
-        let mut rows = ClassRows::default();
-        let class = match self.numbers.get(&set) {
-            Some(class) => *class,
-            None if set.is_empty() => CLASS_NONE,
-            None => {
-                self.given = self.given.saturating_add(1);
-                let class = self.given;
-                rows.candidates = candidate_rows(facts, generation, class, &set);
-                rows.makes = Some(set.clone());
-                self.numbers.insert(set, class);
-                class
-            }
-        };
-        rows.cgroup = Some((CgroupKey { generation, pad: 0, cgroup: cgroup.id }, class));
-        rows
-    }
-
-    /// Forgets the class that these rows were to make, since they could not be written: without all of its rows it would be
-    /// one of programs that nobody enrolled.
-    pub fn forget(&mut self, rows: &ClassRows, tables: &Tables) {
-        if let Some(set) = &rows.makes {
-            self.numbers.remove(set);
-            for (key, _) in &rows.candidates {
-                // Nobody looks for what stays.
-                let _ = tables.candidates.remove(key);
-            }
-        }
-    }
-}
-
-impl ClassRows {
-    /// Writes the rows; the cgroup comes last, so that its class is complete when it is found.
-    pub fn write(&self, tables: &Tables) -> Result<(), Error> {
-        for (key, row) in &self.candidates {
-            tables.candidates.put(key, row, bpf::ANY).map_err(map_error(map::CANDIDATES))?;
-        }
-        if let Some((key, class)) = &self.cgroup {
-            tables.cgroups.put(key, class, bpf::ANY).map_err(map_error(map::CGROUPS))?;
-        }
-        Ok(())
-    }
-}
-
-/// Everything that a generation consists of.
 pub(super) struct Rows {
-    pub flags: u32,
-    pub classes: Classes,
-    pub protected: Vec<ProtectedKey>,
-    destinations: Vec<(Key<DestinationKey>, Destination)>,
-    verdicts: Vec<(VerdictKey, Verdict)>,
+    who: u64,
+    flags: u32,
+    protected: Vec<ProtectedKey>,
     candidates: Vec<(CandidateKey, Candidate)>,
-    cgroups: Vec<ClassRows>,
+    destinations: Vec<(Network, Destination)>,
+    verdicts: Vec<(VerdictKey, Verdict)>,
 }
 
 impl Rows {
-    /// The rows of a policy for these cgroups. `source` tells which address the host would use to get to another.
-    pub fn of(
-        facts: &dyn KernelFacts,
-        generation: u32,
-        cgroups: &[Cgroup],
-        source: impl Fn(IpAddr) -> Option<IpAddr>,
-    ) -> Self {
+    /// `source` tells which address the host would use to get to another.
+    fn of(facts: &dyn KernelFacts, mut source: impl FnMut(IpAddr) -> Option<IpAddr>) -> Self {
         let policy = facts.kernel();
-        let mut classes = Classes { numbers: HashMap::new(), given: 0, wanted: policy.cgroup_classes };
-        let of_cgroups = if policy.cgroup_classes {
-            cgroups.iter().map(|cgroup| classes.classify(facts, generation, cgroup)).collect()
-        } else {
-            Vec::new()
-        };
-        let candidates = candidate_rows(facts, generation, CLASS_NONE, &[]);
-        let by_user = if candidates.is_empty() { 0 } else { FLAG_ENTRIES_BY_USER };
-        let destinations = policy.destinations.iter().flat_map(|destination| {
-            let network = destination.network;
-            let (bits, of_family) = (u32::from(network.prefix_len()), u32::from(network.max_prefix_len()));
-            // The host's address is shown only where it is the same for the whole network.
-            let hint = source(network.network())
-                .filter(|first| bits == of_family || source(network.broadcast()) == Some(*first))
-                .map_or([0; 16], address);
-            let key = DestinationKey {
-                generation,
-                port: destination.port.unwrap_or(0),
-                pad: 0,
-                address: address(network.network()),
+        let mut candidates = candidate_rows(CLASS_NONE, &facts.candidates(&[]));
+        let mut flags = shapes(&candidates) << SHAPES_WITHOUT_CGROUP;
+        if !candidates.is_empty() {
+            flags |= FLAG_ENTRIES_BY_USER;
+        }
+        if !policy.protected.is_empty() {
+            flags |= FLAG_PROTECTED_ADDRESSES;
+        }
+        if policy.cgroup_classes {
+            let attested = |(uid, gid): &(Option<u32>, Option<u32>)| KernelCandidate {
+                uid: *uid,
+                gid: *gid,
+                attested: 1,
+                ..KernelCandidate::default()
             };
-            let bits = DESTINATION_FIXED_BITS + 128 - of_family + bits;
-            let row = Destination { id: destination.number, mode: destination.mode, source: hint };
+            let unseen: Vec<KernelCandidate> = policy.unseen.iter().map(attested).collect();
+            let unseen = candidate_rows(CLASS_UNSEEN, &unseen);
+            flags |= FLAG_CGROUP_CLASSES | shapes(&unseen) << SHAPES_WITH_CGROUP;
+            candidates.extend(unseen);
+        }
+        let mut destinations: Vec<(Network, Destination)> = Vec::with_capacity(policy.destinations.len());
+        for row in &policy.destinations {
+            let (bits, of_family) = (u32::from(row.network.prefix_len()), u32::from(row.network.max_prefix_len()));
+            // The host's address is shown only where it is the same for the whole network.
+            let hint = source(row.network.network())
+                .filter(|first| bits == of_family || source(row.network.broadcast()) == Some(*first))
+                .map_or([0; 16], address);
+            let network = Network {
+                bits: DESTINATION_FIXED_BITS + 128 - of_family + bits,
+                port: row.port.unwrap_or(0),
+                kind: 0,
+                address: address(row.network.network()),
+            };
+            let there = Destination {
+                target: row.target,
+                group: row.group,
+                datagrams: row.datagrams,
+                mode: row.mode,
+                pad: 0,
+                source: hint,
+            };
+            destinations.push((network, there));
             // For packets that have no ports: some port of this address is a mesh destination.
-            let address = DestinationKey { port: 0, pad: DESTINATION_ADDRESS, ..key };
-            let address = (destination.mode == MODE_MESH).then_some((Key::new(bits, address), row));
-            std::iter::once((Key::new(bits, key), row)).chain(address)
-        });
-        let verdicts = policy.verdicts.iter().map(|row| {
+            if row.mode == MODE_MESH {
+                destinations.push((Network { port: 0, kind: DESTINATION_ADDRESS, ..network }, there));
+            }
+        }
+        let mut verdicts: Vec<(VerdictKey, Verdict)> = Vec::with_capacity(policy.verdicts.len());
+        for row in &policy.verdicts {
+            if row.port != 0 {
+                flags |= FLAG_PORTS;
+            }
             let key =
-                VerdictKey { generation, workload: row.workload, destination: row.destination, protocol: row.protocol };
-            (key, Verdict { action: row.action, rule: row.rule })
-        });
+                VerdictKey { source: row.source, target: row.target, port: row.port, protocol: row.protocol, pad: 0 };
+            verdicts.push((key, Verdict { action: row.action, rule: row.rule }));
+        }
+        candidates.sort_unstable_by_key(|row| row.0);
+        destinations.sort_unstable_by_key(|row| row.0);
+        // Several ports of one address make one row.
+        destinations.dedup_by_key(|row| row.0);
+        verdicts.sort_unstable_by_key(|row| row.0);
+        let protected = policy.protected.iter();
         Self {
-            flags: by_user | if policy.cgroup_classes { FLAG_CGROUP_CLASSES } else { 0 },
-            protected: policy
-                .protected
-                .iter()
+            who: facts.who(),
+            flags,
+            protected: protected
                 .map(|(ip, port)| ProtectedKey { address: address(*ip), port: *port, pad: [0; 3] })
                 .collect(),
-            destinations: destinations.collect(),
-            verdicts: verdicts.collect(),
             candidates,
-            cgroups: of_cgroups,
-            classes,
+            destinations,
+            verdicts,
         }
-    }
-
-    /// Writes all rows. The caller removes them when this fails.
-    pub fn write(&self, tables: &Tables) -> Result<(), Error> {
-        for (key, row) in &self.destinations {
-            tables.destinations.put(key, row, bpf::ANY).map_err(map_error(map::DESTINATIONS))?;
-        }
-        for (key, row) in &self.verdicts {
-            tables.verdicts.put(key, row, bpf::ANY).map_err(map_error(map::VERDICTS))?;
-        }
-        for (key, row) in &self.candidates {
-            tables.candidates.put(key, row, bpf::ANY).map_err(map_error(map::CANDIDATES))?;
-        }
-        self.cgroups.iter().try_for_each(|rows| rows.write(tables))
     }
 }
 
-fn candidate_rows(facts: &dyn KernelFacts, generation: u32, class: u32, set: &[u32]) -> Vec<(CandidateKey, Candidate)> {
-    let mut rows: HashMap<CandidateKey, Candidate> = HashMap::new();
-    for candidate in facts.candidates(set) {
-        let key =
-            CandidateKey { generation, class, uid: candidate.uid.unwrap_or(ANY), gid: candidate.gid.unwrap_or(ANY) };
-        // Two entries on one key: only the agent can tell them apart.
-        rows.entry(key)
-            .and_modify(|row| {
-                if row.workload != candidate.workload {
-                    row.workload = 0;
-                }
-            })
-            .or_insert(Candidate { workload: candidate.workload, pad: 0 });
-    }
-    rows.into_iter().collect()
+/// Rows of one class under epoch 0, which the caller replaces.
+fn candidate_rows(class: u32, candidates: &[KernelCandidate]) -> Vec<(CandidateKey, Candidate)> {
+    let row = |row: &KernelCandidate| {
+        let key = CandidateKey { epoch: 0, class, uid: row.uid.unwrap_or(ANY), gid: row.gid.unwrap_or(ANY) };
+        let KernelCandidate { workload, source, group, certain, attested, .. } = *row;
+        (key, Candidate { source, group, workload, certain, attested })
+    };
+    candidates.iter().map(row).collect()
 }
 
-/// Removes the rows of every generation that is not to stay.
+/// Which forms of key these rows have.
+fn shapes(rows: &[(CandidateKey, Candidate)]) -> u32 {
+    rows.iter().fold(0, |shapes, (key, _)| {
+        shapes
+            | match (key.uid, key.gid) {
+                (ANY, ANY) => shape::NEITHER,
+                (ANY, _) => shape::GID,
+                (_, ANY) => shape::UID,
+                _ => shape::BOTH,
+            }
+    })
+}
+
+/// What is in force, for a policy to be prepared by on another thread.
+#[derive(Debug)]
+pub struct Outlook {
+    in_force: Arc<Rows>,
+    epoch: u32,
+    cgroups: Vec<Cgroup>,
+    room: Room,
+}
+
+/// A policy as rows, ready to be installed.
+pub struct Prepared {
+    facts: Arc<dyn KernelFacts>,
+    rows: Arc<Rows>,
+    /// What was in force when the differences were worked out.
+    against: (Arc<Rows>, u32),
+    differing: [Step; 5],
+    /// For a new epoch, where people change.
+    anew: Option<Anew>,
+}
+
+struct Anew {
+    epoch: u32,
+    steps: [Step; 2],
+    classes: Classes,
+    placement: Placement,
+}
+
+impl std::fmt::Debug for Prepared {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Prepared")
+            .field("new_epoch", &self.anew.as_ref().map(|anew| anew.epoch))
+            .finish_non_exhaustive()
+    }
+}
+
+impl Prepared {
+    /// How many rows for everybody are to be written or removed.
+    pub fn changes(&self) -> usize {
+        let [verdicts_go, destinations_come, destinations_go, candidates, verdicts_come] = &self.differing;
+        let verdicts = [verdicts_go, verdicts_come].map(Step::rows).iter().sum::<usize>();
+        let others: [usize; 3] = match &self.anew {
+            Some(anew) => [anew.steps.iter().map(Step::rows).sum(), 0, 0],
+            None => [destinations_come, destinations_go, candidates].map(Step::rows),
+        };
+        verdicts + others.iter().sum::<usize>()
+    }
+}
+
+impl Outlook {
+    /// Works out what a policy says to the kernel programs. It takes time, in the network namespace that the policy is for, and
+    /// changes nothing.
+    pub fn prepare(self, facts: Arc<dyn KernelFacts>) -> Prepared {
+        let mut sources = Sources::default();
+        let rows = Arc::new(Rows::of(facts.as_ref(), |to| sources.source_for(to)));
+        self.against(facts, rows)
+    }
+
+    fn against(self, facts: Arc<dyn KernelFacts>, rows: Arc<Rows>) -> Prepared {
+        let anew = (self.epoch == 0 || rows.who != self.in_force.who).then(|| {
+            let epoch = self.epoch.checked_add(1).unwrap_or(1);
+            let mut classes = Classes { wanted: rows.flags & FLAG_CGROUP_CLASSES != 0, ..Classes::default() };
+            let mut placement = Placement::default();
+            for cgroup in &self.cgroups {
+                classes.place(facts.as_ref(), epoch, cgroup, self.room, &mut placement);
+            }
+            Anew { epoch, steps: Plan::anew(&rows, epoch), classes, placement }
+        });
+        let differing = Plan::differing(&self.in_force, &rows, self.epoch);
+        Prepared { facts, rows, against: (self.in_force, self.epoch), differing, anew }
+    }
+}
+
+impl Programs {
+    /// Puts a policy in force and gives its generation. When it fails, nothing has changed.
+    ///
+    /// Listeners keep their modes; see [`Programs::listeners`] for attesting their owners again.
+    pub fn install(&mut self, facts: Arc<dyn KernelFacts>) -> Result<u32, Error> {
+        let prepared = self.outlook()?.prepare(facts);
+        self.install_prepared(prepared)
+    }
+
+    /// What a policy is prepared by.
+    pub fn outlook(&mut self) -> Result<Outlook, Error> {
+        self.watch();
+        // The root first: what is above has a row before what is below, should there be room for some only.
+        let mut cgroups = self.cgroups.all();
+        cgroups.sort_unstable_by(|one, other| one.path.cmp(&other.path));
+        Ok(Outlook { in_force: Arc::clone(&self.rows), epoch: self.epoch, cgroups, room: self.room() })
+    }
+
+    /// Puts a prepared policy in force and gives its generation, as [`Programs::install`] does.
+    pub fn install_prepared(&mut self, prepared: Prepared) -> Result<u32, Error> {
+        self.watch();
+        let (against, epoch) = &prepared.against;
+        let prepared = if Arc::ptr_eq(against, &self.rows) && *epoch == self.epoch {
+            prepared
+        } else {
+            // Another policy has been installed since.
+            self.outlook()?.against(prepared.facts, prepared.rows)
+        };
+        let Prepared { facts, rows, differing, anew, .. } = prepared;
+        self.fits(&rows, anew.is_some())?;
+        let generation = self.generation.checked_add(1).unwrap_or(1);
+        let before = self.tables.config.get(&0).map_err(map_error(map::CONFIG))?.filter(|_| self.epoch != 0);
+        let epoch = anew.as_ref().map_or(self.epoch, |anew| anew.epoch);
+        let complete = std::mem::replace(&mut self.complete, true);
+        let after = self.config(generation, epoch, rows.flags);
+        let changes = if anew.is_some() { Vec::new() } else { self.classes.changes(facts.as_ref()) };
+        let mut classes = None;
+        let anew = anew.map(|mut anew| {
+            self.update_placement(facts.as_ref(), &mut anew);
+            classes = Some(anew.classes);
+            (anew.steps, anew.placement)
+        });
+        let plan = Plan::new(before, after, differing, changes.clone(), anew);
+
+        // Listeners from before, and those that the new policy may see with other eyes, are refused until they are judged.
+        let protected: HashSet<ProtectedKey> = rows.protected.iter().copied().collect();
+        let done = self.protect(&protected).and_then(|new| {
+            let looked = self.listeners().and_then(|_| self.raise(facts.as_ref()));
+            looked.and_then(|()| plan.carry_out(&self.tables)).inspect_err(|_| self.unprotect_again(&new))
+        });
+        if let Err(error) = done {
+            self.complete = complete;
+            return Err(error);
+        }
+        let gone = std::mem::replace(&mut self.rows, Arc::clone(&rows));
+        let epoch_before = std::mem::replace(&mut self.epoch, epoch);
+        self.generation = generation;
+        discard((self.facts.replace(facts), Arc::clone(&gone)));
+        self.classes.accept(&changes);
+        let classes_before = classes.map(|classes| std::mem::replace(&mut self.classes, classes));
+        let protected_before = std::mem::replace(&mut self.protected, protected);
+        // From here on the new policy is in force, and what cannot be tidied up is only a loss of room.
+        let over: Vec<ProtectedKey> = protected_before.difference(&self.protected).copied().collect();
+        let swept = classes_before.map_or(Ok(()), |classes| self.remove_epoch(epoch_before, &gone, &classes));
+        if let Err(error) = swept.and_then(|()| self.unprotect(&over)) {
+            tracing::warn!(%error, "rows of the policy before could not be removed from the kernel maps");
+        }
+        Ok(generation)
+    }
+
+    /// Is there room for this policy?
+    fn fits(&self, rows: &Rows, anew: bool) -> Result<(), Error> {
+        let before = &self.rows;
+        let destinations = if anew {
+            before.destinations.len() + rows.destinations.len()
+        } else {
+            let [_, come] = differences(&before.destinations, &rows.destinations);
+            before.destinations.len() + come.iter().filter(|change| change.before.is_none()).count()
+        };
+        for (map, wanted, room) in [
+            (map::DESTINATIONS, destinations, self.tables.destinations.room()),
+            (map::VERDICTS, rows.verdicts.len(), self.tables.verdicts.room()),
+            (map::CANDIDATES, rows.candidates.len(), self.tables.candidates.room() / 4),
+        ] {
+            if wanted > room {
+                return Err(Error::MapFull { map });
+            }
+        }
+        Ok(())
+    }
+
+    fn room(&self) -> Room {
+        Room { cgroups: self.tables.cgroups.room() / 2, candidates: self.tables.candidates.room() / 4 }
+    }
+
+    /// Cgroups may have come and gone since the policy was prepared.
+    fn update_placement(&self, facts: &dyn KernelFacts, anew: &mut Anew) {
+        let cgroups = self.cgroups.all();
+        let alive: HashSet<u64> = cgroups.iter().map(|cgroup| cgroup.id).collect();
+        anew.placement.cgroups.retain(|change| alive.contains(&change.key.cgroup));
+        anew.classes.placed.retain(|id| alive.contains(id));
+        for cgroup in &cgroups {
+            anew.classes.place(facts, anew.epoch, cgroup, self.room(), &mut anew.placement);
+        }
+    }
+
+    /// Removes what an epoch had: what is known of it, and after a start all that is there.
+    fn remove_epoch(&self, epoch: u32, rows: &Rows, classes: &Classes) -> Result<(), Error> {
+        if rows.destinations.is_empty() && rows.candidates.is_empty() {
+            return sweep(&self.tables, |of| of != epoch);
+        }
+        let tables = &self.tables;
+        let destinations: Vec<_> = rows.destinations.iter().map(|(network, _)| network.key(epoch)).collect();
+        tables.destinations.remove_all(&destinations).map_err(map_error(map::DESTINATIONS))?;
+        let everybody = rows.candidates.iter().map(|(key, _)| CandidateKey { epoch, ..*key });
+        let of_classes = classes.by_set.values().flat_map(|class| class.rows.iter().map(|(key, _)| *key));
+        let candidates: Vec<_> = everybody.chain(of_classes).collect();
+        tables.candidates.remove_all(&candidates).map_err(map_error(map::CANDIDATES))?;
+        let cgroups: Vec<_> = classes.placed.iter().map(|id| CgroupKey { epoch, pad: 0, cgroup: *id }).collect();
+        tables.cgroups.remove_all(&cgroups).map_err(map_error(map::CGROUPS))
+    }
+
+    /// Reads the verdicts that an agent before has left, so that differences from them can be written.
+    pub(super) fn adopt_verdicts(tables: &Tables) -> Result<Rows, Error> {
+        let full = map_error(map::VERDICTS);
+        let mut verdicts = Vec::new();
+        for key in tables.verdicts.keys().map_err(&full)? {
+            verdicts.extend(tables.verdicts.get(&key).map_err(&full)?.map(|row| (key, row)));
+        }
+        verdicts.sort_unstable_by_key(|row| row.0);
+        verdicts.dedup_by_key(|row| row.0);
+        Ok(Rows { verdicts, ..Rows::default() })
+    }
+
+    /// What cannot be told of the policy before is told of the one to come, or refuses it.
+    fn watch(&mut self) {
+        let watched = self.watch_cgroups();
+        self.heed(Work::Cgroups, watched);
+    }
+
+    pub(super) fn watch_cgroups(&mut self) -> Result<(), Error> {
+        let changes = self.cgroups.changes()?;
+        for id in changes.removed {
+            self.classes.placed.remove(&id);
+            let key = CgroupKey { epoch: self.epoch, pad: 0, cgroup: id };
+            if let Err(error) = self.tables.cgroups.remove(&key) {
+                tracing::warn!(%error, "the row of a cgroup that is gone stays in the kernel map CGROUPS");
+            }
+        }
+        self.classify(&changes.made)
+    }
+
+    /// Tries again to write the rows of cgroups for which there was no room.
+    pub(super) fn classify_again(&mut self) -> Result<(), Error> {
+        let placed = &self.classes.placed;
+        let again: Vec<Cgroup> = self.cgroups.all().into_iter().filter(|cgroup| !placed.contains(&cgroup.id)).collect();
+        self.classify(&again)
+    }
+
+    pub(super) fn classify_unknown(&mut self, id: u64) -> Result<(), Error> {
+        if self.classes.placed.contains(&id) {
+            return Ok(());
+        }
+        let made = self.cgroups.rescan();
+        self.classify(&made)?;
+        // Known before, and not placed: there was no room then.
+        let known: Vec<Cgroup> = self.cgroups.all().into_iter().filter(|cgroup| cgroup.id == id).collect();
+        self.classify(&known)
+    }
+
+    /// Writes the rows of new cgroups. What does not fit is counted and refused, and ends nothing.
+    fn classify(&mut self, cgroups: &[Cgroup]) -> Result<(), Error> {
+        let Some(facts) = self.facts.clone() else { return Ok(()) };
+        let mut outcome = Ok(());
+        for cgroup in cgroups {
+            let (unplaced, mut placement) = (self.classes.unplaced, Placement::default());
+            self.classes.place(facts.as_ref(), self.epoch, cgroup, self.room(), &mut placement);
+            let Placement { cgroups, candidates } = placement;
+            // The cgroup comes last, so that its class is complete when it is found.
+            let steps = vec![Step::Candidates(candidates), Step::Cgroups(cgroups)];
+            let mut problem = (self.classes.unplaced > unplaced).then(|| "there is no room".to_owned());
+            if let Err(error) = (Plan { steps }).carry_out(&self.tables) {
+                self.classes.forget(cgroup.id, facts.cgroup_set(&cgroup.path));
+                problem = Some(error.to_string());
+            }
+            if let Some(problem) = problem {
+                tracing::debug!(cgroup = %cgroup.path, problem,
+                    "a cgroup has no row in the kernel maps: whoever could be a workload there is refused");
+                outcome = Err(Error::MapFull { map: map::CGROUPS });
+            }
+        }
+        outcome
+    }
+
+    /// Cgroups that have no row in the kernel maps and would need one, since the policy began to be in force.
+    pub fn unplaced_cgroups(&self) -> u64 {
+        self.classes.unplaced
+    }
+}
+
+/// Drops what is no longer in force on a thread of its own, where it can: a large policy takes longer to take apart than to
+/// replace.
+fn discard(past: impl Send + 'static) {
+    // Where there can be no thread, it is dropped here with the closure.
+    drop(std::thread::Builder::new().name("wimsey-discard".into()).spawn(move || drop(past)));
+}
+
+/// Removes the rows of every epoch that is not to stay.
 pub(super) fn sweep(tables: &Tables, stays: impl Fn(u32) -> bool) -> Result<(), Error> {
-    for key in tables.destinations.keys().map_err(map_error(map::DESTINATIONS))? {
-        if !stays(key.data().generation) {
-            tables.destinations.remove(&key).map_err(map_error(map::DESTINATIONS))?;
-        }
-    }
-    for key in tables.verdicts.keys().map_err(map_error(map::VERDICTS))? {
-        if !stays(key.generation) {
-            tables.verdicts.remove(&key).map_err(map_error(map::VERDICTS))?;
-        }
-    }
-    for key in tables.candidates.keys().map_err(map_error(map::CANDIDATES))? {
-        if !stays(key.generation) {
-            tables.candidates.remove(&key).map_err(map_error(map::CANDIDATES))?;
-        }
-    }
-    for key in tables.cgroups.keys().map_err(map_error(map::CGROUPS))? {
-        if !stays(key.generation) {
-            tables.cgroups.remove(&key).map_err(map_error(map::CGROUPS))?;
-        }
-    }
-    Ok(())
+    let mut over = tables.destinations.keys().map_err(map_error(map::DESTINATIONS))?;
+    over.retain(|key| !stays({ key.data() }.epoch));
+    tables.destinations.remove_all(&over).map_err(map_error(map::DESTINATIONS))?;
+    let mut over = tables.candidates.keys().map_err(map_error(map::CANDIDATES))?;
+    over.retain(|key| !stays(key.epoch));
+    tables.candidates.remove_all(&over).map_err(map_error(map::CANDIDATES))?;
+    let mut over = tables.cgroups.keys().map_err(map_error(map::CGROUPS))?;
+    over.retain(|key| !stays(key.epoch));
+    tables.cgroups.remove_all(&over).map_err(map_error(map::CGROUPS))
 }
 
 /// Which address would this host use to get there? A connected UDP socket knows, and sends nothing.
-pub(super) fn source_for(destination: IpAddr) -> Option<IpAddr> {
-    let any: SocketAddr = match destination {
-        IpAddr::V4(_) => (std::net::Ipv4Addr::UNSPECIFIED, 0).into(),
-        IpAddr::V6(_) => (std::net::Ipv6Addr::UNSPECIFIED, 0).into(),
-    };
-    let socket = UdpSocket::bind(any).during(String::new).ok()?;
-    socket.connect((destination, 9)).ok()?;
-    let source = socket.local_addr().ok()?.ip();
-    (!source.is_unspecified()).then_some(source)
+#[derive(Default)]
+struct Sources {
+    four: Option<UdpSocket>,
+    six: Option<UdpSocket>,
+}
+
+impl Sources {
+    fn source_for(&mut self, to: IpAddr) -> Option<IpAddr> {
+        let (socket, any): (_, SocketAddr) = match to {
+            IpAddr::V4(_) => (&mut self.four, (std::net::Ipv4Addr::UNSPECIFIED, 0).into()),
+            IpAddr::V6(_) => (&mut self.six, (std::net::Ipv6Addr::UNSPECIFIED, 0).into()),
+        };
+        if socket.is_none() {
+            *socket = UdpSocket::bind(any).during(String::new).ok();
+        }
+        let socket = socket.as_ref()?;
+        socket.connect((to, 9)).ok()?;
+        let source = socket.local_addr().ok()?.ip();
+        // Else the next destination would be asked for from this address.
+        rustix::net::connect_unspec(socket).ok()?;
+        (!source.is_unspecified()).then_some(source)
+    }
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-    use crate::policy::{KernelDestination, KernelVerdict};
-
-    struct Facts(KernelPolicy);
-
-    impl KernelFacts for Facts {
-        fn kernel(&self) -> KernelPolicy {
-            self.0.clone()
-        }
-        fn cgroup_set(&self, cgroup: &str) -> Vec<u32> {
-            if cgroup.starts_with("/web") { vec![0] } else { Vec::new() }
-        }
-        fn candidates(&self, set: &[u32]) -> Vec<KernelCandidate> {
-            let mut rows = vec![
-                KernelCandidate { uid: Some(7), gid: None, workload: 1 },
-                KernelCandidate { uid: Some(7), gid: None, workload: 2 },
-            ];
-            if !set.is_empty() {
-                rows.push(KernelCandidate { uid: None, gid: None, workload: 3 });
-            }
-            rows
-        }
-    }
-
-    fn cgroup(path: &str, id: u64) -> Cgroup {
-        Cgroup { path: path.into(), id }
-    }
-
-    fn rows(classes: bool) -> Rows {
-        let facts = Facts(KernelPolicy {
-            destinations: vec![
-                KernelDestination { number: 1, network: "10.0.0.0/24".parse().unwrap(), port: Some(80), mode: 1 },
-                KernelDestination { number: 2, network: "fd00::2/128".parse().unwrap(), port: None, mode: 2 },
-            ],
-            verdicts: vec![KernelVerdict { workload: 1, destination: 1, protocol: 6, action: 1, rule: 9 }],
-            cgroup_classes: classes,
-            protected: Vec::new(),
-        });
-        let cgroups = [cgroup("/", 1), cgroup("/web", 2), cgroup("/web/inner", 3)];
-        let source = |to: IpAddr| Some(if to.is_ipv4() { "10.0.0.9".parse().unwrap() } else { to });
-        Rows::of(&facts, 5, &cgroups, source)
-    }
-
-    #[test]
-    fn a_network_is_matched_behind_generation_and_port() {
-        let rows = rows(false);
-        let (key, row) = rows.destinations[0];
-        assert_eq!(key.prefix_len(), 64 + 96 + 24);
-        assert_eq!({ key.data() }.port, 80);
-        assert_eq!(row.source, address("10.0.0.9".parse().unwrap()));
-        let (key, _) = rows.destinations[1];
-        assert_eq!(key.prefix_len(), DESTINATION_KEY_BITS);
-        assert_eq!({ key.data() }.port, 0);
-    }
-
-    #[test]
-    fn two_entries_on_one_key_leave_the_choice_to_the_agent() {
-        let rows = rows(false);
-        assert_eq!(
-            rows.candidates,
-            [(CandidateKey { generation: 5, class: 0, uid: 7, gid: ANY }, Candidate { workload: 0, pad: 0 })]
-        );
-    }
-
-    #[test]
-    fn cgroups_with_the_same_selectors_share_a_class() {
-        let rows = rows(true);
-        let classes: Vec<u32> = rows.cgroups.iter().filter_map(|row| row.cgroup).map(|(_, class)| class).collect();
-        assert_eq!(classes, [CLASS_NONE, 1, 1]);
-        assert_eq!(rows.cgroups[1].candidates.len(), 2);
-        assert!(rows.cgroups[2].candidates.is_empty());
-    }
-}
+mod tests;

@@ -36,7 +36,7 @@ pub(crate) use door::{Congestion, prepare};
 pub use door::{Dialler, Door, Doorway, Opening};
 pub use error::{Error, Holder};
 pub use host::{Finding, findings, hold_against_host};
-pub use install::KernelFacts;
+pub use install::{KernelFacts, Outlook, Prepared};
 pub use programs::release;
 pub use refusals::Refused;
 pub use registry::{Held, Listening, holders};

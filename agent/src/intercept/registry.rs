@@ -190,6 +190,7 @@ impl Programs {
         }
         let paths: HashMap<u64, String> =
             self.cgroups.all().into_iter().map(|Cgroup { path, id }| (id, path)).collect();
+        let everybody = facts.candidates(&[]);
         let may_match = |task: &Task| {
             if task.tgid == 0 {
                 return false;
@@ -198,6 +199,7 @@ impl Programs {
             facts
                 .candidates(&facts.cgroup_set(path))
                 .iter()
+                .chain(&everybody)
                 .any(|row| row.uid.is_none_or(|uid| uid == task.uid) && row.gid.is_none_or(|gid| gid == task.gid))
         };
         let cookies = left_alone.iter().map(|listening| listening.cookie).collect();
@@ -230,6 +232,13 @@ impl Programs {
             self.tables.protected.remove(key).map_err(map_error(map::PROTECTED))?;
         }
         Ok(())
+    }
+
+    /// Takes protection back from addresses of a policy that is not to be.
+    pub(super) fn unprotect_again(&self, addresses: &[ProtectedKey]) {
+        if let Err(error) = self.unprotect(addresses) {
+            tracing::warn!(%error, "addresses of a policy that was refused stay protected");
+        }
     }
 
     /// Listening sockets of everybody but the agent.

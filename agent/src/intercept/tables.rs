@@ -16,7 +16,8 @@ use wimsey_common::*;
 #[derive(Clone, Debug)]
 pub(super) struct Tables {
     pub config: Table<u32, Config>,
-    pub cgroups: Table<CgroupKey, u32>,
+    pub layout: Table<u32, TaskLayout>,
+    pub cgroups: Table<CgroupKey, Placed>,
     pub candidates: Table<CandidateKey, Candidate>,
     pub destinations: Table<Key<DestinationKey>, Destination>,
     pub verdicts: Table<VerdictKey, Verdict>,
@@ -42,6 +43,7 @@ impl Tables {
         }
         Ok(Self {
             config: table(pins, map::CONFIG)?,
+            layout: table(pins, map::LAYOUT)?,
             cgroups: table(pins, map::CGROUPS)?,
             candidates: table(pins, map::CANDIDATES)?,
             destinations: table(pins, map::DESTINATIONS)?,

@@ -8,7 +8,7 @@
 use super::{
     Accounts, Allow, AllowIndex, Kind, Listeners, MAX_CANDIDATES, MAX_DESTINATIONS, MAX_VERDICTS, MAX_WORKLOADS,
     Matcher, Plain, Policy, Preexisting, Rejected, Rule, Source, Workload, kernel,
-    language::{AllowRule, InboundRule, PlainRule, Ports, Statements, WorkloadEntry},
+    language::{AllowRule, InboundRule, PlainRule, Statements, WorkloadEntry},
     selector::Selector,
     table::{Region, Table},
 };
@@ -303,7 +303,6 @@ fn regions(statements: &Statements, problems: &mut Problems) -> Map {
     for rule in &statements.udps {
         datagrams(&mut map, rule, problems);
     }
-    ports(&mut map, &statements.allows);
     map
 }
 
@@ -363,34 +362,6 @@ fn datagrams(map: &mut Map, rule: &PlainRule, problems: &mut Problems) {
     }
 }
 
-/// Rules with ports need a row for each of their ports where a destination is for any port.
-fn ports(map: &mut Map, rules: &[AllowRule]) {
-    let mut by_id: HashMap<&SpiffeId, Vec<&AllowRule>> = HashMap::new();
-    let with_ports = || rules.iter().filter(|rule| rule.ports != Ports::All);
-    for rule in with_ports() {
-        if let Matcher::Exact(id) = &rule.to {
-            by_id.entry(id).or_default().push(rule);
-        }
-    }
-    let patterned: Vec<_> = with_ports().filter(|rule| matches!(rule.to, Matcher::Pattern(_))).collect();
-    for index in 0..map.kinds.len() {
-        let Some((region, id)) = map.region(index).zip(map.mesh(index).cloned()) else { continue };
-        if region.port.is_some() {
-            continue;
-        }
-        let matching = patterned.iter().filter(|rule| rule.to.matches(&id)).chain(by_id.get(&id).into_iter().flatten());
-        for rule in matching {
-            let Ports::Some(ports) = &rule.ports else { continue };
-            for port in ports {
-                map.split(Region { network: region.network, port: Some(*port) });
-            }
-            if map.kinds.len() > MAX_DESTINATIONS {
-                return;
-            }
-        }
-    }
-}
-
 fn build(
     statements: Statements,
     map: Map,
@@ -439,6 +410,8 @@ fn build(
         selectors: Vec::with_capacity(ids.len()),
         filed: HashMap::new(),
         cgroup_selectors: Vec::new(),
+        unit_selectors: 0,
+        entries: kernel::Entries::default(),
         table: map.table,
         kinds: map.kinds,
         index: AllowIndex::new(&allows),
@@ -449,19 +422,29 @@ fn build(
         expectations: statements.expectations,
         rules,
         warnings: warnings.sorted(),
-        kernel: super::KernelPolicy::default(),
+        kernel: Arc::default(),
     };
     for entry in statements.workloads {
         enrol(&mut policy, entry);
     }
     policy.cgroup_selectors.sort();
     policy.cgroup_selectors.dedup();
-    policy.kernel = kernel::compile(&policy);
+    policy.unit_selectors =
+        policy.cgroup_selectors.iter().filter(|selector| matches!(selector, Selector::Systemd(_))).count();
     let mut problems = Problems::default();
+    let mut entries = kernel::entries(&policy);
+    match kernel::compile(&policy, &mut entries) {
+        Some(rows) => policy.kernel = Arc::new(rows),
+        None => {
+            problems.add(whole, "two names of the policy make one number in the kernel", "rename a workload or a rule")
+        }
+    }
+    policy.entries = entries;
+    let for_everybody = policy.candidates(&[]).len() + policy.kernel.unseen.len();
     for (what, count, most) in [
         ("rows of destinations", policy.kernel.destinations.len(), MAX_DESTINATIONS),
-        ("pairs of workload and destination", policy.kernel.verdicts.len(), MAX_VERDICTS),
-        ("pairs of user and group", policy.candidates(&[]).len(), MAX_CANDIDATES),
+        ("rows of verdicts", policy.kernel.verdicts.len(), MAX_VERDICTS),
+        ("pairs of user and group", for_everybody, MAX_CANDIDATES),
     ] {
         if count > most {
             let what = format!("the rules make more than {most} {what} for the kernel");

@@ -1,75 +1,129 @@
 //! The policy as rows for the maps of the kernel programs; see `wimsey_common` for the maps.
 //!
+//! Who a row is about is said in numbers that name it for ever: a number is made of an ID, of the patterns that match an ID,
+//! or of the rules that hold at an address, and nothing else. So rows of two policies can be compared, and a row that both
+//! have is right in both. There is a row for each rule and for each destination, never for pairs of the two.
+//!
 //! *Invariant:* the rows say what the rest of this module says, or "ask the agent" (candidates), or nothing, which is a
 //! denial (verdicts). They never allow more.
 
-use super::{Kind, Matcher, Policy, Ports, Selector};
-use crate::spiffe::SpiffeId;
+use super::{Kind, Matcher, Plain, Policy, Ports, Selector, groups::Groups};
+use crate::spiffe::{Pattern, SpiffeId};
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet, hash_map::Entry},
+    hash::{DefaultHasher, Hash, Hasher},
     net::IpAddr,
+    sync::Arc,
 };
 use wimsey_common::{MODE_MESH, MODE_PLAIN, VERDICT_BYPASS, VERDICT_MESH};
 
-const TCP: u32 = 6;
-const UDP: u32 = 17;
+const TCP: u16 = 6;
+const UDP: u16 = 17;
 
 /// The part of a policy that the kernel programs decide by; see `wimsey_common` for the maps it goes into.
 #[derive(Clone, Debug, Default)]
 pub struct KernelPolicy {
     /// Every destination: mesh destinations and the addresses of bypasses.
     pub destinations: Vec<KernelDestination>,
-    /// (workload number, destination number, IPPROTO_*, VERDICT_*, rule number)
+    /// What is allowed. Each key is there once.
     pub verdicts: Vec<KernelVerdict>,
     /// Some entry has a cgroup or systemd selector.
     pub cgroup_classes: bool,
+    /// Real uid and gid, or any, of every entry that has one: who could be somebody in a cgroup that is not known yet.
+    pub unseen: Vec<(Option<u32>, Option<u32>)>,
     /// Ports that are protected whether or not a listener of the workload has been seen: from `[[inbound]]`.
     pub protected: Vec<(IpAddr, u16)>,
 }
 
 /// One row for `DESTINATIONS`.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KernelDestination {
-    /// 1, 2, 3, ...
-    pub number: u32,
     /// Addresses.
     pub network: ipnet::IpNet,
     /// Port, or any.
     pub port: Option<u16>,
     /// `wimsey_common::MODE_MESH` or `MODE_PLAIN`.
     pub mode: u32,
+    /// Number of the identity that has to answer, or of the bypasses that hold there.
+    pub target: u64,
+    /// Number of the patterns that match this identity, or 0.
+    pub group: u64,
+    /// Number of the UDP rules that hold there, or 0.
+    pub datagrams: u64,
 }
 
 /// One row for `VERDICTS`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct KernelVerdict {
-    /// Workload number.
-    pub workload: u32,
-    /// Destination number.
-    pub destination: u32,
+    /// Number of an identity, or of the patterns that match it.
+    pub source: u64,
+    /// Number of what it may reach.
+    pub target: u64,
+    /// Port, or 0 for every port.
+    pub port: u16,
     /// IPPROTO_TCP or IPPROTO_UDP.
-    pub protocol: u32,
+    pub protocol: u16,
     /// `wimsey_common::VERDICT_MESH` or `VERDICT_BYPASS`.
     pub action: u32,
-    /// Rule number.
+    /// Rule number of a bypass.
     pub rule: u32,
 }
 
-/// One row for `CANDIDATES` under the class of one cgroup.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// One row for `CANDIDATES` under one class of cgroups; see `wimsey_common::Candidate`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct KernelCandidate {
     /// Real uid, or any.
     pub uid: Option<u32>,
     /// Real gid, or any.
     pub gid: Option<u32>,
-    /// The workload where the kernel's selectors are enough, or 0: the agent has to attest.
+    /// The workload of the entry with the most selectors that the kernel can check to the end, or 0 where several have as
+    /// many.
     pub workload: u32,
+    /// Number of its identity.
+    pub source: u64,
+    /// Number of the patterns that match it, or 0.
+    pub group: u64,
+    /// How many selectors that are, or 0.
+    pub certain: u16,
+    /// Selectors of the entry with the most that the agent has to attest, or 0.
+    pub attested: u16,
+}
+
+/// What the kernel has to know of a registration entry.
+#[derive(Clone, Debug, Default)]
+pub(super) struct Seen {
+    uid: Option<u32>,
+    gid: Option<u32>,
+    /// Numbers of its cgroup selectors, sorted.
+    cgroups: Vec<u32>,
+    /// Selectors, and whether the kernel can check all of them.
+    selectors: u16,
+    certain: bool,
+    source: u64,
+    group: u64,
+}
+
+/// Registration entries as the kernel sees them, found by the cgroup selector that they are filed under.
+#[derive(Debug, Default)]
+pub(super) struct Entries {
+    all: Vec<Seen>,
+    without_cgroup: Vec<usize>,
+    by_cgroup: HashMap<u32, Vec<usize>>,
 }
 
 impl Policy {
     /// What the kernel programs need to know.
-    pub fn kernel(&self) -> KernelPolicy {
-        self.kernel.clone()
+    pub fn kernel(&self) -> Arc<KernelPolicy> {
+        Arc::clone(&self.kernel)
+    }
+
+    /// A number of all registration entries: two policies that have the same say of every process that it is the same workload.
+    pub fn who(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        for (workload, selectors) in self.workloads.iter().zip(&self.selectors) {
+            (&workload.id, selectors).hash(&mut hasher);
+        }
+        hasher.finish()
     }
 
     /// How many rows of destinations the kernel programs know: mesh destinations, the addresses of bypasses, and what lies
@@ -80,154 +134,319 @@ impl Policy {
 
     /// The cgroup selectors that a cgroup path satisfies, as sorted indices: cgroups with equal sets share a class.
     pub fn cgroup_set(&self, cgroup: &str) -> Vec<u32> {
-        let positions = super::selector::selectors_of(cgroup)
-            .filter_map(|selector| self.cgroup_selectors.binary_search(&selector).ok())
-            .filter_map(|position| u32::try_from(position).ok());
-        let mut set: Vec<u32> = positions.collect();
+        let mut set: Vec<u32> =
+            super::selector::selectors_of(cgroup).filter_map(|selector| self.cgroup_number(&selector)).collect();
         set.sort_unstable();
         set.dedup();
         set
     }
 
-    /// The candidate rows for cgroups with this set (the empty set: entries without a cgroup selector).
-    ///
-    /// A row names a workload only if the entries that share its uid and gid leave no doubt. Entries with another uid or
-    /// gid may match the same task; the programs find their rows by themselves and ask where the rows differ.
+    /// Could a cgroup below this one satisfy a cgroup selector that this one does not?
+    pub fn cgroup_open(&self, cgroup: &str) -> bool {
+        let below = Selector::Cgroup(if cgroup == "/" { cgroup.to_owned() } else { format!("{cgroup}/") });
+        let next = self.cgroup_selectors.partition_point(|selector| *selector < below);
+        let named = self.cgroup_selectors.get(next).is_some_and(
+            |selector| matches!((selector, &below), (Selector::Cgroup(path), Selector::Cgroup(below)) if path.starts_with(below)),
+        );
+        named || (super::selector::may_hold_units(cgroup) && self.units_held(cgroup) < self.unit_selectors)
+    }
+
+    fn units_held(&self, cgroup: &str) -> usize {
+        let held: BTreeSet<Selector> = super::selector::selectors_of(cgroup)
+            .filter(|selector| matches!(selector, Selector::Systemd(_)) && self.cgroup_number(selector).is_some())
+            .collect();
+        held.len()
+    }
+
+    fn cgroup_number(&self, selector: &Selector) -> Option<u32> {
+        u32::try_from(self.cgroup_selectors.binary_search(selector).ok()?).ok()
+    }
+
+    /// The candidate rows for one class of cgroups. The empty set is every process: the entries without a cgroup selector.
+    /// Another set has the entries whose cgroup selectors are all in it; the programs look at both, and a row says how much
+    /// it asks for, so that they can tell which entry has the most selectors.
     pub fn candidates(&self, set: &[u32]) -> Vec<KernelCandidate> {
         let mut rows: BTreeMap<(Option<u32>, Option<u32>), Contest<'_>> = BTreeMap::new();
-        for (workload, selectors) in self.workloads.iter().zip(&self.selectors) {
-            let holds = |selector: &Selector| {
-                let position = self.cgroup_selectors.binary_search(selector).ok();
-                position
-                    .and_then(|position| u32::try_from(position).ok())
-                    .is_some_and(|position| set.contains(&position))
+        let mut add = |at: usize| {
+            let (Some(seen), Some(workload)) = (self.entries.all.get(at), self.workloads.get(at)) else { return };
+            let contest = rows.entry((seen.uid, seen.gid)).or_default();
+            if !seen.certain {
+                contest.row.attested = contest.row.attested.max(seen.selectors);
+                return;
+            }
+            match contest.id {
+                Some(_) if contest.row.certain > seen.selectors => {}
+                Some(first) if contest.row.certain == seen.selectors => contest.tie |= *first != workload.id,
+                _ => {
+                    (contest.id, contest.tie) = (Some(&workload.id), false);
+                    (contest.row.workload, contest.row.certain) = (workload.number, seen.selectors);
+                    (contest.row.source, contest.row.group) = (seen.source, seen.group);
+                }
+            }
+        };
+        if set.is_empty() {
+            self.entries.without_cgroup.iter().for_each(|at| add(*at));
+        } else {
+            let filed = set.iter().filter_map(|number| self.entries.by_cgroup.get(number)).flatten();
+            let holds = |at: &&usize| {
+                let asks = self.entries.all.get(**at).map(|seen| seen.cgroups.as_slice());
+                asks.is_some_and(|asks| asks.iter().all(|number| set.binary_search(number).is_ok()))
             };
-            if !selectors.iter().filter(|selector| selector.is_of_cgroup()).all(holds) {
-                continue;
-            }
-            let uid =
-                selectors.iter().find_map(|selector| if let Selector::Uid(uid) = selector { Some(*uid) } else { None });
-            let gid =
-                selectors.iter().find_map(|selector| if let Selector::Gid(gid) = selector { Some(*gid) } else { None });
-            let contest = rows.entry((uid, gid)).or_default();
-            if selectors.iter().all(Selector::is_kernel_visible) {
-                contest.certain(selectors.len(), workload.number, &workload.id);
-            } else {
-                contest.narrowed = contest.narrowed.max(selectors.len());
-            }
+            let mut matching: Vec<usize> = filed.filter(holds).copied().collect();
+            matching.sort_unstable();
+            matching.into_iter().for_each(add);
         }
-        rows.into_iter().map(|((uid, gid), contest)| KernelCandidate { uid, gid, workload: contest.winner() }).collect()
+        rows.into_iter().map(|((uid, gid), contest)| contest.row(uid, gid)).collect()
     }
 }
 
-/// Which of the entries with one uid and gid is the workload of a task in this class?
+/// The entries with one uid and gid.
 #[derive(Default)]
 struct Contest<'p> {
-    /// Of entries that the kernel can check to the end: most selectors, the workload, and whether there is a tie.
-    best: Option<(usize, u32, &'p SpiffeId)>,
+    row: KernelCandidate,
+    /// Of the entry that `row` is about.
+    id: Option<&'p SpiffeId>,
+    /// Another identity has as many selectors.
     tie: bool,
-    /// Most selectors of an entry that needs user space.
-    narrowed: usize,
 }
 
-impl<'p> Contest<'p> {
-    fn certain(&mut self, selectors: usize, workload: u32, id: &'p SpiffeId) {
-        match self.best {
-            Some((most, ..)) if most > selectors => {}
-            Some((most, _, first)) if most == selectors => self.tie |= first != id,
-            _ => (self.best, self.tie) = (Some((selectors, workload, id)), false),
+impl Contest<'_> {
+    fn row(self, uid: Option<u32>, gid: Option<u32>) -> KernelCandidate {
+        let mut row = KernelCandidate { uid, gid, ..self.row };
+        if self.tie {
+            (row.workload, row.source, row.group) = (0, 0, 0);
         }
-    }
-
-    fn winner(&self) -> u32 {
-        match self.best {
-            Some((most, workload, _)) if !self.tie && self.narrowed < most => workload,
-            _ => 0,
-        }
+        row
     }
 }
 
-/// Computes the rows. Stops early when there are too many verdicts: `check` then refuses the policy.
-pub(super) fn compile(policy: &Policy) -> KernelPolicy {
-    let number = |index: usize| u32::try_from(index + 1).unwrap_or(u32::MAX);
-    let rows = || policy.table.regions().iter().zip(&policy.kinds).enumerate();
-    let mut verdicts = Verdicts::new(policy);
-    for (index, (region, kind)) in rows() {
-        match kind {
-            Kind::Mesh(expected) => {
-                let exact = policy.index.by_to.get(expected).into_iter().flatten();
-                let mut rules: Vec<_> = exact.chain(&policy.index.to_patterns).copied().collect();
-                rules.sort_unstable();
-                for allow in rules.into_iter().filter_map(|rule| policy.allows.get(rule)) {
-                    let ports = region.port.map_or(allow.ports == Ports::All, |port| allow.ports.contain(port));
-                    if ports && allow.to.matches(expected) {
-                        verdicts.add(&allow.from, number(index), TCP, VERDICT_MESH, allow.rule.number);
-                    }
-                }
-                for udp in policy.udps.iter().filter(|udp| udp.region.covers(region)) {
-                    verdicts.add(&udp.from, number(index), UDP, VERDICT_BYPASS, udp.rule.number);
-                }
+/// What a number is about.
+#[derive(Hash)]
+enum Named<'p> {
+    Identity(&'p SpiffeId),
+    Sources(Vec<&'p Pattern>),
+    Targets(Vec<&'p Pattern>),
+    Bypasses(Vec<(&'p str, &'p Matcher)>),
+    Datagrams(Vec<(&'p str, &'p Matcher)>),
+}
+
+/// Makes numbers of what they name. Two names that get one number make the policy unusable, which no policy will ever see.
+#[derive(Default)]
+struct Numbers {
+    /// Of each number, a second one made in another way.
+    given: HashMap<u64, u64>,
+    twice: bool,
+}
+
+impl Numbers {
+    fn of(&mut self, named: &Named<'_>) -> u64 {
+        let hash = |salt: u8| {
+            let mut hasher = DefaultHasher::new();
+            (salt, named).hash(&mut hasher);
+            hasher.finish().max(1)
+        };
+        let (number, second) = (hash(0), hash(1));
+        match self.given.entry(number) {
+            Entry::Vacant(free) => drop(free.insert(second)),
+            Entry::Occupied(given) => self.twice |= *given.get() != second,
+        }
+        number
+    }
+}
+
+/// Ids, each with the number of its own and that of the patterns that match it; and for each pattern the latter numbers.
+#[derive(Default)]
+struct Side<'p> {
+    numbers: HashMap<&'p SpiffeId, (u64, u64)>,
+    by_pattern: HashMap<&'p Pattern, Vec<u64>>,
+}
+
+impl<'p> Side<'p> {
+    fn new(
+        ids: impl Iterator<Item = &'p SpiffeId>,
+        patterns: impl Iterator<Item = &'p Pattern>,
+        named: impl Fn(Vec<&'p Pattern>) -> Named<'p>,
+        numbers: &mut Numbers,
+    ) -> Self {
+        let groups = Groups::new(patterns);
+        let mut side = Self::default();
+        let mut known: HashMap<Vec<&Pattern>, u64> = HashMap::new();
+        for id in ids {
+            if side.numbers.contains_key(id) {
+                continue;
             }
-            Kind::Plain(bypasses) => {
-                for bypass in bypasses.iter().filter_map(|bypass| policy.bypasses.get(*bypass)) {
-                    verdicts.add(&bypass.from, number(index), TCP, VERDICT_BYPASS, bypass.rule.number);
+            let matching = groups.matching(id);
+            let group = match known.get(&matching) {
+                _ if matching.is_empty() => 0,
+                Some(group) => *group,
+                None => {
+                    let group = numbers.of(&named(matching.clone()));
+                    matching.iter().for_each(|pattern| side.by_pattern.entry(pattern).or_default().push(group));
+                    known.insert(matching, group);
+                    group
                 }
-            }
+            };
+            side.numbers.insert(id, (numbers.of(&Named::Identity(id)), group));
+        }
+        side
+    }
+
+    /// The numbers under which rows for this matcher are found.
+    fn matched<'s>(&'s self, matcher: &Matcher) -> impl Iterator<Item = u64> + use<'s> {
+        let (exact, pattern) = match matcher {
+            Matcher::Exact(id) => (self.numbers.get(id).map(|(number, _)| *number), None),
+            Matcher::Pattern(pattern) => (None, self.by_pattern.get(pattern)),
+        };
+        exact.into_iter().chain(pattern.into_iter().flatten().copied())
+    }
+}
+
+/// Files the registration entries. Their numbers come with [`compile`].
+pub(super) fn entries(policy: &Policy) -> Entries {
+    let mut entries = Entries::default();
+    for (at, selectors) in policy.selectors.iter().enumerate() {
+        let mut cgroups: Vec<u32> = selectors.iter().filter_map(|selector| policy.cgroup_number(selector)).collect();
+        cgroups.sort_unstable();
+        match cgroups.first() {
+            None => entries.without_cgroup.push(at),
+            Some(first) => entries.by_cgroup.entry(*first).or_default().push(at),
+        }
+        let uid = selectors.iter().find_map(|one| if let Selector::Uid(uid) = one { Some(*uid) } else { None });
+        let gid = selectors.iter().find_map(|one| if let Selector::Gid(gid) = one { Some(*gid) } else { None });
+        entries.all.push(Seen {
+            uid,
+            gid,
+            cgroups,
+            selectors: u16::try_from(selectors.len()).unwrap_or(u16::MAX),
+            certain: selectors.iter().all(Selector::is_kernel_visible),
+            source: 0,
+            group: 0,
+        });
+    }
+    entries
+}
+
+/// Computes the rows, and gives the entries their numbers. Stops early when there are too many verdicts: `check` then refuses
+/// the policy. `None` where two names have one number.
+pub(super) fn compile(policy: &Policy, entries: &mut Entries) -> Option<KernelPolicy> {
+    let mut numbers = Numbers::default();
+    let allows = || policy.allows.iter();
+    let plain = || policy.bypasses.iter().chain(&policy.udps);
+    let from_patterns = allows().map(|allow| &allow.from).chain(plain().map(|plain| &plain.from)).filter_map(pattern);
+    let ids = policy.workloads.iter().map(|workload| &workload.id);
+    let sources = Side::new(ids, from_patterns, Named::Sources, &mut numbers);
+    let expected = policy.kinds.iter().filter_map(|kind| if let Kind::Mesh(id) = kind { Some(id) } else { None });
+    let targets =
+        Side::new(expected, allows().map(|allow| &allow.to).filter_map(pattern), Named::Targets, &mut numbers);
+    for (seen, workload) in entries.all.iter_mut().zip(&policy.workloads) {
+        (seen.source, seen.group) = sources.numbers.get(&workload.id).copied().unwrap_or_default();
+    }
+
+    let mut verdicts = Verdicts { sources: &sources, rows: HashMap::new(), sets: HashSet::new() };
+    for allow in allows() {
+        let ports = match &allow.ports {
+            Ports::All => &[0][..],
+            Ports::Some(ports) => ports,
+        };
+        for target in targets.matched(&allow.to) {
+            verdicts.mesh(&allow.from, target, ports);
         }
         if verdicts.rows.len() > super::MAX_VERDICTS {
             break;
         }
     }
-    let destinations = rows()
-        .map(|(index, (region, kind))| KernelDestination {
-            number: number(index),
+    let mut destinations = Vec::with_capacity(policy.kinds.len());
+    for (region, kind) in policy.table.regions().iter().zip(&policy.kinds) {
+        let mut row = KernelDestination {
             network: region.network,
             port: region.port,
-            mode: if matches!(kind, Kind::Mesh(_)) { MODE_MESH } else { MODE_PLAIN },
-        })
-        .collect();
-    KernelPolicy {
+            mode: MODE_MESH,
+            target: 0,
+            group: 0,
+            datagrams: 0,
+        };
+        match kind {
+            Kind::Mesh(expected) => {
+                (row.target, row.group) = targets.numbers.get(expected).copied().unwrap_or_default();
+                let holding: Vec<&Plain> = policy.udps.iter().filter(|udp| udp.region.covers(region)).collect();
+                if !holding.is_empty() {
+                    row.datagrams = numbers.of(&Named::Datagrams(named(&holding)));
+                    verdicts.plain(row.datagrams, UDP, &holding);
+                }
+            }
+            Kind::Plain(bypasses) => {
+                let holding: Vec<&Plain> = bypasses.iter().filter_map(|at| policy.bypasses.get(*at)).collect();
+                row.mode = MODE_PLAIN;
+                row.target = numbers.of(&Named::Bypasses(named(&holding)));
+                verdicts.plain(row.target, TCP, &holding);
+            }
+        }
+        destinations.push(row);
+        if verdicts.rows.len() > super::MAX_VERDICTS {
+            break;
+        }
+    }
+    let unseen: BTreeSet<_> =
+        entries.all.iter().filter(|seen| !seen.cgroups.is_empty()).map(|seen| (seen.uid, seen.gid)).collect();
+    (!numbers.twice).then(|| KernelPolicy {
         destinations,
         verdicts: verdicts.finish(),
         cgroup_classes: !policy.cgroup_selectors.is_empty(),
+        unseen: unseen.into_iter().collect(),
         protected: policy.inbounds.iter().flat_map(|inbound| &inbound.listen).map(|at| (at.ip(), at.port())).collect(),
+    })
+}
+
+fn pattern(matcher: &Matcher) -> Option<&Pattern> {
+    match matcher {
+        Matcher::Exact(_) => None,
+        Matcher::Pattern(pattern) => Some(pattern),
     }
 }
 
-/// Verdicts by workload, destination and protocol; the first rule of the files stays.
-struct Verdicts<'p> {
-    numbers: HashMap<&'p SpiffeId, Vec<u32>>,
-    rows: BTreeMap<(u32, u32, u32), (u32, u32)>,
+fn named<'p>(rules: &[&'p Plain]) -> Vec<(&'p str, &'p Matcher)> {
+    rules.iter().map(|plain| (&*plain.rule.name, &plain.from)).collect()
 }
 
-impl<'p> Verdicts<'p> {
-    fn new(policy: &'p Policy) -> Self {
-        let mut numbers: HashMap<&SpiffeId, Vec<u32>> = HashMap::new();
-        for workload in &policy.workloads {
-            numbers.entry(&workload.id).or_default().push(workload.number);
+/// Verdicts by source, target, port and protocol, with the action and the rule.
+struct Verdicts<'s, 'p> {
+    sources: &'s Side<'p>,
+    rows: HashMap<(u64, u64, u16, u16), (u32, u32)>,
+    /// Targets and protocols whose plain rules are there.
+    sets: HashSet<(u64, u16)>,
+}
+
+impl Verdicts<'_, '_> {
+    fn mesh(&mut self, from: &Matcher, target: u64, ports: &[u16]) {
+        for source in self.sources.matched(from) {
+            for port in ports {
+                self.rows.insert((source, target, *port, TCP), (VERDICT_MESH, 0));
+            }
         }
-        Self { numbers, rows: BTreeMap::new() }
     }
 
-    fn add(&mut self, from: &Matcher, destination: u32, protocol: u32, action: u32, rule: u32) {
-        let numbers: Vec<u32> = match from {
-            Matcher::Exact(id) => self.numbers.get(id).cloned().unwrap_or_default(),
-            Matcher::Pattern(pattern) => self
-                .numbers
-                .iter()
-                .filter(|(id, _)| pattern.matches(id))
-                .flat_map(|(_, numbers)| numbers.clone())
-                .collect(),
-        };
-        for workload in numbers {
-            self.rows.entry((workload, destination, protocol)).or_insert((action, rule));
+    /// The rules that hold at one target, in the order of the files: of those for one source the first is named. The row of
+    /// an identity is found before that of its patterns, so it names the first of both.
+    fn plain(&mut self, target: u64, protocol: u16, rules: &[&Plain]) {
+        if !self.sets.insert((target, protocol)) {
+            return;
+        }
+        for plain in rules {
+            for source in self.sources.matched(&plain.from) {
+                self.rows.entry((source, target, 0, protocol)).or_insert_with(|| {
+                    let id = if let Matcher::Exact(id) = &plain.from { Some(id) } else { None };
+                    let first = id.and_then(|id| rules.iter().find(|rule| rule.from.matches(id)));
+                    (VERDICT_BYPASS, first.unwrap_or(plain).rule.number)
+                });
+            }
         }
     }
 
     fn finish(self) -> Vec<KernelVerdict> {
-        let row = |((workload, destination, protocol), (action, rule))| KernelVerdict {
-            workload,
-            destination,
+        let row = |((source, target, port, protocol), (action, rule))| KernelVerdict {
+            source,
+            target,
+            port,
             protocol,
             action,
             rule,

@@ -10,11 +10,11 @@ use super::{
     table::Region,
 };
 use crate::{
-    document::{At, Document, Place, Problems, Table, TextOrTable, clip, nearest},
+    document::{At, Document, Place, Problems, Table, TextOrTable, clip, nearest, parts},
     spiffe::{Pattern, SpiffeId, TrustDomain},
     units,
 };
-use std::{net::SocketAddr, sync::Arc, time::Duration};
+use std::{collections::BTreeSet, net::SocketAddr, sync::Arc, time::Duration};
 
 /// Everything that the files of a policy say, in their order.
 #[derive(Default)]
@@ -135,7 +135,32 @@ const ROOT: [&str; 9] =
 impl Statements {
     /// Reads one file.
     pub fn read(&mut self, file: &Arc<str>, text: &str, accounts: &Accounts, problems: &mut Problems) {
-        let Some(document) = Document::parse(file, text, problems) else { return };
+        let (mut statements, mut found) = (Self::default(), Problems::default());
+        let whole = parts(text).all(|(before, part)| {
+            let document = Document::parse_part(file, before, part, &mut found);
+            document.map(|document| statements.take(&document, accounts, &mut found)).is_some()
+        });
+        if whole {
+            self.append(statements);
+            problems.0.extend(found.0);
+        } else if let Some(document) = Document::parse(file, text, problems) {
+            self.take(&document, accounts, problems);
+        }
+    }
+
+    fn append(&mut self, other: Self) {
+        self.trust_domains.extend(other.trust_domains);
+        self.preexisting.extend(other.preexisting);
+        self.workloads.extend(other.workloads);
+        self.destinations.extend(other.destinations);
+        self.allows.extend(other.allows);
+        self.inbounds.extend(other.inbounds);
+        self.bypasses.extend(other.bypasses);
+        self.udps.extend(other.udps);
+        self.expectations.extend(other.expectations);
+    }
+
+    fn take(&mut self, document: &Document<'_>, accounts: &Accounts, problems: &mut Problems) {
         let root = document.root(&ROOT, problems);
         if let Some(name) = root.text("trust_domain", problems) {
             match TrustDomain::parse(name.value) {
@@ -435,19 +460,17 @@ fn ports(table: &Table<'_>, problems: &mut Problems) -> Option<Ports> {
         return Some(Ports::All);
     }
     let before = problems.0.len();
-    let mut ports = Vec::new();
+    let mut seen = BTreeSet::new();
     for number in table.numbers("ports", 1, 65535, problems)? {
         let port = u16::try_from(number.value).unwrap_or_default();
-        if ports.contains(&port) {
+        if !seen.insert(port) {
             problems.add(&number.place, format!("port {port} is there twice"), "write it once");
         }
-        ports.push(port);
     }
-    if ports.is_empty() && problems.0.len() == before {
+    if seen.is_empty() && problems.0.len() == before {
         problems.add(&table.place_of("ports"), "`ports` is empty", "write the ports, or remove it for all ports");
     }
-    ports.sort_unstable();
-    (problems.0.len() == before).then_some(Ports::Some(ports))
+    (problems.0.len() == before).then(|| Ports::Some(seen.into_iter().collect()))
 }
 
 /// The name of a rule; `file.toml:12` where none is written and none is needed.

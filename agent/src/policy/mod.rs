@@ -9,6 +9,7 @@
 
 mod check;
 mod expect;
+mod groups;
 mod kernel;
 mod language;
 mod load;
@@ -37,13 +38,14 @@ use table::{Region, Table};
 
 /// Most registration entries in one policy.
 pub const MAX_WORKLOADS: usize = 65_535;
-/// Most rows of [`KernelPolicy::destinations`]. Like the two below, half of what the map of the kernel programs holds:
-/// during a reload it holds two policies.
+/// Most rows of [`KernelPolicy::destinations`]. Half of what the map of the kernel programs holds: during a reload it holds
+/// two policies.
 pub const MAX_DESTINATIONS: usize = 65_535;
-/// Most rows of [`KernelPolicy::verdicts`].
-pub const MAX_VERDICTS: usize = 131_072;
-/// Most rows of [`Policy::candidates`] for one set of cgroup selectors.
-pub const MAX_CANDIDATES: usize = 32_768;
+/// Most rows of [`KernelPolicy::verdicts`]. As many as the map holds: what goes is removed before what comes is written.
+pub const MAX_VERDICTS: usize = 262_144;
+/// Most rows that every process is looked up in: [`Policy::candidates`] without a cgroup, and [`KernelPolicy::unseen`]. A
+/// quarter of what the map holds: during a reload it holds two policies, and half is for classes of cgroups.
+pub const MAX_CANDIDATES: usize = 16_384;
 
 /// A whole, checked policy.
 #[derive(Debug)]
@@ -57,6 +59,9 @@ pub struct Policy {
     filed: HashMap<Selector, Vec<usize>>,
     /// All cgroup selectors, sorted, once each. Their index is their number in a cgroup set.
     cgroup_selectors: Vec<Selector>,
+    /// How many of them name a unit.
+    unit_selectors: usize,
+    entries: kernel::Entries,
     table: Table,
     /// What each region of `table` is.
     kinds: Vec<Kind>,
@@ -68,7 +73,7 @@ pub struct Policy {
     expectations: Vec<Expectation>,
     rules: Vec<Arc<Rule>>,
     warnings: Problems,
-    kernel: KernelPolicy,
+    kernel: Arc<KernelPolicy>,
 }
 
 /// What a region of the table is.

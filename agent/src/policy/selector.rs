@@ -147,6 +147,11 @@ fn units(cgroup: &str) -> impl Iterator<Item = &str> {
         .take_while(move |name| std::mem::replace(&mut in_slices, name.ends_with(".slice")) && !name.is_empty())
 }
 
+/// Can there be units below this cgroup that it is not in itself? Only in the root and in slices.
+pub(super) fn may_hold_units(cgroup: &str) -> bool {
+    cgroup == "/" || cgroup.split('/').skip(1).all(|name| name.ends_with(".slice"))
+}
+
 /// Whole path components only: `/a/bc` is not below `/a/b`.
 fn is_at_or_below(path: &str, ancestor: &str) -> bool {
     path.strip_prefix(ancestor).is_some_and(|rest| rest.is_empty() || rest.starts_with('/'))

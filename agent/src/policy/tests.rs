@@ -2,6 +2,7 @@ use super::*;
 use std::path::PathBuf;
 
 mod properties;
+mod rows;
 
 const PASSWD: &str = "root:x:0:0::/:/bin/sh\nwww-data:x:33:33::/:/bin/sh\ncurl:x:1000:1000::/:/bin/sh\n";
 const GROUP: &str = "root:x:0:\nwww-data:x:33:\n";
@@ -131,37 +132,6 @@ fn two_ways_to_the_same_identity_are_not_ambiguous() {
          [[workload]]\nid = \"spiffe://td/a\"\nselectors = [\"unix:gid:1\"]\n",
     );
     assert_eq!(who(&policy, &process(1, "/", "/x")), "/a");
-}
-
-#[test]
-fn the_kernel_is_told_a_workload_only_where_no_entry_leaves_a_doubt() {
-    let rows = |policy: &Policy, cgroup: &str| -> Vec<_> {
-        let rows = policy.candidates(&policy.cgroup_set(cgroup));
-        rows.iter().map(|row| (row.uid, row.gid, row.workload)).collect()
-    };
-    let policy = policy(ENTRIES);
-    assert!(policy.kernel().cgroup_classes);
-    // uid 1000: /curl could be meant. gid 5: only the digest tells.
-    assert_eq!(rows(&policy, "/"), [(None, Some(5), 0), (Some(1000), None, 0)]);
-    assert_eq!(rows(&policy, "/wimsey/lab/x"), [(None, None, 4), (None, Some(5), 0), (Some(1000), None, 0)]);
-    assert_eq!(
-        rows(&policy, "/system.slice/web.service"),
-        [(None, Some(5), 0), (Some(33), None, 3), (Some(1000), None, 0)]
-    );
-    assert_eq!(policy.cgroup_set("/wimsey/lab"), policy.cgroup_set("/wimsey/lab/deep/er"));
-    assert_ne!(policy.cgroup_set("/wimsey/lab"), policy.cgroup_set("/wimsey/labs"));
-    assert!(policy.cgroup_set("/").is_empty());
-}
-
-#[test]
-fn an_entry_with_more_kernel_selectors_settles_the_row_of_its_cgroup() {
-    let policy = policy(
-        "[[workload]]\nid = \"spiffe://td/wide\"\nselectors = [\"unix:uid:9\"]\n\
-         [[workload]]\nid = \"spiffe://td/narrow\"\nselectors = [\"unix:uid:9\", \"cgroup:/c\"]\n\
-         [[workload]]\nid = \"spiffe://td/rival\"\nselectors = [\"unix:uid:9\", \"cgroup:/c/d\"]\n",
-    );
-    let workload = |cgroup: &str| policy.candidates(&policy.cgroup_set(cgroup))[0].workload;
-    assert_eq!((workload("/"), workload("/c"), workload("/c/d")), (1, 2, 0));
 }
 
 const MESH: &str = r#"
@@ -517,25 +487,6 @@ fn a_policy_must_say_its_trust_domain() {
     assert_eq!(
         load("preexisting = \"kill\"\n").unwrap_err().to_string(),
         "policies: no file says trust_domain; write trust_domain = \"example.org\" at the top of one"
-    );
-}
-
-#[test]
-fn a_policy_that_would_not_fit_into_the_kernel_maps_is_refused() {
-    let mut text =
-        String::from("[[allow]]\nfrom = { pattern = \"spiffe://td/*\" }\nto = { pattern = \"spiffe://td/*\" }\n");
-    for number in 0..400 {
-        let (high, low) = (number / 250, number % 250 + 1);
-        text += &format!(
-            "[[workload]]\nid = \"spiffe://td/w{number}\"\nselectors = [\"unix:uid:{}\"]\n\
-             [[destination]]\naddress = \"10.0.{high}.{low}:80\"\nid = \"spiffe://td/w{number}\"\n",
-            number + 1
-        );
-    }
-    assert_eq!(
-        refusal(&text),
-        "policies: the rules make more than 131072 pairs of workload and destination for the kernel; \
-         write fewer workloads, destinations or ports on this host, or wider networks"
     );
 }
 

@@ -5,8 +5,9 @@
     reason = "a test that meets what it did not expect has failed"
 )]
 
-mod reload;
 mod host;
+mod policies;
+mod reload;
 mod world;
 
 use std::{
@@ -153,12 +154,7 @@ fn a_program_without_identity_is_refused_at_a_mesh_destination_only() {
 fn an_enrolled_program_reaches_only_what_policy_names() {
     let mut world = world!();
     let mut facts = world.enrol().verdict(3, 6, VERDICT_BYPASS);
-    facts.policy.destinations.push(wimsey::policy::KernelDestination {
-        number: 3,
-        network: "10.77.0.0/24".parse().unwrap(),
-        port: Some(53),
-        mode: MODE_PLAIN,
-    });
+    facts.policy.destinations.push(world::destination(3, "10.77.0.0/24", Some(53), MODE_PLAIN));
     world.install(facts);
     let _dns = TcpListener::bind("10.77.0.2:53").unwrap();
     let mut client =
@@ -576,12 +572,7 @@ fn a_policy_that_does_not_fit_changes_nothing() {
     assert_eq!(world.install(facts.clone()), 1);
     let mut big = facts;
     big.policy.destinations = (1..=20)
-        .map(|number| wimsey::policy::KernelDestination {
-            number,
-            network: format!("10.77.0.{number}/32").parse().unwrap(),
-            port: Some(80),
-            mode: MODE_MESH,
-        })
+        .map(|number| world::destination(number, &format!("10.77.0.{number}/32"), Some(80), MODE_MESH))
         .collect();
     let refused = world.programs().install(Arc::new(big) as Arc<dyn KernelFacts>).unwrap_err();
     assert!(matches!(refused, Error::MapFull { map: map::DESTINATIONS }));

@@ -6,6 +6,7 @@
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use std::{
     fs,
+    hash::{DefaultHasher, Hash, Hasher},
     io::{BufRead, BufReader, Read, Write},
     net::{SocketAddr, TcpListener, TcpStream, UdpSocket},
     path::{Path, PathBuf},
@@ -26,7 +27,9 @@ pub const HERE: &str = "10.77.0.1";
 pub const SERVER: &str = "10.77.0.2:80";
 pub const SERVER6: &str = "[fd77::2]:80";
 pub const WORKLOAD: u32 = 7;
-const TCP: u32 = 6;
+/// Number of its identity.
+pub const SOURCE: u64 = 77;
+const TCP: u16 = 6;
 
 /// Says why a test cannot run here, if it cannot.
 pub fn unable(test: &str) -> bool {
@@ -75,41 +78,56 @@ pub struct Facts {
 }
 
 impl KernelFacts for Facts {
-    fn kernel(&self) -> KernelPolicy {
-        self.policy.clone()
+    fn kernel(&self) -> Arc<KernelPolicy> {
+        let unseen = if self.cgroup.is_empty() { Vec::new() } else { vec![(None, None)] };
+        Arc::new(KernelPolicy { unseen, ..self.policy.clone() })
+    }
+    fn who(&self) -> u64 {
+        let mut hasher = DefaultHasher::new();
+        (&self.cgroup, self.ask, self.policy.cgroup_classes).hash(&mut hasher);
+        hasher.finish()
+    }
+    fn cgroup_open(&self, cgroup: &str) -> bool {
+        !self.cgroup.is_empty() && self.cgroup_set(cgroup).is_empty()
     }
     fn cgroup_set(&self, cgroup: &str) -> Vec<u32> {
         if !self.cgroup.is_empty() && cgroup.ends_with(&self.cgroup) { vec![0] } else { Vec::new() }
     }
     fn candidates(&self, set: &[u32]) -> Vec<KernelCandidate> {
-        let workload = if self.ask { 0 } else { WORKLOAD };
+        let row = if self.ask {
+            KernelCandidate { attested: 2, ..KernelCandidate::default() }
+        } else {
+            KernelCandidate { workload: WORKLOAD, source: SOURCE, certain: 1, ..KernelCandidate::default() }
+        };
         let uids = match self.uids.as_slice() {
             [] => vec![None],
             uids => uids.iter().copied().map(Some).collect(),
         };
-        set.iter().flat_map(|_| uids.iter().map(|uid| KernelCandidate { uid: *uid, gid: None, workload })).collect()
+        set.iter().flat_map(|_| uids.iter().map(|uid| KernelCandidate { uid: *uid, ..row })).collect()
     }
+}
+
+/// A destination with this number.
+pub fn destination(number: u64, network: &str, port: Option<u16>, mode: u32) -> KernelDestination {
+    KernelDestination { network: network.parse().unwrap(), port, mode, target: number, group: 0, datagrams: number }
 }
 
 impl Facts {
     /// Tasks in cgroups that end so are enrolled; the servers are mesh destinations; nothing is allowed.
     pub fn enrolling(cgroup: &str) -> Self {
-        let destination = |number, network: &str| KernelDestination {
-            number,
-            network: network.parse().unwrap(),
-            port: Some(80),
-            mode: MODE_MESH,
-        };
         let policy = KernelPolicy {
-            destinations: vec![destination(1, "10.77.0.2/32"), destination(2, "fd77::2/128")],
+            destinations: vec![
+                destination(1, "10.77.0.2/32", Some(80), MODE_MESH),
+                destination(2, "fd77::2/128", Some(80), MODE_MESH),
+            ],
             cgroup_classes: true,
             ..KernelPolicy::default()
         };
         Self { policy, cgroup: cgroup.into(), ask: false, uids: Vec::new() }
     }
 
-    pub fn verdict(mut self, destination: u32, protocol: u32, action: u32) -> Self {
-        self.policy.verdicts.push(KernelVerdict { workload: WORKLOAD, destination, protocol, action, rule: 3 });
+    pub fn verdict(mut self, target: u64, protocol: u16, action: u32) -> Self {
+        self.policy.verdicts.push(KernelVerdict { source: SOURCE, target, port: 0, protocol, action, rule: 3 });
         self
     }
 

@@ -19,11 +19,12 @@ pub const MAX_SHARDS: usize = 64;
 /// `uid` or `gid` in a [`CandidateKey`] that stands for "any".
 pub const ANY: u32 = u32::MAX;
 
-/// Class of a cgroup that the agent has looked at and that no registration entry names.
+/// Class of the registration entries that name no cgroup, and of a cgroup that no entry names.
 pub const CLASS_NONE: u32 = 0;
 
-/// Destination id of everything that no destination entry covers.
-pub const DESTINATION_OTHER: u32 = 0;
+/// Class under which `CANDIDATES` has a row for the uid and gid of every entry that names a cgroup, whichever: what a task in
+/// a cgroup that nobody has looked at yet could turn out to be.
+pub const CLASS_UNSEEN: u32 = u32::MAX;
 
 /// An IPv6 address, or an IPv4 address mapped into one (`::ffff:a.b.c.d`), in network byte order.
 pub type Address = [u8; 16];
@@ -34,16 +35,22 @@ pub type Address = [u8; 16];
 pub struct Config {
     /// Layout version, [`ABI`].
     pub abi: u32,
-    /// Generation of the policy in force. Keys of another generation do not exist for the programs.
+    /// Generation of the policy in force: it rises with every reload.
     pub generation: u32,
     /// Cookie of the network namespace whose sockets the programs act on (`SO_NETNS_COOKIE`).
     pub netns_cookie: u64,
     /// Number of data shards, 1 to [`MAX_SHARDS`].
     pub shards: u32,
-    /// The `FLAG_` bits.
+    /// `FLAG_` and `SHAPES_` bits.
     pub flags: u32,
-    /// Where the kernel keeps what the programs want to know of a task.
-    pub layout: TaskLayout,
+    /// Epoch of the keys in force: keys of another epoch do not exist for the programs. It rises when it changes who is
+    /// who; a reload that changes only what is allowed writes differences.
+    pub epoch: u32,
+    /// Number of the network namespace in [`DestinationKey`]s.
+    pub namespace: u32,
+    /// Always zero. To the verifier it is any number: where one way writes something and another writes nothing, nothing is
+    /// taken from here, so that the verifier sees one way.
+    pub zero: u64,
 }
 
 /// Offsets in bytes, from the kernel's own type information (BTF): a program of kind `sock_ops` has no helper that tells
@@ -71,37 +78,66 @@ pub struct TaskLayout {
 
 /// Every listening socket from before is recorded: where no row is found, nobody listens, or somebody whom nobody has
 /// recorded, who is refused.
-pub const FLAG_REGISTRY_COMPLETE: u32 = 2;
+pub const FLAG_REGISTRY_COMPLETE: u32 = 4;
 /// Policy protects addresses whoever listens there.
-pub const FLAG_PROTECTED_ADDRESSES: u32 = 4;
+pub const FLAG_PROTECTED_ADDRESSES: u32 = 8;
 /// Some registration entry has no cgroup selector, so that whoever may change their user can become a workload.
-pub const FLAG_ENTRIES_BY_USER: u32 = 8;
+pub const FLAG_ENTRIES_BY_USER: u32 = 16;
 
-/// Some registration entry names a cgroup or a systemd unit, so a cgroup without a class has to be looked at first.
+/// Some registration entry names a cgroup or a systemd unit, so a task's cgroup matters.
 pub const FLAG_CGROUP_CLASSES: u32 = 1;
+/// Some verdict is for one port.
+pub const FLAG_PORTS: u32 = 2;
 
-/// Key of `CGROUPS`: which class has this cgroup under this policy generation?
+/// Position of the four bits that say which of the keys of [`shape`] the entries without a cgroup selector have.
+pub const SHAPES_WITHOUT_CGROUP: u32 = 8;
+/// The same for the entries with one.
+pub const SHAPES_WITH_CGROUP: u32 = 12;
+
+/// The four forms of a [`CandidateKey`], as bits: those that no row has are not looked up.
+pub mod shape {
+    /// Uid and gid.
+    pub const BOTH: u32 = 1;
+    /// Uid, and any gid.
+    pub const UID: u32 = 2;
+    /// Any uid, and gid.
+    pub const GID: u32 = 4;
+    /// Any uid and gid.
+    pub const NEITHER: u32 = 8;
+    /// All of them.
+    pub const ALL: u32 = 15;
+}
+
+/// Key of `CGROUPS`.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct CgroupKey {
-    /// Policy generation.
-    pub generation: u32,
+    /// Epoch.
+    pub epoch: u32,
     /// Always zero.
     pub pad: u32,
     /// Id of the cgroup on the unified hierarchy (`bpf_get_current_cgroup_id`).
     pub cgroup: u64,
 }
 
-/// Key of `CANDIDATES`: the selectors of registration entries that the kernel can see. The programs look up four keys
-/// under the task's cgroup class: its own uid and gid, and each replaced by [`ANY`]. Two hits that name different
-/// workloads leave the choice to the agent.
+/// Value of `CGROUPS`. A cgroup without a row is what its nearest ancestor with one is, unless that one is open.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Placed {
+    /// Which entries with a cgroup selector a task in it can match: the class of its rows in `CANDIDATES`.
+    pub class: u32,
+    /// 1 where a cgroup below could match an entry that this one does not, else 0.
+    pub open: u32,
+}
+
+/// Key of `CANDIDATES`: the selectors of registration entries that the kernel can see. The programs look up a task's own
+/// uid and gid, and each replaced by [`ANY`], first under [`CLASS_NONE`] and then under the class of the task's cgroup.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct CandidateKey {
-    /// Policy generation.
-    pub generation: u32,
-    /// Class of the cgroup, or [`CLASS_NONE`]. The rows of a class hold every entry that a task in it can match, those
-    /// without a cgroup selector included.
+    /// Epoch.
+    pub epoch: u32,
+    /// [`CLASS_NONE`] for entries without a cgroup selector, else the class of a cgroup, or [`CLASS_UNSEEN`].
     pub class: u32,
     /// Real user id, or [`ANY`].
     pub uid: u32,
@@ -109,25 +145,33 @@ pub struct CandidateKey {
     pub gid: u32,
 }
 
-/// Value of `CANDIDATES`.
+/// Value of `CANDIDATES`. Of all rows that a task matches the one with the most certain selectors wins, if no entry that
+/// has to be attested has as many, and no other workload.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Candidate {
-    /// The workload, where the kernel's selectors are enough to know it; 0 where the agent has to attest the process
-    /// (the entry has selectors that only user space can see, or several entries share this key).
+    /// Number of the workload's identity, as in [`VerdictKey::source`].
+    pub source: u64,
+    /// Number of the patterns that match this identity, as in [`VerdictKey::source`], or 0.
+    pub group: u64,
+    /// Number of the workload; 0 where several fit equally well.
     pub workload: u32,
-    /// Always zero.
-    pub pad: u32,
+    /// Selectors of the entry with the most that the kernel can check to the end, or 0.
+    pub certain: u16,
+    /// Selectors of the entry with the most that has to be attested (by path or content of the program), or 0.
+    pub attested: u16,
 }
 
-/// Key of `DESTINATIONS`, a longest-prefix-match trie over these bytes. `generation` and `port` are always matched
-/// whole, so prefix lengths run from 64 (any address) to 192 (one address). Port 0 stands for any port and is looked
-/// up after the port itself.
+/// Key of `DESTINATIONS`, a longest-prefix-match trie over these bytes. All in front of the address is always matched
+/// whole, so prefix lengths run from [`DESTINATION_FIXED_BITS`] (any address) to [`DESTINATION_KEY_BITS`] (one address).
+/// Port 0 stands for any port and is looked up after the port itself.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct DestinationKey {
-    /// Policy generation.
-    pub generation: u32,
+    /// Epoch.
+    pub epoch: u32,
+    /// Number of the network namespace, [`Config::namespace`].
+    pub namespace: u32,
     /// Port in host byte order, or 0 for any.
     pub port: u16,
     /// 0, or [`DESTINATION_ADDRESS`].
@@ -141,16 +185,23 @@ pub struct DestinationKey {
 pub const DESTINATION_ADDRESS: u16 = 1;
 
 /// Bits of a [`DestinationKey`] in front of the address.
-pub const DESTINATION_FIXED_BITS: u32 = 64;
+pub const DESTINATION_FIXED_BITS: u32 = 96;
 
-/// Value of `DESTINATIONS`.
+/// Value of `DESTINATIONS`. Its numbers name what is there, and mean the same in every policy: a verdict about a number is
+/// about every address that has it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Destination {
-    /// Number of the destination, never [`DESTINATION_OTHER`].
-    pub id: u32,
+    /// Mesh: number of the identity that has to answer. Plain: number of the bypasses that hold there. Never 0.
+    pub target: u64,
+    /// Mesh: number of the patterns that match this identity, or 0.
+    pub group: u64,
+    /// Mesh: number of the `[[udp]]` rules that hold there, or 0.
+    pub datagrams: u64,
     /// [`MODE_MESH`] or [`MODE_PLAIN`].
     pub mode: u32,
+    /// Always zero.
+    pub pad: u32,
     /// The source address that the host would use to get there: what `getsockname` shows to a program that did not
     /// bind one. All zero where it is not known.
     pub source: Address,
@@ -161,18 +212,20 @@ pub const MODE_MESH: u32 = 1;
 /// Destination that some named bypass lets enrolled workloads reach in plaintext.
 pub const MODE_PLAIN: u32 = 2;
 
-/// Key of `VERDICTS`. No entry means: denied.
+/// Key of `VERDICTS`. No entry means: denied. It has no epoch, because its numbers have one meaning for ever.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct VerdictKey {
-    /// Policy generation.
-    pub generation: u32,
-    /// Workload number, never 0.
-    pub workload: u32,
-    /// Destination number, or [`DESTINATION_OTHER`].
-    pub destination: u32,
+    /// Number of a source's identity, or of the patterns that match it. Never 0.
+    pub source: u64,
+    /// One of the numbers of a [`Destination`]. Never 0.
+    pub target: u64,
+    /// Port, or 0 for every port.
+    pub port: u16,
     /// IPPROTO_TCP (6) or IPPROTO_UDP (17).
-    pub protocol: u32,
+    pub protocol: u16,
+    /// Always zero.
+    pub pad: u32,
 }
 
 /// Value of `VERDICTS`.
@@ -181,7 +234,7 @@ pub struct VerdictKey {
 pub struct Verdict {
     /// [`VERDICT_MESH`] or [`VERDICT_BYPASS`].
     pub action: u32,
-    /// Number of the rule, for events and counters.
+    /// Number of the rule, for events and counters. 0 for [`VERDICT_MESH`]: the agent names that rule.
     pub rule: u32,
 }
 
@@ -227,7 +280,7 @@ pub struct Origin {
     pub destination_port: u16,
     /// Port that the application bound, or 0.
     pub source_port: u16,
-    /// Number of the destination entry.
+    /// Lower half of the number of what is there, [`Destination::target`], or 0.
     pub destination_id: u32,
     /// Policy generation that decided.
     pub generation: u32,
@@ -467,7 +520,7 @@ pub struct Event {
     pub source_port: u16,
     /// Destination port.
     pub destination_port: u16,
-    /// Number of the destination entry.
+    /// Lower half of the number of what is there, [`Destination::target`], or 0.
     pub destination_id: u32,
     /// A refusal: how many there were of its kind up to this one, its row's [`Refusal::total`].
     pub total: u64,
@@ -642,7 +695,9 @@ pub mod counter {
 pub mod map {
     /// `Array<Config>`, one entry.
     pub const CONFIG: &str = "CONFIG";
-    /// `HashMap<CgroupKey, u32>`: class of a cgroup.
+    /// `Array<TaskLayout>`, one entry.
+    pub const LAYOUT: &str = "LAYOUT";
+    /// `HashMap<CgroupKey, Placed>`.
     pub const CGROUPS: &str = "CGROUPS";
     /// `HashMap<CandidateKey, Candidate>`.
     pub const CANDIDATES: &str = "CANDIDATES";
@@ -692,12 +747,14 @@ pub mod map {
 pub const DESTINATION_KEY_BITS: u32 = (core::mem::size_of::<DestinationKey>() * 8) as u32;
 
 const _: () = {
-    assert!(core::mem::size_of::<Config>() == 56);
+    assert!(core::mem::size_of::<Config>() == 40);
     assert!(core::mem::size_of::<CgroupKey>() == 16);
+    assert!(core::mem::size_of::<Placed>() == 8);
     assert!(core::mem::size_of::<CandidateKey>() == 16);
-    assert!(core::mem::size_of::<DestinationKey>() == 24);
-    assert!(core::mem::size_of::<Destination>() == 24);
-    assert!(core::mem::size_of::<VerdictKey>() == 16);
+    assert!(core::mem::size_of::<Candidate>() == 24);
+    assert!(core::mem::size_of::<DestinationKey>() == 28);
+    assert!(core::mem::size_of::<Destination>() == 48);
+    assert!(core::mem::size_of::<VerdictKey>() == 24);
     assert!(core::mem::size_of::<Task>() == 48);
     assert!(core::mem::size_of::<Origin>() == 112);
     assert!(core::mem::size_of::<TupleKey>() == 40);
@@ -722,7 +779,20 @@ mod pod {
     // padding (the size assertions above and the named `pad` fields), so any bit pattern is a value and every byte is
     // initialised. JUSTIFICATION: aya's typed maps ask for this promise, and it can only be given here.
     macro_rules! pod { ($($type:ty),*) => { $( unsafe impl aya::Pod for $type {} )* } }
-    pod!(Config, CgroupKey, CandidateKey, Candidate, DestinationKey, Destination, VerdictKey, Verdict, Task, Origin);
+    pod!(
+        Config,
+        CgroupKey,
+        Placed,
+        CandidateKey,
+        Candidate,
+        DestinationKey,
+        Destination,
+        VerdictKey,
+        Verdict,
+        Task,
+        TaskLayout,
+        Origin
+    );
     pod!(TupleKey, Own, Leg, ListenerKey, Listeners, ProtectedKey, Socket, Command, Event);
     pod!(RefusalKey, Refusal, Allowance, QuotaKey);
 }
