@@ -15,7 +15,7 @@ use crate::audit::{self, Decision, Method};
 use crate::authorize::{self, Authorized, Permit};
 use crate::config::Config;
 use crate::handshake::{self, Terms};
-use crate::identify::{self, Identities, Parties};
+use crate::identify::{self, Identities, Parties, Unidentified};
 use crate::intercept::{self, Dialler, Direction, Flow, Opening, OriginalDst};
 use crate::live::{Basis, Registry};
 use crate::offload::{self, Choice, Engine, Pipe};
@@ -39,6 +39,16 @@ use tokio::sync::watch;
 /// How long a permissive listener waits for a client's first byte before it takes the silence for a plaintext protocol in
 /// which the server speaks first.
 const SILENCE: Duration = Duration::from_millis(300);
+
+/// Pauses before it is asked again who listens, where whoever did has just ended.
+const SECOND_LOOKS: [Duration; 6] = [
+    Duration::from_millis(5),
+    Duration::from_millis(15),
+    Duration::from_millis(30),
+    Duration::from_millis(60),
+    Duration::from_millis(120),
+    Duration::from_millis(250),
+];
 
 /// How long, and for how many bytes, a refused peer is listened to so that it hears why.
 const LINGER: Duration = Duration::from_millis(500);
@@ -379,7 +389,14 @@ impl<'a> Walk<'a> {
     /// What is nobody's is never carried for anybody: it would leave this host as root's. The kernel lets it pass where it
     /// knows that, so what comes here all the same is undecided, and may come again.
     async fn admit(&self, mut attempt: Attempt<'a>, flow: Flow) -> Option<(Attempt<'a>, Permit)> {
-        let parties = match identify::identify(flow, &self.policy, &self.shared.identities).await {
+        let mut outcome = identify::identify(flow, &self.policy, &self.shared.identities).await;
+        if let Err(refused) = outcome {
+            outcome = match refused.flow.direction {
+                Direction::Inbound if refused.error.is_passing() => Box::pin(self.ask_again(refused)).await,
+                _ => Err(refused),
+            };
+        }
+        let parties = match outcome {
             Ok(parties) => parties,
             Err(refused) => {
                 let error = match self.is_nobodys_business(&refused.flow) {
@@ -404,6 +421,23 @@ impl<'a> Walk<'a> {
                 None
             }
         }
+    }
+
+    /// Whoever listened has ended: a server that starts anew may be about to listen there, or does already and was not seen
+    /// yet. Asks again who it is when somebody else listens, and once more at the end.
+    async fn ask_again(&self, mut refused: Box<Unidentified>) -> Result<Parties, Box<Unidentified>> {
+        for pause in SECOND_LOOKS {
+            tokio::time::sleep(pause).await;
+            let other = self.site.dialler.look_again(&mut refused.flow).unwrap_or(false);
+            if !other && Some(&pause) != SECOND_LOOKS.last() {
+                continue;
+            }
+            match identify::identify(refused.flow, &self.policy, &self.shared.identities).await {
+                Err(again) if again.error.is_passing() => refused = again,
+                done => return done,
+            }
+        }
+        Err(refused)
     }
 
     /// Nobody concerned is enrolled: a process without an identity that dials no mesh destination, or a listener without

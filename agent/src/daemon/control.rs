@@ -195,6 +195,7 @@ impl Control {
             // Whose it is cannot be said, so it is nobody's: what comes is refused until it can.
             Err(error) => {
                 tracing::warn!(address = %listening.address(), %error, "the owner of a listening socket cannot be attested");
+                self.listeners_due = true;
                 (LISTENER_PROTECTED, 0, None)
             }
         };
