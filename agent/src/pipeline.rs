@@ -7,8 +7,10 @@
 //! *Invariant:* every path out of [`walk`] goes through `Attempt::close`.
 
 mod attempt;
+mod error;
 
 pub use attempt::turned_away;
+pub use error::Error;
 
 use crate::admission::{Admission, Full, Holder, Place};
 use crate::audit::{self, Decision, Method};
@@ -16,14 +18,13 @@ use crate::authorize::{self, Authorized, Permit};
 use crate::config::Config;
 use crate::handshake::{self, Terms};
 use crate::identify::{self, Identities, Parties, Unidentified};
-use crate::intercept::{self, Dialler, Direction, Flow, Opening, OriginalDst};
+use crate::intercept::{Dialler, Direction, Flow, Opening, OriginalDst};
 use crate::live::{Basis, Registry};
 use crate::offload::{self, Choice, Engine, Pipe};
 use crate::policy::{Policy, Rule};
-use crate::refusal::{Culprit, Refusal};
 use crate::relay::{self, Idle, Left, Limits, Progress, Stop};
 use crate::reuse::{self, Bound, Key, Pool};
-use crate::turns::{self, Party, Turns};
+use crate::turns::{Party, Turns};
 use arc_swap::ArcSwap;
 use attempt::Attempt;
 use std::cell::RefCell;
@@ -96,119 +97,6 @@ const MAX_FOREIGN: usize = 4096;
 
 /// How much longer than the client the server keeps an unused connection, so that it is the client who closes it.
 const SERVER_PATIENCE: u32 = 2;
-
-/// Why a walk ended before the relay did.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// There is no place for another connection.
-    #[error(transparent)]
-    TooMany(Full),
-    /// A process without an identity, and no mesh destination.
-    #[error(
-        "{0} is no mesh destination and the process has no identity, so that nothing is carried for it: the kernel lets it pass \
-         by itself once it knows the process's cgroup. Dial again; and where the process matches a [[workload]] but for its path or \
-         hash, run it under another user or cgroup"
-    )]
-    NotRelayed(SocketAddr),
-    /// A bypass is for the kernel to let pass.
-    #[error(
-        "{to} may be reached in plaintext by the rule {rule}, which the kernel lets pass by itself and nobody carries: it has \
-         to know the workload by selectors that it can see (uid, gid, cgroup, systemd unit) alone"
-    )]
-    BypassNotRelayed {
-        /// Where it wanted to go.
-        to: SocketAddr,
-        /// The rule.
-        rule: Arc<str>,
-    },
-    /// Whoever listens is no workload, and the kernel did not know it yet.
-    #[error(
-        "whoever listens on {0} is no workload, which the kernel did not know yet: nothing is carried to it. Connect again; a \
-         listener that is to be reached in plaintext through the agent needs an [[inbound]] with mode = \"permissive\""
-    )]
-    ListenerUndecided(SocketAddr),
-    /// The other end was not there in time.
-    #[error("the connection was not made within {0:?} ([timeouts] dial)")]
-    DialTimeout(Duration),
-    /// The agent is ending.
-    #[error("the agent is ending")]
-    Closing,
-    /// No room was reached: nobody could be told about this connection.
-    #[error("the audit log cannot be written, and [audit] when_full is \"refuse\"")]
-    AuditUnwritable,
-    /// identify refused.
-    #[error(transparent)]
-    Identify(identify::Error),
-    /// authorize refused.
-    #[error(transparent)]
-    Authorize(authorize::Reason),
-    /// intercept could not connect to the other end.
-    #[error(transparent)]
-    Intercept(intercept::Error),
-    /// It was not this handshake's turn.
-    #[error(transparent)]
-    Turn(turns::Error),
-    /// handshake refused.
-    #[error(transparent)]
-    Handshake(handshake::Cause),
-    /// A further use of a connection was refused.
-    #[error(transparent)]
-    Reuse(reuse::Unfit),
-    /// offload refused.
-    #[error(transparent)]
-    Offload(offload::Error),
-}
-
-impl Error {
-    /// The room that refused.
-    pub fn stage(&self) -> &'static str {
-        match self {
-            Self::TooMany(_) | Self::AuditUnwritable | Self::DialTimeout(_) | Self::Closing | Self::Intercept(_) => {
-                "intercept"
-            }
-            Self::Identify(_) | Self::NotRelayed(_) | Self::ListenerUndecided(_) => "identify",
-            Self::Authorize(_) | Self::Reuse(_) | Self::BypassNotRelayed { .. } => "authorize",
-            Self::Turn(_) | Self::Handshake(_) => "handshake",
-            Self::Offload(_) => "offload",
-        }
-    }
-}
-
-impl Refusal for Error {
-    fn culprit(&self) -> Culprit {
-        match self {
-            Self::AuditUnwritable | Self::Closing => Culprit::Host,
-            Self::TooMany(full) => full.culprit(),
-            Self::NotRelayed(_) | Self::ListenerUndecided(_) => Culprit::Host,
-            Self::BypassNotRelayed { .. } => Culprit::Policy,
-            Self::DialTimeout(_) => Culprit::Peer,
-            Self::Identify(error) => error.culprit(),
-            Self::Authorize(error) => error.culprit(),
-            Self::Intercept(error) => error.culprit(),
-            Self::Turn(error) => error.culprit(),
-            Self::Handshake(error) => error.culprit(),
-            Self::Reuse(error) => error.culprit(),
-            Self::Offload(error) => error.culprit(),
-        }
-    }
-    fn code(&self) -> &'static str {
-        match self {
-            Self::TooMany(full) => full.code(),
-            Self::AuditUnwritable => "audit-unwritable",
-            Self::NotRelayed(_) | Self::BypassNotRelayed { .. } => "not-relayed",
-            Self::ListenerUndecided(_) => "listener-undecided",
-            Self::DialTimeout(_) => "dial-timeout",
-            Self::Closing => "agent-ending",
-            Self::Identify(error) => error.code(),
-            Self::Authorize(error) => error.code(),
-            Self::Intercept(error) => error.code(),
-            Self::Turn(error) => error.code(),
-            Self::Handshake(error) => error.code(),
-            Self::Reuse(error) => error.code(),
-            Self::Offload(error) => error.code(),
-        }
-    }
-}
 
 /// Walks one flow through the rooms, and inbound what comes after it on the same connection. Returns when all of it is
 /// over and recorded.
