@@ -7,23 +7,24 @@
 //! *Invariant:* every path out of [`walk`] goes through `Attempt::close`.
 
 mod attempt;
+mod error;
 
 pub use attempt::turned_away;
+pub use error::Error;
 
 use crate::admission::{Admission, Full, Holder, Place};
 use crate::audit::{self, Decision, Method};
 use crate::authorize::{self, Authorized, Permit};
 use crate::config::Config;
 use crate::handshake::{self, Terms};
-use crate::identify::{self, Identities, Parties};
-use crate::intercept::{self, Dialler, Direction, Flow, Opening, OriginalDst};
+use crate::identify::{self, Identities, Parties, Unidentified};
+use crate::intercept::{Dialler, Direction, Flow, Opening, OriginalDst};
 use crate::live::{Basis, Registry};
 use crate::offload::{self, Choice, Engine, Pipe};
 use crate::policy::{Policy, Rule};
-use crate::refusal::{Culprit, Refusal};
 use crate::relay::{self, Idle, Left, Limits, Progress, Stop};
 use crate::reuse::{self, Bound, Key, Pool};
-use crate::turns::{self, Party, Turns};
+use crate::turns::{Party, Turns};
 use arc_swap::ArcSwap;
 use attempt::Attempt;
 use std::cell::RefCell;
@@ -39,6 +40,16 @@ use tokio::sync::watch;
 /// How long a permissive listener waits for a client's first byte before it takes the silence for a plaintext protocol in
 /// which the server speaks first.
 const SILENCE: Duration = Duration::from_millis(300);
+
+/// Pauses before it is asked again who listens, where whoever did has just ended.
+const SECOND_LOOKS: [Duration; 6] = [
+    Duration::from_millis(5),
+    Duration::from_millis(15),
+    Duration::from_millis(30),
+    Duration::from_millis(60),
+    Duration::from_millis(120),
+    Duration::from_millis(250),
+];
 
 /// How long, and for how many bytes, a refused peer is listened to so that it hears why.
 const LINGER: Duration = Duration::from_millis(500);
@@ -86,119 +97,6 @@ const MAX_FOREIGN: usize = 4096;
 
 /// How much longer than the client the server keeps an unused connection, so that it is the client who closes it.
 const SERVER_PATIENCE: u32 = 2;
-
-/// Why a walk ended before the relay did.
-#[derive(Debug, thiserror::Error)]
-pub enum Error {
-    /// There is no place for another connection.
-    #[error(transparent)]
-    TooMany(Full),
-    /// A process without an identity, and no mesh destination.
-    #[error(
-        "{0} is no mesh destination and the process has no identity, so that nothing is carried for it: the kernel lets it pass \
-         by itself once it knows the process's cgroup. Dial again; and where the process matches a [[workload]] but for its path or \
-         hash, run it under another user or cgroup"
-    )]
-    NotRelayed(SocketAddr),
-    /// A bypass is for the kernel to let pass.
-    #[error(
-        "{to} may be reached in plaintext by the rule {rule}, which the kernel lets pass by itself and nobody carries: it has \
-         to know the workload by selectors that it can see (uid, gid, cgroup, systemd unit) alone"
-    )]
-    BypassNotRelayed {
-        /// Where it wanted to go.
-        to: SocketAddr,
-        /// The rule.
-        rule: Arc<str>,
-    },
-    /// Whoever listens is no workload, and the kernel did not know it yet.
-    #[error(
-        "whoever listens on {0} is no workload, which the kernel did not know yet: nothing is carried to it. Connect again; a \
-         listener that is to be reached in plaintext through the agent needs an [[inbound]] with mode = \"permissive\""
-    )]
-    ListenerUndecided(SocketAddr),
-    /// The other end was not there in time.
-    #[error("the connection was not made within {0:?} ([timeouts] dial)")]
-    DialTimeout(Duration),
-    /// The agent is ending.
-    #[error("the agent is ending")]
-    Closing,
-    /// No room was reached: nobody could be told about this connection.
-    #[error("the audit log cannot be written, and [audit] when_full is \"refuse\"")]
-    AuditUnwritable,
-    /// identify refused.
-    #[error(transparent)]
-    Identify(identify::Error),
-    /// authorize refused.
-    #[error(transparent)]
-    Authorize(authorize::Reason),
-    /// intercept could not connect to the other end.
-    #[error(transparent)]
-    Intercept(intercept::Error),
-    /// It was not this handshake's turn.
-    #[error(transparent)]
-    Turn(turns::Error),
-    /// handshake refused.
-    #[error(transparent)]
-    Handshake(handshake::Cause),
-    /// A further use of a connection was refused.
-    #[error(transparent)]
-    Reuse(reuse::Unfit),
-    /// offload refused.
-    #[error(transparent)]
-    Offload(offload::Error),
-}
-
-impl Error {
-    /// The room that refused.
-    pub fn stage(&self) -> &'static str {
-        match self {
-            Self::TooMany(_) | Self::AuditUnwritable | Self::DialTimeout(_) | Self::Closing | Self::Intercept(_) => {
-                "intercept"
-            }
-            Self::Identify(_) | Self::NotRelayed(_) | Self::ListenerUndecided(_) => "identify",
-            Self::Authorize(_) | Self::Reuse(_) | Self::BypassNotRelayed { .. } => "authorize",
-            Self::Turn(_) | Self::Handshake(_) => "handshake",
-            Self::Offload(_) => "offload",
-        }
-    }
-}
-
-impl Refusal for Error {
-    fn culprit(&self) -> Culprit {
-        match self {
-            Self::AuditUnwritable | Self::Closing => Culprit::Host,
-            Self::TooMany(full) => full.culprit(),
-            Self::NotRelayed(_) | Self::ListenerUndecided(_) => Culprit::Host,
-            Self::BypassNotRelayed { .. } => Culprit::Policy,
-            Self::DialTimeout(_) => Culprit::Peer,
-            Self::Identify(error) => error.culprit(),
-            Self::Authorize(error) => error.culprit(),
-            Self::Intercept(error) => error.culprit(),
-            Self::Turn(error) => error.culprit(),
-            Self::Handshake(error) => error.culprit(),
-            Self::Reuse(error) => error.culprit(),
-            Self::Offload(error) => error.culprit(),
-        }
-    }
-    fn code(&self) -> &'static str {
-        match self {
-            Self::TooMany(full) => full.code(),
-            Self::AuditUnwritable => "audit-unwritable",
-            Self::NotRelayed(_) | Self::BypassNotRelayed { .. } => "not-relayed",
-            Self::ListenerUndecided(_) => "listener-undecided",
-            Self::DialTimeout(_) => "dial-timeout",
-            Self::Closing => "agent-ending",
-            Self::Identify(error) => error.code(),
-            Self::Authorize(error) => error.code(),
-            Self::Intercept(error) => error.code(),
-            Self::Turn(error) => error.code(),
-            Self::Handshake(error) => error.code(),
-            Self::Reuse(error) => error.code(),
-            Self::Offload(error) => error.code(),
-        }
-    }
-}
 
 /// Walks one flow through the rooms, and inbound what comes after it on the same connection. Returns when all of it is
 /// over and recorded.
@@ -379,7 +277,14 @@ impl<'a> Walk<'a> {
     /// What is nobody's is never carried for anybody: it would leave this host as root's. The kernel lets it pass where it
     /// knows that, so what comes here all the same is undecided, and may come again.
     async fn admit(&self, mut attempt: Attempt<'a>, flow: Flow) -> Option<(Attempt<'a>, Permit)> {
-        let parties = match identify::identify(flow, &self.policy, &self.shared.identities).await {
+        let mut outcome = identify::identify(flow, &self.policy, &self.shared.identities).await;
+        if let Err(refused) = outcome {
+            outcome = match refused.flow.direction {
+                Direction::Inbound if refused.error.is_passing() => Box::pin(self.ask_again(refused)).await,
+                _ => Err(refused),
+            };
+        }
+        let parties = match outcome {
             Ok(parties) => parties,
             Err(refused) => {
                 let error = match self.is_nobodys_business(&refused.flow) {
@@ -404,6 +309,23 @@ impl<'a> Walk<'a> {
                 None
             }
         }
+    }
+
+    /// Whoever listened has ended: a server that starts anew may be about to listen there, or does already and was not seen
+    /// yet. Asks again who it is when somebody else listens, and once more at the end.
+    async fn ask_again(&self, mut refused: Box<Unidentified>) -> Result<Parties, Box<Unidentified>> {
+        for pause in SECOND_LOOKS {
+            tokio::time::sleep(pause).await;
+            let other = self.site.dialler.look_again(&mut refused.flow).unwrap_or(false);
+            if !other && Some(&pause) != SECOND_LOOKS.last() {
+                continue;
+            }
+            match identify::identify(refused.flow, &self.policy, &self.shared.identities).await {
+                Err(again) if again.error.is_passing() => refused = again,
+                done => return done,
+            }
+        }
+        Err(refused)
     }
 
     /// Nobody concerned is enrolled: a process without an identity that dials no mesh destination, or a listener without

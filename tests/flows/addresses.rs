@@ -211,6 +211,35 @@ fn a_server_that_dies_with_connections_open_can_listen_again_at_once() {
 }
 
 #[test]
+fn a_server_that_is_killed_and_started_again_is_reached_at_once_on_a_loaded_machine() {
+    let lab = lab!();
+    let mesh = or_skip!(lab.mesh(&Policy::standard(&lab)));
+    let over = std::sync::atomic::AtomicBool::new(false);
+    let began = std::time::Instant::now();
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                while !over.load(std::sync::atomic::Ordering::Relaxed) && began.elapsed().as_secs() < 60 {
+                    std::hint::spin_loop();
+                }
+            });
+        }
+        for _ in 0..12 {
+            let mut server = lab.serve_echo(&lab.beta, "server", &[lab.beta.at(PORT)]);
+            lab.expect_echo(&lab.alpha, "client", lab.beta.at(PORT), &[]);
+            server.signal(rustix::process::Signal::KILL);
+            server.end(clock::seconds(10)).unwrap();
+        }
+        over.store(true, std::sync::atomic::Ordering::Relaxed);
+    });
+    mesh.expect_allowed(PORT, 12);
+    if mesh.protected() {
+        let denied: Vec<_> = mesh.beta().audit().into_iter().filter(|record| record["decision"] == "denied").collect();
+        assert!(denied.is_empty(), "{denied:#?}");
+    }
+}
+
+#[test]
 fn a_server_that_listened_before_the_agent_is_protected() {
     let lab = lab!();
     let _server = lab.serve_echo(&lab.beta, "server", &[lab.beta.at(PORT), lab.beta.at6(PORT)]);

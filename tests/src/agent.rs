@@ -304,16 +304,20 @@ impl<'a> Agent<'a> {
         self.audit().into_iter().filter(|record| record_port(record) == port).collect()
     }
 
-    /// Waits until there are as many lines for the port as wanted, and gives them: not one more.
+    /// Waits until there are lines for as many attempts at the port as wanted, and gives them: not one more. What the kernel
+    /// refuses again and again is one line with a count.
     #[track_caller]
     pub fn expect_records(&self, port: u16, number: usize) -> Vec<Value> {
-        let enough = clock::until(clock::seconds(20), || (self.records_for(port).len() >= number).then_some(()));
+        let attempts =
+            |records: &[Value]| records.iter().map(|record| record["count"].as_u64().unwrap_or(1)).sum::<u64>();
+        let number = number as u64;
+        let enough = clock::until(clock::seconds(20), || (attempts(&self.records_for(port)) >= number).then_some(()));
         let records = self.records_for(port);
         assert!(
-            enough.is_some() && records.len() == number,
-            "{}: {} audit lines for port {port}, want {number}:\n{records:#?}",
+            enough.is_some() && attempts(&records) == number,
+            "{}: audit lines for {} attempts at port {port}, want {number}:\n{records:#?}",
             self.host.name,
-            records.len()
+            attempts(&records)
         );
         records
     }

@@ -28,6 +28,8 @@ use tokio::sync::{mpsc, watch};
 const TICK: Duration = Duration::from_secs(10);
 /// How often it is looked whether an enrolled process was given a listening socket that was left alone.
 const LOOK: Duration = Duration::from_secs(2);
+/// How long after a refusal those of its kind that were not told are looked for.
+const SOON: Duration = Duration::from_secs(2);
 /// How long shards may take to end after their last connection was told to.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 
@@ -65,6 +67,8 @@ pub(super) struct Control {
     listeners_due: bool,
     /// The connections from before are.
     old_due: bool,
+    /// When refusals that were not told are looked for.
+    refusals_due: Option<Instant>,
 }
 
 impl Control {
@@ -93,6 +97,7 @@ impl Control {
             troubles: Troubles::default(),
             listeners_due: false,
             old_due: false,
+            refusals_due: None,
         })
     }
 
@@ -129,6 +134,7 @@ impl Control {
                 _ = look.tick() => self.listeners.look_again(),
                 Ok(()) = changes.changed() => self.revoke("the trust bundles changed"),
                 _ = hangup.recv() => self.reload(),
+                () = come(self.refusals_due), if self.refusals_due.is_some() => self.collect_refusals(),
                 _ = tick.tick() => self.tidy(),
                 _ = stop(&mut terminate, &mut interrupt) => break,
             }
@@ -148,6 +154,7 @@ impl Control {
         let policy = self.shared.policy.load();
         match notice {
             Notice::Refused(refused) => {
+                self.refusals_due.get_or_insert_with(|| Instant::now() + SOON);
                 let record = kernel_record::refused(&refused, &policy);
                 self.shared.registry.count_refused(&record);
                 self.shared.audit.send(&record);
@@ -160,6 +167,13 @@ impl Control {
                 self.troubles.note(work, &error);
             }
         }
+    }
+
+    /// Hears of what the kernel has counted and not told.
+    fn collect_refusals(&mut self) {
+        let collected = self.programs.collect_refusals(false);
+        self.troubles.heed(Work::Refusals, collected);
+        self.refusals_due = None;
     }
 
     /// Writes down what the kernel has counted and not told, so that the next agent begins with nothing.
@@ -271,10 +285,9 @@ impl Control {
             let tidied = self.programs.tidy();
             self.troubles.heed(Work::Tidying, tidied);
         }
+        self.collect_refusals();
         let retried = self.programs.retry();
         self.troubles.heed(Work::Cgroups, retried);
-        let collected = self.programs.collect_refusals(false);
-        self.troubles.heed(Work::Refusals, collected);
         let counted = self.programs.events_lost();
         if let Some(lost) = self.troubles.heed(Work::Counters, counted)
             && lost > self.lost
@@ -340,6 +353,13 @@ impl Control {
         tracing::info!(open = self.shared.registry.open_count(), "the time to drain is over");
         self.shared.registry.stop_all(Stop::Drained);
         let _ = tokio::time::timeout(LAST_WORDS, over).await;
+    }
+}
+
+async fn come(due: Option<Instant>) {
+    match due {
+        Some(due) => tokio::time::sleep_until(due.into()).await,
+        None => std::future::pending().await,
     }
 }
 

@@ -161,6 +161,13 @@ pub enum AttestError {
     },
 }
 
+impl AttestError {
+    /// May it be over in a moment? What was looked for had just ended, and something may be about to take its place.
+    pub fn is_passing(&self) -> bool {
+        matches!(self, Self::NoOwner { .. } | Self::Died(_) | Self::Reused(_) | Self::Exec(_))
+    }
+}
+
 impl Refusal for AttestError {
     fn culprit(&self) -> Culprit {
         match self {

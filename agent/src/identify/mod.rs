@@ -165,6 +165,11 @@ impl Credential {
 }
 
 impl Error {
+    /// May it be over in a moment?
+    pub fn is_passing(&self) -> bool {
+        matches!(self, Error::Attestation(error) if error.is_passing())
+    }
+
     /// The process was looked at and simply is no workload: neither its fault nor ours.
     pub fn is_unknown(&self) -> bool {
         matches!(self, Error::Unknown(_))

@@ -6,7 +6,7 @@
 //! *Invariant:* a destination is never guessed. What the kernel has no record of is reset.
 
 use super::{
-    Direction, Error, Flow, OriginalDst,
+    Direction, Error, Flow, OriginalDst, owners,
     registry::Shared,
     tables::{Tables, address, canonical, map_error, socket_address, tuple_key},
 };
@@ -28,6 +28,10 @@ use std::{
 };
 use tokio::net::{TcpListener, TcpStream};
 use wimsey_common::*;
+
+/// Nanoseconds after which what was recorded at a `connect()` is not about the connection that comes. On loopback they are one
+/// step, unless the agent does not accept: then the kernel sends the first segment again for two minutes (tcp_syn_retries).
+const OLDEST: u64 = 200_000_000_000;
 
 /// Connections that may wait to be accepted, as far as `net.core.somaxconn` allows.
 const BACKLOG: i32 = 4096;
@@ -140,8 +144,8 @@ impl Door {
         };
         let origin = self.dialler.tables.origins.take(&tuple_key(peer, local)).map_err(map_error(map::ORIGINS));
         let origin = match origin {
-            Ok(Some(origin)) => origin,
-            Ok(None) => {
+            Ok(Some(origin)) if owners::now().saturating_sub(origin.task.at) <= OLDEST => origin,
+            Ok(_) => {
                 reset(socket);
                 return Err(Error::NoOrigin { peer: canonical(peer), at: canonical(local) });
             }
@@ -186,15 +190,7 @@ impl Dialler {
     /// A connection from `source` to a listener of this host, on a socket that is here already: who listens there is asked
     /// now. An error resets the socket.
     pub fn inbound(&self, socket: TcpStream, source: SocketAddr, destination: OriginalDst) -> Result<Flow, Error> {
-        let mut listeners = match self.shared.reached(&self.tables, destination.0, self.netns) {
-            Ok(listeners) => listeners.into_iter(),
-            Err(error) => {
-                reset(socket);
-                return Err(Error::Map { map: map::LISTENERS, error });
-            }
-        };
-        let first = listeners.next();
-        Ok(Flow {
+        let mut flow = Flow {
             id: self.next_id(),
             direction: Direction::Inbound,
             socket,
@@ -202,11 +198,31 @@ impl Dialler {
             destination,
             source,
             dial_from: None,
-            task: first.map(|listening| listening.row.owner).filter(|owner| owner.tgid != 0),
-            sharers: listeners.map(|listening| (listening.row.owner, listening.cookie)).collect(),
+            task: None,
+            sharers: Box::default(),
             cookie: 0,
-            listener_cookie: first.map_or(0, |listening| listening.cookie),
-        })
+            listener_cookie: 0,
+        };
+        match self.look_again(&mut flow) {
+            Ok(_) => Ok(flow),
+            Err(error) => {
+                reset(flow.socket);
+                Err(error)
+            }
+        }
+    }
+
+    /// Asks again who listens where an inbound flow goes: a socket may have taken the place of another. Says whether it is
+    /// somebody else, or more is known.
+    pub fn look_again(&self, flow: &mut Flow) -> Result<bool, Error> {
+        let found = self.shared.reached(&self.tables, flow.destination.0, self.netns);
+        let mut listeners = found.map_err(|error| Error::Map { map: map::LISTENERS, error })?.into_iter();
+        let first = listeners.next();
+        let before = (flow.task, flow.listener_cookie);
+        flow.task = first.map(|listening| listening.row.owner).filter(|owner| owner.tgid != 0);
+        flow.listener_cookie = first.map_or(0, |listening| listening.cookie);
+        flow.sharers = listeners.map(|listening| (listening.row.owner, listening.cookie)).collect();
+        Ok(before != (flow.task, flow.listener_cookie))
     }
 
     fn next_id(&self) -> u64 {

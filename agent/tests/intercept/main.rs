@@ -533,7 +533,8 @@ fn a_cgroup_for_which_there_is_no_room_stays_unknown_and_ends_nothing() {
     let mut world = world!();
     world.kill_agent();
     world.release();
-    world.options.sizes = vec![(map::CANDIDATES, 1)];
+    // A quarter of it is for cgroups: one row, and a class needs two.
+    world.options.sizes = vec![(map::CANDIDATES, 4)];
     world.try_start().unwrap();
     let late = world.cgroup.join("late");
     // Of other worlds there may be others of this name.
@@ -544,7 +545,7 @@ fn a_cgroup_for_which_there_is_no_room_stays_unknown_and_ends_nothing() {
         Notice::Trouble(Work::Cgroups, Error::MapFull { map }) => Some(*map),
         _ => None,
     };
-    assert_eq!(world.notice(full), map::CANDIDATES);
+    assert_eq!(world.notice(full), map::CGROUPS);
     for _ in 0..2 {
         // Half a class is none: the agent is asked, whoever dials there.
         let mut client = world.client_in(&late, "connect 10.77.0.2:80");

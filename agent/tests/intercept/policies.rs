@@ -139,9 +139,9 @@ fn one_changed_rule_is_in_force_at_once_and_a_restarted_agent_writes_only_what_d
     };
     let closed = text("");
     let open = text("[[bypass]]\nname = \"b\"\nfrom = { pattern = \"spiffe://td/*\" }\naddress = \"10.77.0.2:81\"\n");
-    let server = std::net::TcpListener::bind("10.77.0.2:81").unwrap();
     let dial = |world: &World| world.client("connect 10.77.0.2:81").line();
     world.programs().install(Arc::new(policy(&closed))).unwrap();
+    let server = std::net::TcpListener::bind("10.77.0.2:81").unwrap();
     assert_eq!(dial(&world), "EPERM");
     let prepared = world.programs().outlook().unwrap().prepare(Arc::new(policy(&open)));
     // The address, what may go there, and whom the pattern names.

@@ -1,0 +1,123 @@
+//! Why a connection was refused on its way through the rooms: each room's own reasons, and the few of the corridor.
+//!
+//! *Invariant:* every refusal names its room, who has to act, and a stable code.
+
+use crate::admission::Full;
+use crate::refusal::{Culprit, Refusal};
+use crate::{authorize, handshake, identify, intercept, offload, reuse, turns};
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+/// Why a walk ended before the relay did.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// There is no place for another connection.
+    #[error(transparent)]
+    TooMany(Full),
+    /// A process without an identity, and no mesh destination.
+    #[error(
+        "{0} is no mesh destination and the process has no identity, so that nothing is carried for it: the kernel lets it pass \
+         by itself once it knows the process's cgroup. Dial again; and where the process matches a [[workload]] but for its path or \
+         hash, run it under another user or cgroup"
+    )]
+    NotRelayed(SocketAddr),
+    /// A bypass is for the kernel to let pass.
+    #[error(
+        "{to} may be reached in plaintext by the rule {rule}, which the kernel lets pass by itself and nobody carries: it has \
+         to know the workload by selectors that it can see (uid, gid, cgroup, systemd unit) alone"
+    )]
+    BypassNotRelayed {
+        /// Where it wanted to go.
+        to: SocketAddr,
+        /// The rule.
+        rule: Arc<str>,
+    },
+    /// Whoever listens is no workload, and the kernel did not know it yet.
+    #[error(
+        "whoever listens on {0} is no workload, which the kernel did not know yet: nothing is carried to it. Connect again; a \
+         listener that is to be reached in plaintext through the agent needs an [[inbound]] with mode = \"permissive\""
+    )]
+    ListenerUndecided(SocketAddr),
+    /// The other end was not there in time.
+    #[error("the connection was not made within {0:?} ([timeouts] dial)")]
+    DialTimeout(Duration),
+    /// The agent is ending.
+    #[error("the agent is ending")]
+    Closing,
+    /// No room was reached: nobody could be told about this connection.
+    #[error("the audit log cannot be written, and [audit] when_full is \"refuse\"")]
+    AuditUnwritable,
+    /// identify refused.
+    #[error(transparent)]
+    Identify(identify::Error),
+    /// authorize refused.
+    #[error(transparent)]
+    Authorize(authorize::Reason),
+    /// intercept could not connect to the other end.
+    #[error(transparent)]
+    Intercept(intercept::Error),
+    /// It was not this handshake's turn.
+    #[error(transparent)]
+    Turn(turns::Error),
+    /// handshake refused.
+    #[error(transparent)]
+    Handshake(handshake::Cause),
+    /// A further use of a connection was refused.
+    #[error(transparent)]
+    Reuse(reuse::Unfit),
+    /// offload refused.
+    #[error(transparent)]
+    Offload(offload::Error),
+}
+
+impl Error {
+    /// The room that refused.
+    pub fn stage(&self) -> &'static str {
+        match self {
+            Self::TooMany(_) | Self::AuditUnwritable | Self::DialTimeout(_) | Self::Closing | Self::Intercept(_) => {
+                "intercept"
+            }
+            Self::Identify(_) | Self::NotRelayed(_) | Self::ListenerUndecided(_) => "identify",
+            Self::Authorize(_) | Self::Reuse(_) | Self::BypassNotRelayed { .. } => "authorize",
+            Self::Turn(_) | Self::Handshake(_) => "handshake",
+            Self::Offload(_) => "offload",
+        }
+    }
+}
+
+impl Refusal for Error {
+    fn culprit(&self) -> Culprit {
+        match self {
+            Self::AuditUnwritable | Self::Closing => Culprit::Host,
+            Self::TooMany(full) => full.culprit(),
+            Self::NotRelayed(_) | Self::ListenerUndecided(_) => Culprit::Host,
+            Self::BypassNotRelayed { .. } => Culprit::Policy,
+            Self::DialTimeout(_) => Culprit::Peer,
+            Self::Identify(error) => error.culprit(),
+            Self::Authorize(error) => error.culprit(),
+            Self::Intercept(error) => error.culprit(),
+            Self::Turn(error) => error.culprit(),
+            Self::Handshake(error) => error.culprit(),
+            Self::Reuse(error) => error.culprit(),
+            Self::Offload(error) => error.culprit(),
+        }
+    }
+    fn code(&self) -> &'static str {
+        match self {
+            Self::TooMany(full) => full.code(),
+            Self::AuditUnwritable => "audit-unwritable",
+            Self::NotRelayed(_) | Self::BypassNotRelayed { .. } => "not-relayed",
+            Self::ListenerUndecided(_) => "listener-undecided",
+            Self::DialTimeout(_) => "dial-timeout",
+            Self::Closing => "agent-ending",
+            Self::Identify(error) => error.code(),
+            Self::Authorize(error) => error.code(),
+            Self::Intercept(error) => error.code(),
+            Self::Turn(error) => error.code(),
+            Self::Handshake(error) => error.code(),
+            Self::Reuse(error) => error.code(),
+            Self::Offload(error) => error.code(),
+        }
+    }
+}
