@@ -234,3 +234,19 @@ pub fn expect_alive(mesh: &Mesh<'_>) {
         assert!(!agent.log().contains("panicked"), "{}", agent.log());
     }
 }
+
+/// Where sockets listen on a host, by IPv4: what every user of the host can read.
+pub fn listening(host: &Host) -> Vec<SocketAddr> {
+    let table = host.within(|| std::fs::read_to_string("/proc/thread-self/net/tcp").unwrap_or_default());
+    let mut found = Vec::new();
+    for line in table.lines().skip(1) {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let [_, local, _, "0A", ..] = words[..] else { continue };
+        let Some((address, port)) = local.split_once(':') else { continue };
+        let address = u32::from_str_radix(address, 16).map(|word| Ipv4Addr::from(word.swap_bytes()));
+        if let (Ok(address), Ok(port)) = (address, u16::from_str_radix(port, 16)) {
+            found.push(SocketAddr::new(address.into(), port));
+        }
+    }
+    found
+}

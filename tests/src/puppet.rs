@@ -30,7 +30,7 @@ use std::time::{Duration, Instant};
 pub const COMMANDS: &str = "socket S 4|6 [tcp|mptcp|sctp|dccp|udp|icmp|ping] opt S reuseport|reuseaddr|v6only|dual|device:NAME
   bind S ADDRESS listen S shutdown S rd|wr|both close S dup S T give S PUPPET take T name S connect S ADDRESS disconnect S
   write S TEXT send-to S ADDRESS TEXT fastopen S ADDRESS TEXT read S fork MS setuid UID cgroup DIR mkdir DIR serve on|off
-  litter N shutdown|close|mptcp flap ADDRESS MS [again] dials ADDRESS MS hoard N ADDRESS sleep MS";
+  litter N shutdown|close|mptcp hold N flap ADDRESS MS [again] dials ADDRESS MS hoard N ADDRESS sleep MS";
 
 /// Connections that a puppet has open at most; the oldest goes first.
 const CONNECTIONS: usize = 64;
@@ -253,9 +253,13 @@ impl Puppet {
             "mkdir" => std::fs::create_dir(name)?,
             "serve" => self.serves = name == "on",
             "sleep" => std::thread::sleep(Duration::from_millis(parse(word(1), "milliseconds")?)),
-            "litter" => return litter(parse(word(1), "a number")?, word(2).unwrap_or("shutdown")),
+            "litter" => drop(litter(parse(word(1), "a number")?, word(2).unwrap_or("shutdown"))?),
             "flap" => return self.flap(address(1)?, parse(word(2), "milliseconds")?, word(3) == Some("again")),
             "dials" => return dials(address(1)?, parse(word(2), "milliseconds")?),
+            "hold" => {
+                self.hoard.extend(litter(parse(word(1), "a number")?, "hold")?);
+                return Ok(json!({ "held": self.hoard.len() }));
+            }
             "hoard" => return self.hoard(parse(word(1), "a number")?, address(2)?),
             other => return Err(io::Error::other(format!("no command is called {other}\n{COMMANDS}"))),
         }
@@ -466,8 +470,9 @@ fn become_user(uid: u32) -> io::Result<()> {
     Ok(set_thread_res_uid(user, user, user)?)
 }
 
-/// Listens on so many addresses, one after the other, and leaves each in this way.
-fn litter(number: u32, how: &str) -> io::Result<Value> {
+/// Listens on so many addresses, one after the other, and leaves each in this way, or gives them.
+fn litter(number: u32, how: &str) -> io::Result<Vec<Socket>> {
+    let mut held = Vec::new();
     for index in 0..number {
         let [_, a, b, c] = index.to_be_bytes();
         let at = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(127, a + 1, b, c)), 7000);
@@ -477,8 +482,11 @@ fn litter(number: u32, how: &str) -> io::Result<Value> {
         if how == "shutdown" {
             socket.shutdown(Shutdown::Read)?;
         }
+        if how == "hold" {
+            held.push(socket);
+        }
     }
-    Ok(json!({ "left": number }))
+    Ok(held)
 }
 
 /// Connects as often as it can, and tells what came of it by name.
