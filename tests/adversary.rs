@@ -29,3 +29,5 @@ mod holders;
 mod dials;
 #[path = "adversary/floods.rs"]
 mod floods;
+#[path = "adversary/search.rs"]
+mod search;

@@ -48,10 +48,8 @@ fn multipath_listeners_that_were_closed_by_the_ten_thousand_open_nothing_and_end
 fn listeners_that_are_held_by_the_thousand_open_nothing_and_end_nobody() {
     let lab = lab!();
     let mesh = mesh!(lab, &policy(&lab, &[PORT]));
-    let mut attacker = many_files(&lab, &lab.beta, ATTACKER, "attacker", 70_000);
     // All at once, each on an address of its own, and all of them alive.
-    let held = attacker.try_tell("hold 66000", clock::seconds(120)).unwrap();
-    assert_eq!(held["ok"], true, "{held}");
+    let _attackers = many(&lab, &lab.beta, ATTACKER, 66_000, |count, base| format!("hold {count} {base}"));
     let web = web(&lab, "server", "web", "opt s dual; ", &format!("[::]:{PORT}"));
     lab.assail(PORT, 2);
     web.expect_no_stranger("after tables were filled");
@@ -65,10 +63,19 @@ fn listeners_that_are_held_by_the_thousand_open_nothing_and_end_nobody() {
     expect_alive(&mesh);
 }
 
-/// A puppet that may have so many files open.
-fn many_files(lab: &Lab, host: &lab::Host, uid: u32, name: &str, files: u64) -> Hand {
-    let place = enter::Place { user: Some((uid, uid)), files: Some(files), ..lab.place(host, "nobody") };
-    Hand::start(lab, place, &skip::lab_app().unwrap(), name)
+/// As many puppets of a user as it takes to hold so many sockets, which they make by this command.
+fn many(lab: &Lab, host: &lab::Host, uid: u32, number: u64, command: impl Fn(u64, u64) -> String) -> Vec<Hand> {
+    let most = rustix::process::getrlimit(rustix::process::Resource::Nofile).maximum.unwrap_or(20_000).min(20_000);
+    let share = most - 200;
+    let start = |index: u64| {
+        let place = enter::Place { user: Some((uid, uid)), files: Some(most), ..lab.place(host, "nobody") };
+        let mut hand = Hand::start(lab, place, &skip::lab_app().unwrap(), &format!("holder-{index}"));
+        let base = index * share;
+        let held = hand.try_tell(&command(share.min(number - base), base), clock::seconds(120)).unwrap();
+        assert_eq!(held["ok"], true, "{held}");
+        hand
+    };
+    (0..number.div_ceil(share)).map(start).collect()
 }
 
 /// What an attacker does in a loop is a few lines with a count.
@@ -140,9 +147,8 @@ fn one_workloads_sockets_take_no_room_that_others_need() {
 /// A user holds more sockets than any table has rows, each bound, and dialled with in vain.
 fn hoarded(lab: &Lab, uid: u32, number: u64) {
     let mesh = mesh!(lab, &policy(lab, &[PORT]));
-    let mut hoarder = many_files(lab, &lab.alpha, uid, "hoarder", number + 1000);
-    let held = hoarder.try_tell(&format!("hoard {number} {}", lab.beta.at(PORT)), clock::seconds(300)).unwrap();
-    assert_eq!(held["ok"], true, "{held}");
+    let to = lab.beta.at(PORT);
+    let _hoarders = many(lab, &lab.alpha, uid, number, |count, _| format!("hoard {count} {to}"));
     let web = web(lab, "server", "web", "", &format!("0.0.0.0:{PORT}"));
     lab.expect_served(&mesh, lab.beta.at(PORT));
     lab.assail(PORT, 1);

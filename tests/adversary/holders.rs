@@ -65,7 +65,10 @@ fn a_socket_that_a_manager_listens_on_and_hands_to_a_workload_is_protected() {
     let mesh = mesh!(lab, &policy(&lab, &[PORT, PORT + 1]));
     let mut manager = lab.puppet(&lab.beta, "one", 0, "manager");
     manager.must("serve off");
-    manager.must(&format!("socket s 4; bind s 0.0.0.0:{PORT}; listen s; socket t 4; bind t 0.0.0.0:{}; listen t", PORT + 1));
+    manager.must(&format!(
+        "socket s 4; bind s 0.0.0.0:{PORT}; listen s; socket t 4; bind t 0.0.0.0:{}; listen t",
+        PORT + 1
+    ));
     settle();
     let mut web = lab.puppet(&lab.beta, "server", WEB, "web");
     // Who asks for the name of the socket is seen at once.

@@ -86,7 +86,7 @@ fn a_multipath_listener_that_was_closed_leaves_nothing_that_opens_the_port() {
 }
 
 #[test]
-fn a_listener_whose_process_is_killed_leaves_nothing_that_opens_the_port() {
+fn a_listener_that_a_killed_process_leaves_to_its_child_leaves_nothing_that_opens_the_port() {
     after_a_listener_that_left(&lab!(), "", "shutdown a rd; dup b twin; fork 100; name a");
 }
 
@@ -162,7 +162,7 @@ fn joined(lab: &Lab, web_first: bool) {
     let selectors = [format!("unix:uid:{WEB}"), format!("cgroup:{}/server", lab.cgroup_path())];
     let policy = with_web(lab, &[&selectors[0], &selectors[1]], &[PORT]);
     let mesh = mesh!(lab, &policy);
-    let how = "opt s reuseport; ";
+    let how = "opt s reuseport; opt s reuseaddr; ";
     let at = format!("0.0.0.0:{PORT}");
     let (web, joiner) = if web_first {
         let web = web(lab, "server", "web", how, &at);
@@ -205,7 +205,7 @@ fn on_another_device(lab: &Lab, web_first: bool, family: u8, any: &str) {
     let mesh = mesh!(lab, &policy(lab, &[PORT]));
     let at = format!("{any}:{PORT}");
     let attack = |attacker: &mut Hand| {
-        attacker.must(&format!("socket a {family}; opt a device:lo; bind a {at}; listen a"));
+        attacker.must(&format!("socket a {family}; opt a reuseaddr; opt a device:lo; bind a {at}; listen a"));
     };
     let mut attacker = lab.puppet(&lab.beta, "nobody", ATTACKER, "attacker");
     if !web_first {

@@ -172,6 +172,11 @@ impl<'a> Agent<'a> {
         self.running().as_ref().map_or(0, Program::pid)
     }
 
+    /// Was it started, and has it not ended since?
+    pub fn runs(&self) -> bool {
+        self.running().as_mut().is_some_and(|program| !program.ended())
+    }
+
     /// Resident memory, in bytes.
     pub fn resident(&self) -> u64 {
         crate::program::resident(self.pid())

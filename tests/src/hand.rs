@@ -70,9 +70,9 @@ impl Hand {
         self.told += 1;
         let answer = format!("\"reply\":{}", self.told);
         // Keys are in order, so that the number may be followed by either.
-        let line = self.program.line(limit, |line| {
-            line.split_once(&answer).is_some_and(|(_, rest)| rest.starts_with([',', '}']))
-        })?;
+        let line = self
+            .program
+            .line(limit, |line| line.split_once(&answer).is_some_and(|(_, rest)| rest.starts_with([',', '}'])))?;
         Ok(serde_json::from_str(&line)?)
     }
 
@@ -158,18 +158,15 @@ impl Lab {
     pub fn assail(&self, port: u16, times: usize) -> Vec<Attempt> {
         let beta = &self.beta;
         let far = vec![beta.at(port), beta.at6(port)];
-        let near = vec![
-            beta.at(port),
-            beta.at6(port),
-            (Ipv4Addr::LOCALHOST, port).into(),
-            (Ipv6Addr::LOCALHOST, port).into(),
-        ];
+        let near =
+            vec![beta.at(port), beta.at6(port), (Ipv4Addr::LOCALHOST, port).into(), (Ipv6Addr::LOCALHOST, port).into()];
         let calls = [(&self.stranger, far), (beta, near)];
         std::thread::scope(|scope| {
             let mut threads = Vec::new();
             for (host, targets) in &calls {
                 for to in targets {
-                    threads.push(scope.spawn(move || host.within(|| (0..times).map(|_| knock(*to)).collect::<Vec<_>>())));
+                    threads
+                        .push(scope.spawn(move || host.within(|| (0..times).map(|_| knock(*to)).collect::<Vec<_>>())));
                 }
             }
             threads.into_iter().flat_map(|thread| thread.join().unwrap_or_default()).collect()

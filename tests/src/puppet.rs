@@ -28,9 +28,9 @@ use std::time::{Duration, Instant};
 
 /// What a puppet understands.
 pub const COMMANDS: &str = "socket S 4|6 [tcp|mptcp|sctp|dccp|udp|icmp|ping] opt S reuseport|reuseaddr|v6only|dual|device:NAME
-  bind S ADDRESS listen S shutdown S rd|wr|both close S dup S T give S PUPPET take T name S connect S ADDRESS disconnect S
+  bind S ADDRESS listen S shutdown S rd|wr|both close S dup S T give S PUPPET take T [MS] name S connect S ADDRESS disconnect S
   write S TEXT send-to S ADDRESS TEXT fastopen S ADDRESS TEXT read S fork MS setuid UID cgroup DIR mkdir DIR serve on|off
-  litter N shutdown|close|mptcp hold N flap ADDRESS MS [again] dials ADDRESS MS hoard N ADDRESS sleep MS";
+  litter N shutdown|close|mptcp hold N [BASE] flap ADDRESS MS [again] dials ADDRESS MS hoard N ADDRESS sleep MS";
 
 /// Connections that a puppet has open at most; the oldest goes first.
 const CONNECTIONS: usize = 64;
@@ -70,7 +70,6 @@ struct Puppet {
 /// The life of a puppet of this name: until its standard input ends.
 pub fn serve(name: &str) -> crate::Result<()> {
     let inbox = UnixDatagram::bind_addr(&inbox(name)?)?;
-    inbox.set_read_timeout(Some(clock::seconds(5)))?;
     let (sockets, accepted, hoard) = (BTreeMap::new(), Vec::new(), Vec::new());
     let mut puppet = Puppet { sockets, accepted, inbox, serves: true, hoard, ends: None };
     crate::servers::ready(name);
@@ -203,10 +202,9 @@ impl Puppet {
                 let known = self.known(name)?;
                 let again = known.socket.is_listener()?;
                 known.socket.listen(1024)?;
-                // To listen twice changes nothing, and without a bind it binds.
+                // To listen twice changes nothing.
                 if !again {
                     known.listened = Some(uid);
-                    known.bound.get_or_insert(uid);
                 }
                 return Ok(json!({ "local": local(&known.socket) }));
             }
@@ -227,7 +225,7 @@ impl Puppet {
             }
             "give" => give(self.known(name)?, word(2).unwrap_or_default())?,
             "take" => {
-                let known = self.take()?;
+                let known = self.take(word(2).map_or(Ok(2000), |_| parse(word(2), "milliseconds"))?)?;
                 self.sockets.insert(name.to_owned(), known);
             }
             "name" => return Ok(json!({ "local": local(&self.known(name)?.socket) })),
@@ -253,11 +251,15 @@ impl Puppet {
             "mkdir" => std::fs::create_dir(name)?,
             "serve" => self.serves = name == "on",
             "sleep" => std::thread::sleep(Duration::from_millis(parse(word(1), "milliseconds")?)),
-            "litter" => drop(litter(parse(word(1), "a number")?, word(2).unwrap_or("shutdown"))?),
+            "litter" => drop(litter(0, parse(word(1), "a number")?, word(2).unwrap_or("shutdown"))?),
             "flap" => return self.flap(address(1)?, parse(word(2), "milliseconds")?, word(3) == Some("again")),
             "dials" => return dials(address(1)?, parse(word(2), "milliseconds")?),
             "hold" => {
-                self.hoard.extend(litter(parse(word(1), "a number")?, "hold")?);
+                self.hoard.extend(litter(
+                    word(2).map_or(Ok(0), |_| parse(word(2), "a base"))?,
+                    parse(word(1), "a number")?,
+                    "hold",
+                )?);
                 return Ok(json!({ "held": self.hoard.len() }));
             }
             "hoard" => return self.hoard(parse(word(1), "a number")?, address(2)?),
@@ -267,7 +269,11 @@ impl Puppet {
     }
 
     /// Takes a socket that somebody gave, with what the giver knows of its past.
-    fn take(&mut self) -> io::Result<Known> {
+    fn take(&mut self, millis: i64) -> io::Result<Known> {
+        let limit = Timespec { tv_sec: millis / 1000, tv_nsec: millis % 1000 * 1_000_000 };
+        if rustix::event::poll(&mut [PollFd::new(&self.inbox, PollFlags::IN)], Some(&limit))? == 0 {
+            return Err(io::Error::from_raw_os_error(libc::EAGAIN));
+        }
         let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
         let mut ancillary = RecvAncillaryBuffer::new(&mut space);
         let mut past = [0; 64];
@@ -471,9 +477,9 @@ fn become_user(uid: u32) -> io::Result<()> {
 }
 
 /// Listens on so many addresses, one after the other, and leaves each in this way, or gives them.
-fn litter(number: u32, how: &str) -> io::Result<Vec<Socket>> {
+fn litter(base: u32, number: u32, how: &str) -> io::Result<Vec<Socket>> {
     let mut held = Vec::new();
-    for index in 0..number {
+    for index in base..base + number {
         let [_, a, b, c] = index.to_be_bytes();
         let at = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(127, a + 1, b, c)), 7000);
         let socket = make(false, if how == "mptcp" { "mptcp" } else { "tcp" })?;
