@@ -28,7 +28,7 @@ const PORTS: [u16; 4] = [8080, 8081, 8082, 8083];
 /// Port of the workload on the other host, which users dial.
 const FAR: u16 = 9443;
 /// Lines that each puppet is told in a round.
-const LINES: usize = 30;
+const LINES: usize = 60;
 /// Cgroups that puppets live in and are moved to. The last two are made by a move into them.
 const CGROUPS: [&str; 6] = ["server", "nobody", "one", "elsewhere", "elsewhere/fresh", "server/fresh"];
 /// Puppets: name, user, cgroup at the start.
@@ -95,7 +95,7 @@ impl Script {
                 3 => Fate::Restarted,
                 _ => Fate::Reloaded,
             };
-            (50 + chance.below(700), fate)
+            (50 + chance.below(500), fate)
         });
         let fate = fate.collect();
         Self { lines, fate }
@@ -155,8 +155,8 @@ fn part(lab: &Lab, chance: &mut Chance, name: &str, uid: u32) -> Vec<String> {
             (_, 67..70) => lines.push(format!("fork {}", 50 + chance.below(1200))),
             _ => lines.push(meddle(lab, chance, name)),
         }
-        if chance.one_in(3) {
-            lines.push(format!("sleep {}", chance.below(90)));
+        if chance.one_in(2) {
+            lines.push(format!("sleep {}", chance.below(100)));
         }
     }
     lines
@@ -316,7 +316,7 @@ fn round(lab: &Lab, mesh: &Mesh<'_>, script: &Script, seen: &Seen) -> Result<(),
                     ports.iter().flat_map(|port| ips.iter().map(|ip| SocketAddr::new(*ip, *port))).collect();
                 barrage(&targets);
                 seen.barrages.fetch_add(1, Ordering::Relaxed);
-                std::thread::sleep(Duration::from_millis(2));
+                std::thread::sleep(Duration::from_millis(8));
             }
         });
     };
