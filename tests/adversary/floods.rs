@@ -71,7 +71,7 @@ fn many(lab: &Lab, host: &lab::Host, uid: u32, number: u64, command: impl Fn(u64
         let place = enter::Place { user: Some((uid, uid)), files: Some(most), ..lab.place(host, "nobody") };
         let mut hand = Hand::start(lab, place, &skip::lab_app().unwrap(), &format!("holder-{index}"));
         let base = index * share;
-        let held = hand.try_tell(&command(share.min(number - base), base), clock::seconds(120)).unwrap();
+        let held = hand.try_tell(&command(share.min(number - base), base), clock::seconds(240)).unwrap();
         assert_eq!(held["ok"], true, "{held}");
         hand
     };

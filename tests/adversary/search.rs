@@ -321,7 +321,8 @@ fn round(lab: &Lab, mesh: &Mesh<'_>, script: &Script, seen: &Seen) -> Result<(),
         });
     };
     let perform = |hand: &mut Hand, name: &str, lines: &[String]| {
-        for line in lines {
+        let _ = hand.try_tell(&format!("patience {}", clock::millis(300).as_millis()), clock::seconds(20));
+        for line in lines.iter().take_while(|_| began.elapsed() < clock::seconds(8)) {
             seen.steps.fetch_add(1, Ordering::Relaxed);
             if let Some(cgroup) = line.strip_prefix("@move ") {
                 let file = lab.cgroup(cgroup).join("cgroup.procs");

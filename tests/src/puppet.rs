@@ -30,7 +30,7 @@ use std::time::{Duration, Instant};
 pub const COMMANDS: &str = "socket S 4|6 [tcp|mptcp|sctp|dccp|udp|icmp|ping] opt S reuseport|reuseaddr|v6only|dual|device:NAME
   bind S ADDRESS listen S shutdown S rd|wr|both close S dup S T give S PUPPET take T [MS] name S connect S ADDRESS disconnect S
   write S TEXT send-to S ADDRESS TEXT fastopen S ADDRESS TEXT read S fork MS setuid UID cgroup DIR mkdir DIR serve on|off
-  litter N shutdown|close|mptcp hold N [BASE] flap ADDRESS MS [again] dials ADDRESS MS hoard N ADDRESS sleep MS";
+  litter N shutdown|close|mptcp hold N [BASE] flap ADDRESS MS [again] dials ADDRESS MS hoard N ADDRESS patience MS sleep MS";
 
 /// Connections that a puppet has open at most; the oldest goes first.
 const CONNECTIONS: usize = 64;
@@ -61,6 +61,8 @@ struct Puppet {
     accepted: Vec<Accepted>,
     inbox: UnixDatagram,
     serves: bool,
+    /// How long a connect or a read may take.
+    patience: Duration,
     /// What is held for its own sake.
     hoard: Vec<Socket>,
     /// A copy made by `fork` lives as long as this and hears no commands.
@@ -71,7 +73,8 @@ struct Puppet {
 pub fn serve(name: &str) -> crate::Result<()> {
     let inbox = UnixDatagram::bind_addr(&inbox(name)?)?;
     let (sockets, accepted, hoard) = (BTreeMap::new(), Vec::new(), Vec::new());
-    let mut puppet = Puppet { sockets, accepted, inbox, serves: true, hoard, ends: None };
+    let patience = clock::seconds(3);
+    let mut puppet = Puppet { sockets, accepted, inbox, serves: true, patience, hoard, ends: None };
     crate::servers::ready(name);
     let (mut said, mut number) = (Vec::new(), 0);
     loop {
@@ -229,7 +232,10 @@ impl Puppet {
                 self.sockets.insert(name.to_owned(), known);
             }
             "name" => return Ok(json!({ "local": local(&self.known(name)?.socket) })),
-            "connect" => return connect(&self.known(name)?.socket, &address(2)?.into()),
+            "connect" => {
+                let patience = self.patience;
+                return connect(&self.known(name)?.socket, &address(2)?.into(), patience);
+            }
             "disconnect" => rustix::net::connect_unspec(&self.known(name)?.socket)?,
             "write" => {
                 let size = (&self.known(name)?.socket).write(text(2).as_bytes())?;
@@ -244,7 +250,11 @@ impl Puppet {
                 let size = sys::send_fastopen(socket.as_fd(), text(3).as_bytes(), &address(2)?.into())?;
                 return Ok(json!({ "bytes": size }));
             }
-            "read" => return read(&self.known(name)?.socket),
+            "read" => {
+                let patience = self.patience;
+                return read(&self.known(name)?.socket, patience);
+            }
+            "patience" => self.patience = Duration::from_millis(parse(word(1), "milliseconds")?),
             "fork" => return self.fork(parse(word(1), "milliseconds")?),
             "setuid" => become_user(parse(word(1), "a user")?)?,
             "cgroup" => std::fs::write(format!("{name}/cgroup.procs"), "0")?,
@@ -330,11 +340,14 @@ impl Puppet {
         Ok(json!({ "listens": listens }))
     }
 
-    /// Makes and keeps sockets, each of which has dialled the address in vain: all from one address and port, so that only
-    /// the first can get anywhere.
+    /// Makes and keeps sockets, each of which has dialled the address in vain: a thousand from each address and port, of
+    /// which only the first can get anywhere.
     fn hoard(&mut self, number: usize, to: SocketAddr) -> io::Result<Value> {
-        let from = SocketAddr::new(Ipv4Addr::new(127, 9, 9, 9).into(), 5000);
-        for _ in 0..number {
+        // The kernel walks along all that are bound to one port, so that there are several.
+        let [.., high, low] = getpid().as_raw_nonzero().get().to_be_bytes();
+        for index in 0..number {
+            let port = 5000 + u16::try_from(index / 1000).unwrap_or(0);
+            let from = SocketAddr::new(Ipv4Addr::new(127, 9, high, low).into(), port);
             let socket = make(false, "tcp")?;
             socket.set_reuse_address(true)?;
             socket.bind(&from.into())?;
@@ -421,12 +434,16 @@ fn option(socket: &Socket, option: &str) -> io::Result<()> {
     }
 }
 
+fn timespec(time: Duration) -> Timespec {
+    Timespec { tv_sec: time.as_secs().cast_signed(), tv_nsec: time.subsec_nanos().into() }
+}
+
 /// Connects, and waits a moment for what comes of it.
-fn connect(socket: &Socket, to: &SockAddr) -> io::Result<Value> {
+fn connect(socket: &Socket, to: &SockAddr, patience: Duration) -> io::Result<Value> {
     match socket.connect(to) {
         Ok(()) => {}
         Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => {
-            let limit = Timespec { tv_sec: clock::seconds(3).as_secs().cast_signed(), tv_nsec: 0 };
+            let limit = timespec(patience);
             if rustix::event::poll(&mut [PollFd::new(socket, PollFlags::OUT)], Some(&limit))? == 0 {
                 return Err(io::Error::from_raw_os_error(libc::ETIMEDOUT));
             }
@@ -440,8 +457,8 @@ fn connect(socket: &Socket, to: &SockAddr) -> io::Result<Value> {
 }
 
 /// What comes within a moment.
-fn read(socket: &Socket) -> io::Result<Value> {
-    let limit = Timespec { tv_sec: clock::seconds(2).as_secs().cast_signed(), tv_nsec: 0 };
+fn read(socket: &Socket, patience: Duration) -> io::Result<Value> {
+    let limit = timespec(patience);
     if rustix::event::poll(&mut [PollFd::new(socket, PollFlags::IN)], Some(&limit))? == 0 {
         return Err(io::Error::from_raw_os_error(libc::ETIMEDOUT));
     }
