@@ -488,7 +488,8 @@ fn search(lab: &Lab, seconds: u64) {
         host.sysctl("net/ipv4/tcp_fastopen", "1543").unwrap();
     }
     lab.capture_many();
-    let mut far = lab.puppet(&lab.alpha, "server", WEB, "far");
+    // In a cgroup that is not cleared between rounds.
+    let mut far = lab.puppet(&lab.alpha, "third", WEB, "far");
     far.must(&format!("socket s 6; opt s dual; bind s [::]:{FAR}; listen s"));
     tell(&format!("ADVERSARY_SEED={seed} for {seconds} s"));
     let (seen, end) = (Seen::default(), Instant::now() + Duration::from_secs(seconds));
