@@ -15,7 +15,7 @@ use rustix::event::{PollFd, PollFlags};
 use rustix::process::{Signal, kill_process};
 use serde_json::Value;
 use socket2::{Domain, Socket, Type};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::io::Write as _;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -282,8 +282,9 @@ struct Seen {
     steps: AtomicUsize,
     worked: AtomicUsize,
     barrages: AtomicUsize,
-    /// Strangers' bytes that a strict workload read on a socket that it neither bound nor listened on, and all others.
-    passed: AtomicUsize,
+    /// How often a strict workload read a stranger's byte on a socket that it neither bound nor listened on, by who did;
+    /// and how often others did.
+    passed: Mutex<BTreeMap<String, usize>>,
     elsewhere: AtomicUsize,
 }
 
@@ -375,8 +376,12 @@ fn round(lab: &Lab, mesh: &Mesh<'_>, script: &Script, seen: &Seen) -> Result<(),
             if wrong(&event) {
                 return Err(format!("{} read what a stranger said: {event}\nlast steps:\n{}", hand.name(), story()));
             }
-            let counter = if event["uid"] == WEB { &seen.passed } else { &seen.elsewhere };
-            counter.fetch_add(1, Ordering::Relaxed);
+            if event["uid"] == WEB {
+                let whose = format!("bound by {}, listened by {}", event["bound"], event["listened"]);
+                *seen.passed.lock().unwrap_or_else(PoisonError::into_inner).entry(whose).or_default() += 1;
+            } else {
+                seen.elsewhere.fetch_add(1, Ordering::Relaxed);
+            }
         }
     }
     drop(hands);
@@ -510,14 +515,14 @@ fn search(lab: &Lab, seconds: u64) {
     }
     let count = |counter: &AtomicUsize| counter.load(Ordering::Relaxed);
     tell(&format!(
-        "{} rounds, {} steps of which {} worked, {} barrages; strangers were heard {} times by web on sockets of others, \
-         {} times by others; the workload on the other host heard {} messages",
+        "{} rounds, {} steps of which {} worked, {} barrages; strangers were heard by others {} times, and by \
+         web on sockets of others {:?}; the workload on the other host heard {} messages",
         count(&seen.rounds),
         count(&seen.steps),
         count(&seen.worked),
         count(&seen.barrages),
-        count(&seen.passed),
         count(&seen.elsewhere),
+        seen.passed.lock().unwrap_or_else(PoisonError::into_inner),
         far.heard().len()
     ));
     assert!(!far.heard().is_empty() || !only.is_empty(), "no user was ever served: the search searches nothing");

@@ -300,9 +300,9 @@ impl Puppet {
         Ok(Known { socket, bound, listened, shared: true })
     }
 
-    /// A copy of the process that serves for a while with all that it inherits.
+    /// A copy of the process that serves for a while with all that it inherits. It does nothing else with it and stays the
+    /// user that it is, so that what is known of the sockets stays true.
     fn fork(&mut self, millis: u64) -> io::Result<Value> {
-        self.sockets.values_mut().for_each(|known| known.shared = true);
         let child = sys::fork()?;
         if child == 0 {
             self.ends = Some(Instant::now() + Duration::from_millis(millis));
