@@ -172,6 +172,11 @@ impl<'a> Agent<'a> {
         self.running().as_ref().map_or(0, Program::pid)
     }
 
+    /// Was it started, and has it not ended since?
+    pub fn runs(&self) -> bool {
+        self.running().as_mut().is_some_and(|program| !program.ended())
+    }
+
     /// Resident memory, in bytes.
     pub fn resident(&self) -> u64 {
         crate::program::resident(self.pid())
@@ -387,8 +392,13 @@ impl<'a> Mesh<'a> {
     }
 
     pub(crate) fn start(lab: &'a Lab, policy: &Policy, settings: &Settings) -> Result<Self, Skip> {
-        let alpha = Agent::prepare(lab, &lab.alpha, policy, settings)?;
-        let beta = Agent::prepare(lab, &lab.beta, policy, settings)?;
+        Self::start_with(lab, policy, settings, settings)
+    }
+
+    /// Agents with settings of their own.
+    pub fn start_with(lab: &'a Lab, policy: &Policy, alpha: &Settings, beta: &Settings) -> Result<Self, Skip> {
+        let alpha = Agent::prepare(lab, &lab.alpha, policy, alpha)?;
+        let beta = Agent::prepare(lab, &lab.beta, policy, beta)?;
         for agent in [&alpha, &beta] {
             if let Err(error) = agent.start() {
                 panic!("{error:#}");

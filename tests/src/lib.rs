@@ -25,9 +25,12 @@ pub mod dial;
 pub mod script;
 pub mod servers;
 pub mod crowd;
+pub mod puppet;
+pub mod hand;
 pub mod bench;
 
 pub use agent::{Agent, Mesh, Settings};
+pub use hand::Hand;
 pub use host::Host;
 pub use mint::{Mint, Svid, Terms};
 pub use policy::Policy;

@@ -75,3 +75,11 @@ pub fn connect_io_uring(socket: BorrowedFd<'_>, address: &SockAddr) -> io::Resul
     let result = ring.completion().next().map_or(-libc::EIO, |completion| completion.result());
     if result < 0 { Err(io::Error::from_raw_os_error(-result)) } else { Ok(()) }
 }
+
+/// `fork`: 0 in the copy, the copy's process id in the other one.
+pub fn fork() -> io::Result<u32> {
+    // SAFETY: whoever calls this has one thread, so that the copy holds no lock that nobody gives back.
+    // JUSTIFICATION: neither std nor rustix has it.
+    let child = unsafe { libc::fork() };
+    u32::try_from(child).map_err(|_| io::Error::last_os_error())
+}

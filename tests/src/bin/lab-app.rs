@@ -8,7 +8,7 @@ use lab::bench::load::{Load, Target};
 use lab::crowd::{self, Crowd};
 use lab::dial::{self, How};
 use lab::script::{self, Step};
-use lab::{bench, enter, janitor, servers};
+use lab::{bench, enter, janitor, puppet, servers};
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
 };
@@ -34,6 +34,7 @@ const USAGE: &str = "usage: lab-app VERB [--OPTION VALUE]... [STEP]...
   crowd --to ADDRESS... --connections N --marker TEXT [--at-once N]
   lend --socket PATH --to ADDRESS
   borrow --socket PATH --to ADDRESS STEP...
+  puppet --name NAME
   udp-echo --listen ADDRESS
   udp-talk --to ADDRESS [--connected yes] --text TEXT
   bench-server --listen ADDRESS... --threads N [--sealed yes]
@@ -131,6 +132,7 @@ fn run() -> anyhow::Result<bool> {
             crowd::run(Crowd { to, connections, at_once, marker: arguments.marker().to_owned() })?;
         }
         "lend" => lend(&arguments)?,
+        "puppet" => puppet::serve(arguments.text("name").context("--name is missing")?)?,
         "borrow" => return borrow(&arguments),
         "udp-echo" => servers::udp_echo(arguments.one("listen")?)?,
         "udp-talk" => {

@@ -1,0 +1,330 @@
+//! Who dials, and as whom: handed sockets, fresh cgroups, devices, other namespaces, other protocols.
+
+use crate::listeners::{policy, settle, web};
+use lab::hand::{ATTACKER, Hand, USER, expect_alive, listening};
+use lab::policy::{PORT, id};
+use lab::world::pick;
+use lab::{Host, Lab, Mesh, Skip, clock, lab};
+use serde_json::Value;
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::process::Command;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Audit lines of alpha that let somebody be this workload. They are written when a connection ends.
+fn allowed(mesh: &Mesh<'_>, name: &str) -> usize {
+    let mine = |line: &&Value| line["decision"] == "allowed" && line["source"]["id"] == id(name);
+    mesh.alpha().audit().iter().filter(mine).count()
+}
+
+/// A user connects and hands the socket to an attacker, who dials with it what the kernel turned the user to.
+fn handed(lab: &Lab, before: &str, after: &str, family: u8) {
+    let mesh = mesh!(lab, &policy(lab, &[PORT]));
+    let web = web(lab, "server", "web", "opt s dual; ", &format!("[::]:{PORT}"));
+    let to = if family == 4 { lab.beta.at(PORT) } else { lab.beta.mapped(PORT) };
+    // All that listens on alpha by IPv4 is the agent's.
+    let agent = listening(&lab.alpha);
+    assert!(!agent.is_empty());
+    for (number, door) in agent.iter().enumerate() {
+        let mut user = lab.puppet(&lab.alpha, "one", USER, "user");
+        let mut attacker = lab.puppet(&lab.alpha, "nobody", ATTACKER, "attacker");
+        user.must(&format!("socket s {family}; connect s {to}{before}; give s attacker"));
+        let port = door.port();
+        let door = if family == 4 { format!("127.0.0.1:{port}") } else { format!("[::ffff:127.0.0.1]:{port}") };
+        attacker.tell(&format!("take s{after}; connect s {door}; write s FORGED; read s"));
+        attacker.tell(&format!("disconnect s; connect s {to}; write s FORGED; read s"));
+        user.end();
+        attacker.end();
+        settle();
+        let (dialled, allowed) = (number + 1, allowed(&mesh, "user"));
+        assert!(allowed <= dialled, "the user dialled {dialled} times, and {allowed} connections are in its name");
+        web.expect_unheard("FORGED", "an attacker dialled with the socket of a user");
+    }
+    expect_alive(&mesh);
+}
+
+#[test]
+fn a_socket_that_a_user_connected_and_gave_away_is_not_the_users_any_more() {
+    handed(&lab!(), "", "; disconnect s", 4);
+}
+
+#[test]
+fn a_socket_that_a_user_disconnected_and_gave_away_is_not_the_users_any_more() {
+    handed(&lab!(), "; disconnect s", "; name s", 4);
+}
+
+#[test]
+fn an_ipv6_socket_that_a_user_connected_and_gave_away_is_not_the_users_any_more() {
+    handed(&lab!(), "", "; disconnect s", 6);
+}
+
+/// Processors have nothing to spare while this runs.
+fn loaded<T>(work: impl FnOnce() -> T) -> T {
+    struct Done<'a>(&'a AtomicBool);
+    impl Drop for Done<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, Ordering::Relaxed);
+        }
+    }
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                while !done.load(Ordering::Relaxed) {
+                    std::hint::black_box((0..10_000).sum::<u64>());
+                }
+            });
+        }
+        let _ends = Done(&done);
+        work()
+    })
+}
+
+/// An attacker in a tree of cgroups of its own, on alpha, and somebody on another host who listens.
+fn fresh_cgroups(lab: &Lab) -> (Hand, String, Hand) {
+    let tree = lab.delegate("delegated", ATTACKER).display().to_string();
+    let attacker = lab.puppet(&lab.alpha, "delegated/start", ATTACKER, "attacker");
+    let mut outside = lab.puppet(&lab.stranger, "elsewhere", 0, "outside");
+    outside.must("socket s 6; opt s dual; bind s [::]:9000; listen s");
+    (attacker, tree, outside)
+}
+
+#[test]
+fn what_a_process_in_a_fresh_cgroup_dials_beside_the_mesh_is_dialled_by_itself() {
+    let lab = lab!();
+    let mesh = mesh!(lab, &policy(&lab, &[PORT]));
+    let (mut attacker, tree, outside) = fresh_cgroups(&lab);
+    let to = lab.stranger.at(9000);
+    let number = clock::count(50).max(5);
+    let ports: BTreeMap<String, SocketAddr> = loaded(|| {
+        let one = |index: usize| {
+            let line = format!(
+                "mkdir {tree}/{index}; cgroup {tree}/{index}; socket s{index} 4; connect s{index} {to}; \
+                 write s{index} CALL-{index}-; name s{index}"
+            );
+            let local = attacker.must(&line)["local"].as_str().unwrap().parse().unwrap();
+            (format!("CALL-{index}-"), local)
+        };
+        (0..number).map(one).collect()
+    });
+    clock::until(clock::seconds(10), || (outside.heard().len() >= number).then_some(()));
+    let heard = outside.heard();
+    let relayed: Vec<String> = heard
+        .iter()
+        .filter(|call| {
+            let own = ports.get(call["text"].as_str().unwrap_or_default().trim());
+            let peer = call["peer"].as_str().and_then(|peer| peer.parse::<SocketAddr>().ok());
+            own.map(SocketAddr::port) != peer.map(|peer| peer.port())
+        })
+        .map(Value::to_string)
+        .collect();
+    let first = relayed.first();
+    assert!(relayed.is_empty(), "{} of {number} calls came from another socket, as {first:?}", relayed.len());
+    assert_eq!(heard.len(), number, "every call is heard");
+    expect_alive(&mesh);
+}
+
+#[test]
+fn the_hosts_own_rules_for_a_user_hold_in_a_fresh_cgroup() {
+    let lab = lab!();
+    let words = ["-n", &lab.alpha.netns, "rule", "add", "uidrange", &format!("{ATTACKER}-{ATTACKER}"), "unreachable"];
+    let added = Command::new("ip").args(words).output();
+    if !added.is_ok_and(|output| output.status.success()) {
+        Skip::because("ip rule has no uidrange here").announce(lab.test());
+        return;
+    }
+    let mesh = mesh!(lab, &policy(&lab, &[PORT]));
+    let (mut attacker, tree, outside) = fresh_cgroups(&lab);
+    let to = lab.stranger.at(9000);
+    for index in 0..clock::count(20).max(4) {
+        let line =
+            format!("mkdir {tree}/{index}; cgroup {tree}/{index}; socket s 4; connect s {to}; write s ESCAPED; read s");
+        attacker.tell(&line);
+        outside.expect_unheard("ESCAPED", &format!("in fresh cgroup {index}, though a rule forbids it"));
+    }
+    expect_alive(&mesh);
+}
+
+/// A client bound to the link dials a mesh destination. Gives what came of it.
+fn bound_to_the_link(lab: &Lab, words: &str) {
+    let mesh = mesh!(lab, &policy(lab, &[PORT]));
+    for host in [&lab.alpha, &lab.beta] {
+        host.sysctl("net/ipv4/tcp_fastopen", "1543").unwrap();
+    }
+    let _web = web(lab, "server", "web", "opt s dual; ", &format!("[::]:{PORT}"));
+    let mut user = lab.puppet(&lab.alpha, "one", USER, "user");
+    let (to, marker) = (lab.beta.at(PORT), lab.marker());
+    let line = words.replace("TO", &to.to_string()).replace("MARKER", marker);
+    let answer = user.tell(&format!("socket s 4; opt s device:eth0; {line}"));
+    assert!(answer["error"] != "ETIMEDOUT", "it hangs: {answer}");
+    user.tell("close s");
+    mesh.alpha().expect_record("of a client bound to the link", |line| {
+        line["destination"]["address"] == to.to_string() && line["decision"].is_string()
+    });
+    expect_alive(&mesh);
+    let wire = lab.expect_no_plaintext();
+    let strays: Vec<SocketAddr> =
+        wire.streams().iter().map(|stream| stream.destination).filter(|to| to.ip().is_loopback()).collect();
+    assert!(strays.is_empty(), "packets for {strays:?} left the host");
+}
+
+#[test]
+fn a_client_that_is_bound_to_the_link_does_not_hang_and_leaves_a_line() {
+    bound_to_the_link(&lab!(), "connect s TO; write s MARKER; read s");
+}
+
+#[test]
+fn a_client_that_is_bound_to_the_link_puts_nothing_into_its_syn() {
+    bound_to_the_link(&lab!(), "fastopen s TO MARKER; read s");
+}
+
+#[test]
+fn a_connection_that_is_given_up_before_it_arrives_leaves_a_line() {
+    let lab = lab!();
+    let mesh = mesh!(lab, &policy(&lab, &[PORT]));
+    let to = lab.beta.at(PORT);
+    let mut user = lab.puppet(&lab.alpha, "one", USER, "user");
+    // The link that everything is turned to is down.
+    let link = |state: &str| {
+        let words = ["-n", &lab.alpha.netns, "link", "set", "lo", state];
+        assert!(Command::new("ip").args(words).status().unwrap().success());
+    };
+    link("down");
+    user.tell(&format!("socket s 4; connect s {to}"));
+    user.tell("close s");
+    link("up");
+    mesh.alpha().expect_record("of a connection that never arrived", |line| {
+        line["destination"]["address"] == to.to_string() && line["decision"] == "denied"
+    });
+    expect_alive(&mesh);
+}
+
+#[test]
+fn an_enrolled_program_in_another_namespace_of_the_host_is_refused() {
+    let lab = lab!();
+    let mesh = mesh!(lab, &policy(&lab, &[PORT]));
+    let web = web(&lab, "server", "web", "opt s dual; ", &format!("[::]:{PORT}"));
+    // The kernel asks who dials, not where: a container without an agent.
+    for to in [lab.beta.at(PORT), lab.beta.at6(PORT), lab.beta.mapped(PORT)] {
+        for how in ["blocking", "nonblocking", "mptcp"] {
+            let said = lab.echo(&lab.stranger, "client", to, &["--how", how]);
+            assert_eq!(pick(&said, "connect")["error"], "EPERM", "{to} {how}: {said:?}");
+        }
+    }
+    let words = ["lab-app", "udp-talk", "--to", &lab.beta.at(PORT).to_string(), "--text", lab.marker()];
+    let said = lab.run(&lab.stranger, "client", &words).outcome().json();
+    assert_eq!(said["error"], "EPERM", "{said}");
+    web.expect_unheard(lab.marker(), "from another namespace");
+    // The rest is counted, and told.
+    lab.stranger.within(|| lab::hand::knock(lab.beta.at(PORT)));
+    let told =
+        clock::until(clock::seconds(10), || mesh.alpha().status().to_string().contains("namespace").then_some(()));
+    assert!(told.is_some(), "status says nothing of other namespaces: {:#}", mesh.alpha().status());
+    lab.expect_served(&mesh, lab.beta.at(PORT));
+    expect_alive(&mesh);
+    lab.expect_no_plaintext();
+}
+
+/// ICMP echo requests that a host has had.
+fn echo_requests(host: &Host) -> u64 {
+    let (four, six) = host.within(|| {
+        let read = |name: &str| std::fs::read_to_string(format!("/proc/thread-self/net/{name}")).unwrap_or_default();
+        (read("snmp"), read("snmp6"))
+    });
+    let mut lines = four.lines().filter(|line| line.starts_with("Icmp:"));
+    let names = lines.next().unwrap_or_default().split(' ');
+    let values = lines.next().unwrap_or_default().split(' ');
+    let four = names.zip(values).find(|(name, _)| *name == "InEchos").and_then(|(_, value)| value.parse::<u64>().ok());
+    let six = six.lines().find_map(|line| line.strip_prefix("Icmp6InEchos")?.trim().parse::<u64>().ok());
+    four.unwrap_or(0) + six.unwrap_or(0)
+}
+
+#[test]
+fn icmp_of_a_workload_carries_nothing_to_a_mesh_destination() {
+    let lab = lab!();
+    for host in [&lab.alpha, &lab.beta] {
+        if host.sysctl("net/ipv4/ping_group_range", "0 4000").is_err() {
+            Skip::because("kernel has no ping sockets").announce(lab.test());
+            return;
+        }
+    }
+    let mesh = mesh!(lab, &policy(&lab, &[PORT]));
+    let mut user = lab.puppet(&lab.alpha, "one", USER, "user");
+    let mut other = lab.puppet(&lab.alpha, "nobody", ATTACKER, "other");
+    let marker = lab.marker();
+    let call = |family: u8, kind: char, to: SocketAddr| {
+        format!("socket s {family} ping; send-to s {to} {kind}\0\0\0\0\0\0\u{1}{marker}")
+    };
+    // The oracle: who is nobody may ping.
+    other.must(&call(4, '\u{8}', lab.beta.at(0)));
+    other.must(&format!("socket t 4 ping; connect t {}; write t \u{8}\0\0\0\0\0\0\u{1}x", lab.beta.at(0)));
+    let reached = clock::until(clock::seconds(5), || (echo_requests(&lab.beta) >= 2).then_some(()));
+    assert!(reached.is_some(), "the oracle is blind");
+    let before = echo_requests(&lab.beta);
+    user.tell(&call(4, '\u{8}', lab.beta.at(0)));
+    user.tell(&call(6, '\u{80}', lab.beta.at6(0)));
+    user.tell(&format!("socket t 4 ping; connect t {}; write t \u{8}\0\0\0\0\0\0\u{1}{marker}", lab.beta.at(0)));
+    settle();
+    assert_eq!(echo_requests(&lab.beta), before, "echo requests of a workload arrived");
+    expect_alive(&mesh);
+}
+
+/// A protocol beside TCP and UDP, where the kernel has it.
+fn other_protocol(lab: &Lab, protocol: &str) {
+    let mesh = mesh!(lab, &policy(lab, &[PORT]));
+    let mut user = lab.puppet(&lab.alpha, "one", USER, "user");
+    let made = user.tell(&format!("socket s 4 {protocol}"));
+    if made["ok"] == false {
+        let reason = format!("kernel has no {}: {}", protocol.to_uppercase(), made["error"]);
+        Skip::because(reason).announce(lab.test());
+        return;
+    }
+    let mut server = lab.puppet(&lab.beta, "nobody", ATTACKER, "server");
+    server.must(&format!("socket s 4 {protocol}; bind s {}; listen s", lab.beta.at(PORT)));
+    let answer = user.tell(&format!("connect s {}; write s {}", lab.beta.at(PORT), lab.marker()));
+    assert_eq!(answer["ok"], false, "{answer}");
+    settle();
+    server.expect_unheard(lab.marker(), "from a workload");
+    expect_alive(&mesh);
+}
+
+#[test]
+fn sctp_of_a_workload_is_refused() {
+    other_protocol(&lab!(), "sctp");
+}
+
+#[test]
+fn dccp_of_a_workload_is_refused() {
+    other_protocol(&lab!(), "dccp");
+}
+
+#[test]
+fn a_datagram_socket_that_was_connected_by_nobody_carries_nothing_of_a_workload() {
+    let lab = lab!();
+    let mesh = mesh!(lab, &policy(&lab, &[PORT]));
+    let mut user = lab.puppet(&lab.alpha, "one", USER, "user");
+    let mut other = lab.puppet(&lab.alpha, "nobody", ATTACKER, "other");
+    for (family, to) in [(4, lab.beta.at(PORT)), (6, lab.beta.at6(PORT)), (6, lab.beta.mapped(PORT))] {
+        other.must(&format!("socket s {family} udp; connect s {to}; give s user"));
+        user.must("take s");
+        let answer = user.tell(&format!("write s {}", lab.marker()));
+        assert_eq!(answer["ok"], false, "{to}: {answer}");
+    }
+    expect_alive(&mesh);
+    lab.expect_no_plaintext();
+}
+
+#[test]
+fn a_datagram_socket_that_was_connected_before_the_agent_carries_nothing_of_a_workload() {
+    let lab = lab!();
+    let mut user = lab.puppet(&lab.alpha, "one", USER, "user");
+    user.must(&format!("socket s 4 udp; connect s {}", lab.beta.at(PORT)));
+    user.must(&format!("socket t 6 udp; connect t {}", lab.beta.at6(PORT)));
+    let mesh = mesh!(lab, &policy(&lab, &[PORT]));
+    for name in ["s", "t"] {
+        let answer = user.tell(&format!("write {name} {}", lab.marker()));
+        assert_eq!(answer["ok"], false, "{name}: {answer}");
+    }
+    expect_alive(&mesh);
+    lab.expect_no_plaintext();
+}

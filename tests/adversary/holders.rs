@@ -1,0 +1,198 @@
+//! Who binds is not who holds: what is protected is both.
+
+use crate::listeners::{policy, settle, web, with_web};
+use lab::hand::{ATTACKER, Hand, WEB, expect_alive};
+use lab::policy::PORT;
+use lab::{Lab, clock, lab, skip};
+use std::path::{Path, PathBuf};
+
+/// Web has the socket of somebody else: no stranger is heard any more, with an agent and without.
+fn expect_protected(lab: &Lab, mesh: &lab::Mesh<'_>, web: &Hand, port: u16) {
+    lab.assail(port, 2);
+    web.expect_no_stranger("at once");
+    settle();
+    lab.assail(port, 2);
+    web.expect_no_stranger("a moment later");
+    mesh.beta().kill();
+    lab.assail(port, 1);
+    web.expect_no_stranger("without an agent");
+    mesh.beta().start().unwrap();
+    lab.assail(port, 1);
+    web.expect_no_stranger("with the next agent");
+    lab.expect_served(mesh, lab.beta.at(port));
+    lab.assail(port, 1);
+    web.expect_no_stranger("at last");
+    expect_alive(mesh);
+}
+
+#[test]
+fn who_binds_as_root_and_listens_as_a_workload_is_protected() {
+    let lab = lab!();
+    let mesh = mesh!(lab, &policy(&lab, &[PORT]));
+    let mut web = lab.puppet(&lab.beta, "one", 0, "web");
+    web.must(&format!("socket s 4; opt s reuseaddr; bind s 0.0.0.0:{PORT}; setuid {WEB}; listen s"));
+    expect_protected(&lab, &mesh, &web, PORT);
+}
+
+#[test]
+fn who_binds_and_listens_as_root_and_then_is_a_workload_is_protected() {
+    let lab = lab!();
+    let mesh = mesh!(lab, &policy(&lab, &[PORT]));
+    let mut web = lab.puppet(&lab.beta, "one", 0, "web");
+    // As servers do that answer nobody before they have given up what they may.
+    web.must("serve off");
+    web.must(&format!("socket s 6; opt s dual; bind s [::]:{PORT}; listen s; setuid {WEB}; name s"));
+    web.must("sleep 10; serve on");
+    std::thread::sleep(clock::millis(2500));
+    expect_protected(&lab, &mesh, &web, PORT);
+}
+
+#[test]
+fn a_workload_that_forks_from_root_and_inherits_a_bound_socket_is_protected() {
+    let lab = lab!();
+    let mesh = mesh!(lab, &policy(&lab, &[PORT]));
+    let mut manager = lab.puppet(&lab.beta, "one", 0, "manager");
+    let mut web = lab.puppet(&lab.beta, "server", WEB, "web");
+    // A manager that binds, and a workload that listens.
+    manager.must(&format!("socket s 4; opt s reuseaddr; bind s 0.0.0.0:{PORT}; give s web; close s"));
+    web.must("take s; listen s");
+    expect_protected(&lab, &mesh, &web, PORT);
+}
+
+#[test]
+fn a_socket_that_a_manager_listens_on_and_hands_to_a_workload_is_protected() {
+    let lab = lab!();
+    let mesh = mesh!(lab, &policy(&lab, &[PORT, PORT + 1]));
+    let mut manager = lab.puppet(&lab.beta, "one", 0, "manager");
+    manager.must("serve off");
+    manager.must(&format!(
+        "socket s 4; bind s 0.0.0.0:{PORT}; listen s; socket t 4; bind t 0.0.0.0:{}; listen t",
+        PORT + 1
+    ));
+    settle();
+    let mut web = lab.puppet(&lab.beta, "server", WEB, "web");
+    // Who asks for the name of the socket is seen at once.
+    manager.must("give s web");
+    web.must("take s; name s");
+    lab.assail(PORT, 2);
+    web.expect_no_stranger("after it asked for the name");
+    // Who does not is seen within a moment.
+    manager.must("give t web");
+    web.must("serve off");
+    web.must("take t");
+    std::thread::sleep(clock::millis(2500));
+    web.must("serve on");
+    lab.assail(PORT + 1, 2);
+    web.expect_no_stranger("a moment after it took the socket");
+    expect_protected(&lab, &mesh, &web, PORT);
+    lab.expect_served(&mesh, lab.beta.at(PORT + 1));
+}
+
+/// Web is known by its cgroup, and comes into it late.
+fn moved(lab: &Lab, listen_first: bool) {
+    let selectors = [format!("unix:uid:{WEB}"), format!("cgroup:{}/server", lab.cgroup_path())];
+    let mesh = mesh!(lab, &with_web(lab, &[&selectors[0], &selectors[1]], &[PORT]));
+    let mut web = lab.puppet(&lab.beta, "elsewhere", WEB, "web");
+    web.must(&format!("serve off; socket s 4; opt s reuseaddr; bind s 0.0.0.0:{PORT}"));
+    settle();
+    if listen_first {
+        web.must("listen s");
+        settle();
+    }
+    lab.move_to("server", web.pid());
+    if listen_first {
+        std::thread::sleep(clock::millis(2500));
+    } else {
+        web.must("listen s");
+    }
+    web.must("serve on");
+    expect_protected(lab, &mesh, &web, PORT);
+}
+
+#[test]
+fn who_binds_and_then_moves_into_the_cgroup_of_a_workload_is_protected() {
+    moved(&lab!(), false);
+}
+
+#[test]
+fn who_listens_and_then_moves_into_the_cgroup_of_a_workload_is_protected() {
+    moved(&lab!(), true);
+}
+
+/// A copy of the program where every user may run it.
+fn copied(lab: &Lab, name: &str) -> PathBuf {
+    let path = lab.directory().join(name);
+    std::fs::copy(skip::lab_app().unwrap(), &path).unwrap();
+    path
+}
+
+/// Puts another file in the place of the program, by rename as package managers do.
+fn replace(lab: &Lab, path: &Path) {
+    std::fs::rename(copied(lab, "new"), path).unwrap();
+}
+
+#[test]
+fn a_workload_whose_file_was_replaced_stays_protected_and_status_says_why() {
+    let lab = lab!();
+    let program = copied(&lab, "web-program");
+    let (uid, path) = (format!("unix:uid:{WEB}"), format!("unix:path:{}", program.display()));
+    let mesh = mesh!(lab, &with_web(&lab, &[&uid, &path], &[PORT]));
+    let place = || lab::enter::Place { user: Some((WEB, WEB)), ..lab.place(&lab.beta, "server") };
+    let mut web = Hand::start(&lab, place(), &program, "web");
+    web.must(&format!("socket s 4; bind s 0.0.0.0:{PORT}; listen s"));
+    lab.expect_served(&mesh, lab.beta.at(PORT));
+    replace(&lab, &program);
+    lab.assail(PORT, 1);
+    web.expect_no_stranger("after its file was replaced");
+    mesh.beta().terminate().unwrap();
+    mesh.beta().start().unwrap();
+    lab.assail(PORT, 2);
+    web.expect_no_stranger("after its file was replaced and the agent restarted");
+    // Another socket of the same process.
+    web.must("socket t 4; bind t 0.0.0.0:8098; listen t");
+    lab.assail(8098, 2);
+    web.expect_no_stranger("on another port");
+    settle();
+    lab.assail(8098, 2);
+    web.expect_no_stranger("on another port, a moment later");
+    let status = mesh.beta().status().to_string();
+    assert!(status.contains("deleted") || status.contains("replaced"), "status does not say why: {status}");
+    lab.expect_served_or_told(&mesh, lab.beta.at(PORT));
+    expect_alive(&mesh);
+}
+
+#[test]
+fn a_program_that_only_the_kernel_takes_for_a_workload_refuses_and_status_says_why() {
+    let lab = lab!();
+    let program = copied(&lab, "web-program");
+    let (uid, path) = (format!("unix:uid:{WEB}"), format!("unix:path:{}", program.display()));
+    let mesh = mesh!(lab, &with_web(&lab, &[&uid, &path], &[PORT]));
+    // The right user runs another file.
+    let other = web(&lab, "server", "other", "", &format!("0.0.0.0:{PORT}"));
+    lab.assail(PORT, 2);
+    other.expect_no_stranger("at once");
+    settle();
+    lab.assail(PORT, 2);
+    other.expect_no_stranger("a moment later");
+    let status = mesh.beta().status().to_string();
+    assert!(status.contains("unix:path"), "status does not say which selector does not hold: {status}");
+    expect_alive(&mesh);
+}
+
+#[test]
+fn an_enrolled_listener_that_an_attacker_is_handed_stays_protected() {
+    let lab = lab!();
+    let mesh = mesh!(lab, &policy(&lab, &[PORT]));
+    let mut web = web(&lab, "server", "web", "", &format!("0.0.0.0:{PORT}"));
+    let mut attacker = lab.puppet(&lab.beta, "nobody", ATTACKER, "attacker");
+    web.must("give s attacker");
+    attacker.must("take s; name s");
+    settle();
+    lab.assail(PORT, 6);
+    web.expect_no_stranger("while another holds the socket as well");
+    attacker.end();
+    lab.assail(PORT, 2);
+    web.expect_no_stranger("after the other is gone");
+    lab.expect_served(&mesh, lab.beta.at(PORT));
+    expect_alive(&mesh);
+}
