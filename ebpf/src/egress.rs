@@ -167,6 +167,7 @@ enum Outcome {
 #[inline(always)]
 fn connect(ctx: *mut bpf_sock_addr, dialled: Address, port: u16, family: u16) -> Outcome {
     let Some(config) = config() else { return Outcome::Allow };
+    let config = &at_this_moment(config);
     // SAFETY: helpers and fields that this hook may use.
     let (netns, transport, (near, near_port), cookie) =
         unsafe { (bpf_get_netns_cookie(ctx.cast()), transport(ctx), near_end(ctx), bpf_get_socket_cookie(ctx.cast())) };
@@ -311,6 +312,7 @@ fn datagram(config: &Config, there: &There, subject: &Who) -> Verdicted {
 #[inline(always)]
 fn sendmsg(ctx: *mut bpf_sock_addr, dialled: Address, port: u16) -> i32 {
     let Some(config) = config() else { return ALLOW };
+    let config = &at_this_moment(config);
     // SAFETY: helpers and fields that this hook may use.
     let (netns, (near, near_port)) = unsafe { (bpf_get_netns_cookie(ctx.cast()), near_end(ctx)) };
     if netns != config.netns_cookie {

@@ -37,6 +37,13 @@ pub fn config() -> Option<&'static Config> {
     Some(config)
 }
 
+/// The configuration as it is at one moment. A reload flips the epoch, and who is who and what is where have to be of one.
+#[inline(always)]
+pub fn at_this_moment(config: &Config) -> Config {
+    // SAFETY: a reference is valid to read. Volatile: what is read here is not read again.
+    unsafe { from_ref(config).read_volatile() }
+}
+
 /// Reads one word of a context, exactly as written here.
 ///
 /// # Safety
