@@ -24,6 +24,8 @@ pub enum Holder {
     Peer(SpiffeId),
     /// A peer that has not: the first address of its network.
     Network(IpAddr),
+    /// A peer that has not, by itself.
+    Address(IpAddr),
 }
 
 impl Holder {
@@ -46,6 +48,7 @@ impl fmt::Display for Holder {
             Self::Peer(id) => id.fmt(f),
             Self::Network(first @ IpAddr::V4(_)) => write!(f, "{first}/24"),
             Self::Network(first) => write!(f, "{first}/64"),
+            Self::Address(address) => address.fmt(f),
         }
     }
 }
@@ -100,7 +103,7 @@ impl Admission {
 
     /// A place for a connection from this address, until it is known from whom.
     pub fn unproven(&self, from: IpAddr) -> Result<Place, Full> {
-        self.unproven.take(Holder::network(from))
+        self.unproven.take_within(Holder::Address(from.to_canonical()), Some(Holder::network(from)))
     }
 
     /// How many are taken.
@@ -175,16 +178,36 @@ struct Held {
     by: HashMap<Holder, usize>,
 }
 
+impl Held {
+    fn of(&self, who: &Holder) -> usize {
+        self.by.get(who).copied().unwrap_or(0)
+    }
+}
+
 impl Places {
     fn take(self: &Arc<Self>, who: Holder) -> Result<Place, Full> {
+        self.take_within(who, None)
+    }
+
+    /// A place for a holder that is one of many in another: within that one's share it leaves room as that one does in all.
+    fn take_within(self: &Arc<Self>, who: Holder, within: Option<Holder>) -> Result<Place, Full> {
         let mut held = lock(&self.held);
-        let (taken, own) = (held.taken, held.by.get(&who).copied().unwrap_or(0));
-        if !admits(own, taken, self.all) {
+        let (taken, own) = (held.taken, held.of(&who));
+        let admitted = match &within {
+            None => admits(own, taken, self.all),
+            Some(outer) => {
+                let (of_outer, share) = (held.of(outer), self.all - self.all / 8);
+                admits(of_outer, taken, self.all) && admits(own, of_outer, share)
+            }
+        };
+        if !admitted {
             return Err(Full { kind: self.kind, who, own, taken, all: self.all });
         }
         held.taken += 1;
-        *held.by.entry(who.clone()).or_default() += 1;
-        Ok(Place { of: self.clone(), who })
+        for holder in std::iter::once(&who).chain(&within) {
+            *held.by.entry(holder.clone()).or_default() += 1;
+        }
+        Ok(Place { of: self.clone(), who, within })
     }
 }
 
@@ -199,16 +222,19 @@ fn admits(own: usize, taken: usize, all: usize) -> bool {
 pub struct Place {
     of: Arc<Places>,
     who: Holder,
+    within: Option<Holder>,
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
         let mut held = lock(&self.of.held);
         held.taken = held.taken.saturating_sub(1);
-        if let Some(own) = held.by.get_mut(&self.who) {
-            *own -= 1;
-            if *own == 0 {
-                held.by.remove(&self.who);
+        for holder in std::iter::once(&self.who).chain(&self.within) {
+            if let Some(own) = held.by.get_mut(holder) {
+                *own -= 1;
+                if *own == 0 {
+                    held.by.remove(holder);
+                }
             }
         }
     }
@@ -262,6 +288,11 @@ mod tests {
         assert!(silent.len() < 75, "{}", silent.len());
         assert_eq!(admission.unproven(from(1)).unwrap_err().code(), "too-many-unproven");
         assert!(admission.unproven([198, 51, 100, 1].into()).is_ok());
+        drop(silent);
+        // All of one address: it leaves room for its neighbours.
+        let silent: Vec<Place> = std::iter::from_fn(|| admission.unproven(from(1)).ok()).collect();
+        assert!(silent.len() > 40, "{}", silent.len());
+        assert!(admission.unproven(from(2)).is_ok());
         assert!(admission.outbound(1).is_ok());
         assert!(admission.inbound(Holder::network(from(1))).is_ok());
         assert_eq!(admission.taken(), Taken { unproven: silent.len(), ..Taken::default() });

@@ -9,7 +9,7 @@
 use crate::{
     ALLOW, REFUSE,
     facts::*,
-    maps::{FLOWS, FOREIGN, OWN, SERVED},
+    maps::{FLOWS, FOREIGN, LAYOUT, OWN, SERVED},
     quota,
     tell::{self, NOBODY, NOWHERE, count},
 };
@@ -25,6 +25,8 @@ use core::ptr::{addr_of, addr_of_mut};
 use wimsey_common::*;
 
 const ECONNREFUSED: i32 = 111;
+/// Id of the root of the unified hierarchy.
+const ROOT_CGROUP: u64 = 1;
 const ETH_P_IP: u16 = 0x0800;
 const ETH_P_IPV6: u16 = 0x86dd;
 /// Index of the loopback device, in every network namespace.
@@ -236,12 +238,11 @@ fn beside_tcp(skb: *mut __sk_buff, protocol: u32) -> i32 {
             _ => return ALLOW,
         }
     }
-    if !is_mesh_address(config, &event.destination) {
-        return ALLOW;
-    }
+    let Some(layout) = LAYOUT.get(0).filter(|_| is_mesh_address(config, &event.destination)) else { return ALLOW };
     // SAFETY: helpers that this hook may use. Who made the socket is all that is known of a packet.
     unsafe {
-        if bpf_get_netns_cookie(skb.cast()) != config.netns_cookie {
+        let namespace = namespace_of((*skb).__bindgen_anon_2.sk, layout);
+        if namespace != 0 && namespace != config.netns_cookie {
             return ALLOW;
         }
         event.task.uid = bpf_get_socket_uid(skb);
@@ -249,9 +250,21 @@ fn beside_tcp(skb: *mut __sk_buff, protocol: u32) -> i32 {
         event.task.cgroup = bpf_skb_cgroup_id(skb);
         event.cookie = bpf_get_socket_cookie(skb.cast());
     }
-    let subject = recorded(config, event.task.uid, event.task.gid, event.task.cgroup);
+    let mut subject = recorded(config, event.task.uid, event.task.gid, event.task.cgroup);
     if subject.known() == NOT_ENROLLED {
-        return ALLOW;
+        // Nobody has made the socket, and somebody else may write to it: a datagram leaves in the context of whoever writes.
+        // What the kernel itself sends (sockets of root, in the root of the tree) leaves in anybody's.
+        if event.task.uid == 0 && event.task.cgroup == ROOT_CGROUP {
+            return ALLOW;
+        }
+        event.task = running(layout);
+        if event.task.tgid == 0 {
+            return ALLOW;
+        }
+        subject = recorded(config, event.task.uid, event.task.gid, event.task.cgroup);
+        if subject.known() == NOT_ENROLLED {
+            return ALLOW;
+        }
     }
     if protocol == IPPROTO_UDP || protocol == IPPROTO_UDPLITE {
         event.reason = REASON_UDP;
@@ -502,16 +515,17 @@ fn sendmsg(ctx: *mut bpf_sock_addr, dialled: Address, port: u16) -> i32 {
     let config = &at_this_moment(config);
     // SAFETY: helpers and fields that this hook may use.
     let (netns, (near, near_port)) = unsafe { (bpf_get_netns_cookie(ctx.cast()), near_end(ctx)) };
+    let mut event = tell::event(EVENT_REFUSED, REASON_UDP, IPPROTO_UDP);
+    event.destination = reached(dialled, &near);
+    event.destination_port = port;
+    event.task = task();
     if netns != config.netns_cookie {
-        return ALLOW;
+        return if elsewhere(config, netns, &mut event) { ALLOW } else { REFUSE };
     }
-    let address = reached(dialled, &near);
-    let Some(found) = destination(config, &address, port) else { return ALLOW };
+    let Some(found) = destination(config, &event.destination, port) else { return ALLOW };
     if found.mode != MODE_MESH {
         return ALLOW;
     }
-    let mut event = tell::event(EVENT_REFUSED, REASON_UDP, IPPROTO_UDP);
-    event.task = task();
     let subject = workload(config, event.task.uid, event.task.gid, event.task.cgroup);
     let who = subject.known();
     let verdict = datagram(config, &There::of(found, port), &subject);
@@ -528,8 +542,6 @@ fn sendmsg(ctx: *mut bpf_sock_addr, dialled: Address, port: u16) -> i32 {
     event.cookie = unsafe { bpf_get_socket_cookie(ctx.cast()) };
     event.source = near;
     event.source_port = near_port;
-    event.destination = address;
-    event.destination_port = port;
     event.destination_id = found.target as u32;
     count(counter::UDP_REFUSED);
     if who == UNKNOWN {

@@ -224,6 +224,21 @@ pub fn running(layout: &TaskLayout) -> Task {
     found
 }
 
+/// The cookie of the network namespace of a socket, for programs that have no helper which tells (`cgroup_skb`, before Linux
+/// 6.12). 0 where it is not known.
+#[inline(always)]
+pub fn namespace_of(sk: *mut bpf_sock, layout: &TaskLayout) -> u64 {
+    if layout.net_cookie == 0 {
+        return 0;
+    }
+    // SAFETY: memory of the kernel is read by a helper that checks what it reads. The verifier forbids to calculate with the
+    // socket's address, but not to read it as a number from where it lies.
+    unsafe {
+        let socket = bpf_probe_read_kernel(addr_of!(sk).cast::<u64>()).unwrap_or(0);
+        pointer(pointer(socket, layout.skc_net), layout.net_cookie)
+    }
+}
+
 /// Eight bytes of the kernel's memory, or 0 where they cannot be read.
 #[inline(always)]
 unsafe fn pointer(base: u64, offset: u32) -> u64 {

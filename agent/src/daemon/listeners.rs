@@ -199,7 +199,7 @@ async fn judge(attestor: &Attestor, policy: &Policy, listening: &Listening, held
             }
             Ok(Attested { workload: None, facts }) if attestor.may_be_enrolled(&task, policy) => {
                 why.get_or_insert_with(|| {
-                    format!("{facts} has the user, group and cgroup of an entry, but not its path or sha256")
+                    format!("{facts} has the user, group and cgroup of an entry, but not its unix:path or unix:sha256")
                 });
             }
             Ok(_) => {}

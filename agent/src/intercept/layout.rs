@@ -35,6 +35,8 @@ fn of(bytes: &[u8]) -> Option<TaskLayout> {
         dfl_cgrp: types.offset("css_set", "dfl_cgrp")?,
         kn: types.offset("cgroup", "kn")?,
         id: types.offset("kernfs_node", "id")?,
+        skc_net: types.offset("sock_common", "skc_net")?,
+        net_cookie: types.offset("net", "net_cookie")?,
     })
 }
 

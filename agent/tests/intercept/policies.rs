@@ -125,7 +125,9 @@ fn users_and_cgroups_of_one_policy_do_not_fill_the_tables_and_full_tables_end_no
     assert!(world.programs().unplaced_cgroups() > 0);
     // What found no room could be anybody of the policy, and its program is asked of the agent: refused when there is none.
     world.kill_agent();
-    assert_eq!(world.client_in(&many[59].0, "connect 10.77.0.2:80").line(), "ECONNREFUSED");
+    // Another test's thread may be starting a process, which has this one's listeners until it runs its program.
+    let refused = || world.client_in(&many[59].0, "connect 10.77.0.2:80").line() == "ECONNREFUSED";
+    assert!((0..20).any(|_| refused()));
 }
 
 #[test]

@@ -74,6 +74,10 @@ pub struct TaskLayout {
     pub kn: u32,
     /// `kernfs_node.id`.
     pub id: u32,
+    /// `sock_common.skc_net`.
+    pub skc_net: u32,
+    /// `net.net_cookie`.
+    pub net_cookie: u32,
 }
 
 /// Every listening socket from before is recorded: where no row is found, nobody listens, or somebody whom nobody has
