@@ -148,12 +148,12 @@ pub fn run(mut config: Config) -> Result<(), Error> {
 /// Files that are not for connections: maps, listeners, logs, and connections that are accepted only to be refused.
 const OTHER_FILES: u64 = 1024;
 
-/// How many connections fit each way, at two sockets each, and three quarters of a one for what waits for another use (a
-/// quarter of their number inbound, a quarter outbound) and for peers that have not proved who they are (a quarter). Where
-/// files are very few, half of them are kept for other things.
+/// How many connections fit each way, at two sockets each, one for a peer that has not proved who it is, and half a one for
+/// what waits for another use (a quarter of their number inbound, a quarter outbound). Where files are very few, half of them
+/// are kept for other things.
 fn connections_within(files: u64) -> usize {
     let others = OTHER_FILES.min(files / 2);
-    usize::try_from((files - others) / 19 * 4).unwrap_or(usize::MAX)
+    usize::try_from((files - others) / 11 * 2).unwrap_or(usize::MAX)
 }
 
 /// Loads the authority, the trust bundles and the revocation lists as the agent would at start.
@@ -233,9 +233,9 @@ mod tests {
 
     #[test]
     fn connections_that_files_do_not_suffice_for_are_not_taken() {
-        assert_eq!(connections_within(1024), 104);
-        assert_eq!(connections_within(20_000), 3_992);
-        assert_eq!(connections_within(524_288), 110_160);
+        assert_eq!(connections_within(1024), 92);
+        assert_eq!(connections_within(20_000), 3_450);
+        assert_eq!(connections_within(524_288), 95_138);
         assert!(connections_within(u64::MAX) > 1 << 40);
     }
 }

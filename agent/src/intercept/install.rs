@@ -20,9 +20,7 @@ use super::{
     tables::{Tables, address, map_error},
     work::Work,
 };
-use crate::{
-    policy::{KernelCandidate, KernelPolicy, Policy},
-};
+use crate::policy::{KernelCandidate, KernelPolicy, Policy};
 use aya::maps::lpm_trie::Key;
 use classes::{Placement, Room};
 use plan::{Plan, Step, differences};

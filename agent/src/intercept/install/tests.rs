@@ -224,7 +224,8 @@ impl InForce {
         let Prepared { facts, rows, differing, anew, .. } = outlook.prepare(facts);
         let epoch = anew.as_ref().map_or(self.epoch, |anew| anew.epoch);
         let flags = rows.flags;
-        let config = Config { abi: ABI, generation: 1, netns_cookie: 1, shards: 1, flags, epoch, namespace: NAMESPACE, zero: 0 };
+        let config =
+            Config { abi: ABI, generation: 1, netns_cookie: 1, shards: 1, flags, epoch, namespace: NAMESPACE, zero: 0 };
         let changes = if anew.is_some() { Vec::new() } else { self.classes.changes(facts.as_ref()) };
         let mut classes = Classes::default();
         let anew = anew.map(|anew| {
@@ -354,7 +355,8 @@ fn one_changed_rule_is_one_row() {
 
 #[test]
 fn a_network_is_matched_behind_epoch_namespace_and_port() {
-    let network = Network { bits: DESTINATION_FIXED_BITS + 96 + 24, port: 80, kind: 0, address: address([10, 0, 0, 0].into()) };
+    let network =
+        Network { bits: DESTINATION_FIXED_BITS + 96 + 24, port: 80, kind: 0, address: address([10, 0, 0, 0].into()) };
     let key = network.key(5);
     assert_eq!(key.prefix_len(), 96 + 96 + 24);
     let data = key.data();
