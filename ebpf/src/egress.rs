@@ -257,7 +257,7 @@ fn beside_tcp(skb: *mut __sk_buff, protocol: u32) -> i32 {
         if event.task.uid == 0 && event.task.cgroup == ROOT_CGROUP {
             return ALLOW;
         }
-        event.task = running(layout);
+        event.task = running();
         if event.task.tgid == 0 {
             return ALLOW;
         }
@@ -401,7 +401,7 @@ fn connect(ctx: *mut bpf_sock_addr, dialled: Address, port: u16, family: u16) ->
         return Outcome::Turn(agent, four);
     }
     // What an earlier call of this socket has left is nobody's any more: somebody else may have the socket now.
-    released(cookie, &mut event);
+    egress_released(cookie, &mut event);
     if verdict.action() == PASS {
         return Outcome::Allow;
     }
@@ -555,8 +555,16 @@ fn sendmsg(ctx: *mut bpf_sock_addr, dialled: Address, port: u16) -> i32 {
 
 /// Records where a connection that is turned to the agent wanted to go. Gives the reason where there is no room, else 0. Not inlined: its record
 /// and what [`tell::refused`] needs would not fit on one stack.
-#[inline(never)]
+#[inline(always)]
 fn remember(event: &Event, generation: u32, family: u16, agent_port: u16) -> u32 {
+    egress_remember(event, generation, family as u32, agent_port as u32)
+}
+
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn egress_remember(event: *const Event, generation: u32, family: u32, agent_port: u32) -> u32 {
+    // SAFETY: the verifier insists that it is null or what it should be.
+    let Some(event) = (unsafe { event.as_ref() }) else { return REASON_MAP_FULL };
     // A socket that dials again has its row already.
     // SAFETY: rows are replaced only by this same socket's next connect.
     let before = unsafe { FLOWS.get(&event.cookie) }.map(|origin| origin.task.uid);
@@ -584,8 +592,8 @@ fn remember(event: &Event, generation: u32, family: u16, agent_port: u16) -> u32
         (*origin).source_port = event.source_port;
         (*origin).destination_id = event.destination_id;
         (*origin).generation = generation;
-        (*origin).family = family;
-        (*origin).agent_port = agent_port;
+        (*origin).family = family as u16;
+        (*origin).agent_port = agent_port as u16;
         (*origin).thread = bpf_get_current_pid_tgid() as u32;
     }
     0
@@ -642,37 +650,33 @@ pub fn arrived(ops: *mut bpf_sock_ops) {
     }
 }
 
-/// A socket was closed. One that was turned to the agent and never arrived there has left no line yet. `event`: room for it.
-#[inline(always)]
-pub fn released(cookie: u64, event: &mut Event) {
-    // SAFETY: rows are replaced only by this same socket's next connect.
-    if let Some(origin) = unsafe { FLOWS.get(&cookie) } {
-        if origin.arrived == 0 {
-            never_arrived(origin, event);
-        }
-        let uid = origin.task.uid;
-        if FLOWS.remove(&cookie).is_ok() {
-            quota::give(uid, QUOTA_FLOWS);
-        }
-    }
-}
-
+/// A socket was closed, or dials again. One that was turned to the agent and never arrived there has left no line yet. `event`:
+/// room for it.
 #[inline(never)]
-fn never_arrived(origin: &Origin, event: &mut Event) {
-    event.kind = EVENT_REFUSED;
-    event.reason = REASON_NEVER_ARRIVED;
-    event.protocol = IPPROTO_TCP;
-    event.task = origin.task;
-    event.cookie = origin.cookie;
-    event.source = origin.source;
-    event.source_port = origin.source_port;
-    event.destination = origin.destination;
-    event.destination_port = origin.destination_port;
-    event.destination_id = origin.destination_id;
-    tell::refused(event);
-    event.kind = 0;
-    event.reason = 0;
-    event.destination_id = 0;
+#[unsafe(no_mangle)]
+pub extern "C" fn egress_released(cookie: u64, event: *mut Event) -> u32 {
+    // SAFETY: the verifier insists that it is null or what it should be.
+    let Some(event) = (unsafe { event.as_mut() }) else { return 0 };
+    // SAFETY: rows are replaced only by this same socket's next connect.
+    let Some(origin) = (unsafe { FLOWS.get(&cookie) }) else { return 0 };
+    if origin.arrived == 0 {
+        event.kind = EVENT_REFUSED;
+        event.reason = REASON_NEVER_ARRIVED;
+        event.protocol = IPPROTO_TCP;
+        event.task = origin.task;
+        event.cookie = origin.cookie;
+        event.source = origin.source;
+        event.source_port = origin.source_port;
+        event.destination = origin.destination;
+        event.destination_port = origin.destination_port;
+        event.destination_id = origin.destination_id;
+        tell::refused(event);
+    }
+    let uid = origin.task.uid;
+    if FLOWS.remove(&cookie).is_ok() {
+        quota::give(uid, QUOTA_FLOWS);
+    }
+    1
 }
 
 /// IPPROTO_TCP or IPPROTO_UDP, or 0 for what is neither.

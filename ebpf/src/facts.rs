@@ -3,7 +3,7 @@
 //! *Invariant:* fields of a context are read one by one, each as the 32-bit word that the kernel offers it as. The
 //! verifier refuses what a compiler makes of it otherwise (wider, narrower or shared loads).
 
-use crate::maps::{CANDIDATES, CGROUPS, CONFIG, DESTINATIONS, OUTBOUND, VERDICTS};
+use crate::maps::{CANDIDATES, CGROUPS, CONFIG, DESTINATIONS, LAYOUT, OUTBOUND, VERDICTS};
 use crate::tell::{NOBODY, NOWHERE};
 use aya_ebpf::{
     bindings::{bpf_sock, bpf_sock_addr},
@@ -200,12 +200,19 @@ pub fn task() -> Task {
 }
 
 /// Who is running, for programs that have no helper which tells. All zero where the layout of a task is not known.
-#[inline(never)]
-pub fn running(layout: &TaskLayout) -> Task {
+#[inline(always)]
+pub fn running() -> Task {
     let mut found = NOBODY;
-    if layout.real_cred == 0 {
-        return found;
-    }
+    facts_running(&mut found);
+    found
+}
+
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn facts_running(found: *mut Task) -> u32 {
+    // SAFETY: the verifier insists that it is null or what it should be.
+    let Some(found) = (unsafe { found.as_mut() }) else { return 0 };
+    let Some(layout) = LAYOUT.get(0).filter(|layout| layout.real_cred != 0) else { return 0 };
     // SAFETY: helpers without arguments; memory of the kernel is read by a helper that checks what it reads.
     unsafe {
         let task = bpf_get_current_task();
@@ -221,7 +228,7 @@ pub fn running(layout: &TaskLayout) -> Task {
         }
         found.at = bpf_ktime_get_boot_ns();
     }
-    found
+    1
 }
 
 /// The cookie of the network namespace of a socket, for programs that have no helper which tells (`cgroup_skb`, before Linux
@@ -266,6 +273,7 @@ const LEVELS: i32 = 16;
 
 /// Who is a task?
 #[derive(Clone, Copy)]
+#[repr(C)]
 pub struct Who {
     /// Number of the workload, or [`NOT_ENROLLED`] or [`ASK`].
     pub workload: u32,
@@ -286,37 +294,49 @@ impl Who {
 }
 
 /// Which workload is the task that is running, if these are its facts? An unknown cgroup inherits.
-#[inline(never)]
+#[inline(always)]
 pub fn workload(config: &Config, uid: u32, gid: u32, cgroup: u64) -> Who {
-    let mut placed = Placed { class: CLASS_NONE, open: 0 };
-    let mut seen = true;
-    if config.flags & FLAG_CGROUP_CLASSES != 0 {
-        // SAFETY: rows are never changed in place.
-        match unsafe { CGROUPS.get(&CgroupKey { epoch: config.epoch, pad: 0, cgroup }) } {
-            Some(known) => placed = *known,
-            None => {
-                let inherited = inherited(config.epoch);
-                placed = Placed { class: inherited as u32, open: (inherited >> 32) as u32 };
-                seen = false;
-            }
-        }
-    }
-    who(config, (gid as u64) << 32 | uid as u64, &placed, seen as u32)
+    asked(config, uid, gid, cgroup, 1)
 }
 
 /// Which workload was a task that had these facts, and need not be the one that is running?
-#[inline(never)]
+#[inline(always)]
 pub fn recorded(config: &Config, uid: u32, gid: u32, cgroup: u64) -> Who {
-    let mut placed = Placed { class: CLASS_NONE, open: 1 };
-    let mut seen = true;
-    if config.flags & FLAG_CGROUP_CLASSES != 0 {
+    asked(config, uid, gid, cgroup, 0)
+}
+
+#[inline(always)]
+fn asked(config: &Config, uid: u32, gid: u32, cgroup: u64, running: u32) -> Who {
+    let mut found = Who { workload: NOT_ENROLLED, undecided: 1, source: 0, group: 0 };
+    let in_force = (config.epoch as u64) << 32 | config.flags as u64;
+    facts_who(in_force, (gid as u64) << 32 | uid as u64, cgroup, running, &mut found);
+    found
+}
+
+/// Finds out who a task is. `in_force`: epoch and flags; `ids`: gid and uid; `running`: whether it is the one that is running.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn facts_who(in_force: u64, ids: u64, cgroup: u64, running: u32, found: *mut Who) -> u32 {
+    // SAFETY: the verifier insists that it is null or what it should be.
+    let Some(found) = (unsafe { found.as_mut() }) else { return 0 };
+    let (epoch, flags) = ((in_force >> 32) as u32, in_force as u32);
+    let mut placed = Placed { class: CLASS_NONE, open: (running == 0) as u32 };
+    let mut seen = 1;
+    if flags & FLAG_CGROUP_CLASSES != 0 {
         // SAFETY: rows are never changed in place.
-        match unsafe { CGROUPS.get(&CgroupKey { epoch: config.epoch, pad: 0, cgroup }) } {
+        match unsafe { CGROUPS.get(&CgroupKey { epoch, pad: 0, cgroup }) } {
             Some(known) => placed = *known,
-            None => seen = false,
+            None => {
+                seen = 0;
+                if running != 0 {
+                    let inherited = inherited(epoch);
+                    placed = Placed { class: inherited as u32, open: (inherited >> 32) as u32 };
+                }
+            }
         }
     }
-    who(config, (gid as u64) << 32 | uid as u64, &placed, seen as u32)
+    who(epoch, flags, ids, &placed, seen, found);
+    1
 }
 
 /// What the nearest known ancestor of the running task's cgroup is: its class, and in the upper half whether it is open.
@@ -340,7 +360,8 @@ fn inherited(epoch: u32) -> u64 {
 }
 
 /// What the rows of `CANDIDATES` that a task matches say together.
-struct Contest {
+#[repr(C)]
+pub struct Contest {
     source: u64,
     group: u64,
     workload: u32,
@@ -349,26 +370,22 @@ struct Contest {
 }
 
 /// No row was found yet.
-#[inline(always)]
-fn nobody_yet(zero: u64) -> Contest {
-    Contest { source: zero, group: zero, workload: zero as u32, certain: zero as u32, attested: zero as u32 }
-}
+const NOBODY_YET: Contest = Contest { source: 0, group: 0, workload: 0, certain: 0, attested: 0 };
 
 #[inline(always)]
-fn who(config: &Config, ids: u64, placed: &Placed, seen: u32) -> Who {
-    let without = config.flags >> SHAPES_WITHOUT_CGROUP & shape::ALL;
-    let with = config.flags >> SHAPES_WITH_CGROUP & shape::ALL;
-    let zero = nothing(config);
-    let mut contest = nobody_yet(zero);
-    let mut undecided = zero as u32;
+fn who(epoch: u32, flags: u32, ids: u64, placed: &Placed, seen: u32, found: &mut Who) {
+    let without = flags >> SHAPES_WITHOUT_CGROUP & shape::ALL;
+    let with = flags >> SHAPES_WITH_CGROUP & shape::ALL;
+    let mut contest = NOBODY_YET;
+    let mut undecided = 0;
     if seen == 0 && placed.open != 0 {
-        candidates(config.epoch, CLASS_UNSEEN, ids, with, &mut contest);
+        candidates(epoch, CLASS_UNSEEN, ids, with, &mut contest);
         undecided = (contest.attested != 0) as u32;
-        contest = nobody_yet(zero);
+        contest = NOBODY_YET;
     }
-    candidates(config.epoch, CLASS_NONE, ids, without, &mut contest);
+    candidates(epoch, CLASS_NONE, ids, without, &mut contest);
     if placed.class != CLASS_NONE {
-        candidates(config.epoch, placed.class, ids, with, &mut contest);
+        candidates(epoch, placed.class, ids, with, &mut contest);
     }
     let workload = if contest.certain == 0 && contest.attested == 0 {
         NOT_ENROLLED
@@ -377,12 +394,20 @@ fn who(config: &Config, ids: u64, placed: &Placed, seen: u32) -> Who {
     } else {
         contest.workload
     };
-    Who { workload, undecided, source: contest.source, group: contest.group }
+    *found = Who { workload, undecided, source: contest.source, group: contest.group };
 }
 
-/// Adds the rows of a class. Its own program to the verifier, so that no caller is verified with each way through it.
-#[inline(never)]
+#[inline(always)]
 fn candidates(epoch: u32, class: u32, ids: u64, shapes: u32, contest: &mut Contest) {
+    facts_candidates(epoch, class, ids, shapes, contest);
+}
+
+/// Adds the rows of a class.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn facts_candidates(epoch: u32, class: u32, ids: u64, shapes: u32, contest: *mut Contest) -> u32 {
+    // SAFETY: the verifier insists that it is null or what it should be.
+    let Some(contest) = (unsafe { contest.as_mut() }) else { return 0 };
     let mut form = 0;
     while form < 4 {
         if shapes & 1 << form != 0 {
@@ -406,6 +431,7 @@ fn candidates(epoch: u32, class: u32, ids: u64, shapes: u32, contest: &mut Conte
         }
         form += 1;
     }
+    1
 }
 
 /// What policy says about a source and a target: first their identities, then the patterns that match either, then both; for
@@ -424,7 +450,8 @@ pub fn verdict(config: &Config, who: &Who, target: u64, group: u64, port: u16, p
 const BY_PORT: u32 = 1 << 31;
 
 #[inline(never)]
-fn verdicts(source: u64, sources: u64, target: u64, targets: u64, what: u32) -> u64 {
+#[unsafe(no_mangle)]
+pub extern "C" fn verdicts(source: u64, sources: u64, target: u64, targets: u64, what: u32) -> u64 {
     let protocol = (what >> 16) as u16 & 0x7fff;
     let most = if what & BY_PORT != 0 { 8 } else { 4 };
     let mut turn = 0;

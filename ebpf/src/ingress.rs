@@ -39,7 +39,7 @@ pub fn released(sock: *mut bpf_sock) {
         }
         bpf_get_socket_cookie(sock.cast())
     };
-    egress::released(cookie, &mut tell::event(0, 0, IPPROTO_TCP));
+    egress::egress_released(cookie, &mut tell::event(0, 0, IPPROTO_TCP));
     let _ = OWN.remove(&cookie);
     registry::closed(cookie);
 }
@@ -199,14 +199,23 @@ pub fn steer(ctx: &SkLookupContext) -> u32 {
 }
 
 /// Tells of a connection from the network that was refused.
-#[inline(never)]
+#[inline(always)]
 fn refused(reason: u32, tuple: &TupleKey) {
+    ingress_refused(reason, tuple);
+}
+
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn ingress_refused(reason: u32, tuple: *const TupleKey) -> u32 {
+    // SAFETY: the verifier insists that it is null or what it should be.
+    let Some(tuple) = (unsafe { tuple.as_ref() }) else { return 0 };
     let mut event = tell::event(EVENT_REFUSED, reason, IPPROTO_TCP);
     event.source = tuple.source;
     event.source_port = tuple.source_port;
     event.destination = tuple.destination;
     event.destination_port = tuple.destination_port;
     tell::refused(&mut event);
+    1
 }
 
 /// The strictest of what is bound where the kernel would look: the address itself, the IPv4 wildcard, the IPv6 one, each on
@@ -231,8 +240,16 @@ fn protection(config: &Config, local: &Address, port: u16, ipv6: bool, device: u
     strictest(counts)
 }
 
-#[inline(never)]
+#[inline(always)]
 fn counts(key: &ListenerKey, device: u32) -> u64 {
+    ingress_counts(key, device)
+}
+
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn ingress_counts(key: *const ListenerKey, device: u32) -> u64 {
+    // SAFETY: the verifier insists that it is null or what it should be.
+    let Some(key) = (unsafe { key.as_ref() }) else { return 0 };
     let mut key = *key;
     // SAFETY: one word, read once.
     let mut counts = unsafe { LISTENERS.get(&key) }.map_or(0, |row| row.counts);
@@ -245,7 +262,7 @@ fn counts(key: &ListenerKey, device: u32) -> u64 {
 }
 
 /// Does policy protect this address whoever listens there?
-#[inline(never)]
+#[inline(always)]
 fn is_protected(local: &Address, port: u16, ipv6: bool) -> bool {
     let mut key = ProtectedKey { address: *local, port, pad: [0; 3] };
     // SAFETY: only asked whether it is there.

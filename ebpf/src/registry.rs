@@ -81,7 +81,7 @@ pub fn listening(ops: *mut bpf_sock_ops, address: Address, port: u16) -> bool {
         return false;
     }
     let key = ListenerKey { address, netns, device, port, ipv6_only: 0 };
-    let mut owner = LAYOUT.get(0).map_or(NOBODY, running);
+    let mut owner = running();
     let who = recorded(config, owner.uid, owner.gid, owner.cgroup);
     let who = if owner.tgid == 0 { LISTENER_UNDECIDED } else { protection(config, &mut owner, who) };
     let mut row = Socket { binder: NOBODY, owner, key, mode: 0, bound: LISTENER_UNDECIDED, listens: 1 };
@@ -100,26 +100,36 @@ pub fn listening(ops: *mut bpf_sock_ops, address: Address, port: u16) -> bool {
         mode = LISTENER_UNDECIDED;
     }
     place(cookie, &mut row, mode);
-    told(cookie, EVENT_LISTENING);
+    registry_told(cookie, EVENT_LISTENING);
     true
 }
 
 /// Tells the agent that something has happened to a socket.
 #[inline(never)]
-fn told(cookie: u64, kind: u32) {
+#[unsafe(no_mangle)]
+pub extern "C" fn registry_told(cookie: u64, kind: u32) -> u32 {
     // SAFETY: what is read here was written before the socket listened.
-    let Some(row) = (unsafe { SOCKETS.get(&cookie) }) else { return };
+    let Some(row) = (unsafe { SOCKETS.get(&cookie) }) else { return 0 };
     let mut event = tell::event(kind, 0, IPPROTO_TCP);
     event.cookie = cookie;
     event.task = row.owner;
     event.destination = row.key.address;
     event.destination_port = row.key.port;
     tell::send(&event);
+    1
 }
 
 /// Puts a row in the place of what is there, so that the socket is counted under the new address before it leaves the old.
-#[inline(never)]
+#[inline(always)]
 fn place(cookie: u64, row: &mut Socket, mode: u32) -> bool {
+    registry_place(cookie, row, mode) != 0
+}
+
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn registry_place(cookie: u64, row: *mut Socket, mode: u32) -> u32 {
+    // SAFETY: the verifier insists that it is null or what it should be.
+    let Some(row) = (unsafe { row.as_mut() }) else { return 0 };
     let (mut key, mut counted) = (row.key, 0);
     if let Some(old) = SOCKETS.get_ptr_mut(&cookie) {
         // SAFETY: a row that the verifier has seen to be there; its mode is taken in one step.
@@ -139,7 +149,7 @@ fn place(cookie: u64, row: &mut Socket, mode: u32) -> bool {
         // Where there is no row, nobody is found and everybody refused.
         count(counter::UNRECORDED);
     }
-    added && placed
+    (added && placed) as u32
 }
 
 /// A socket was closed for good, or listens no more.
@@ -148,39 +158,52 @@ pub fn closed(cookie: u64) {
     // SAFETY: what is read here was written before the socket listened.
     let Some(row) = (unsafe { SOCKETS.get(&cookie) }) else { return };
     if row.listens != 0 {
-        told(cookie, EVENT_CLOSED);
+        registry_told(cookie, EVENT_CLOSED);
     }
     forget(cookie);
 }
 
 /// Removes a socket, and takes it from the count of its address.
-#[inline(never)]
+#[inline(always)]
 pub fn forget(cookie: u64) {
-    let Some(row) = SOCKETS.get_ptr_mut(&cookie) else { return };
+    registry_forget(cookie);
+}
+
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn registry_forget(cookie: u64) -> u32 {
+    let Some(row) = SOCKETS.get_ptr_mut(&cookie) else { return 0 };
     // SAFETY: a row that the verifier has seen to be there; its mode is taken in one step, so that it is given back once.
     let (mode, key) = unsafe { (swap(addr_of_mut!((*row).mode), 0), (*row).key) };
     take(&key, unit(mode as u32));
     let _ = SOCKETS.remove(&cookie);
+    1
 }
 
 /// Says what a socket is from here on.
-#[inline(never)]
+#[inline(always)]
 fn shift(cookie: u64, mode: u32) -> bool {
-    let Some(row) = SOCKETS.get_ptr_mut(&cookie) else { return mode == 0 };
+    registry_shift(cookie, mode) != 0
+}
+
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn registry_shift(cookie: u64, mode: u32) -> u32 {
+    let Some(row) = SOCKETS.get_ptr_mut(&cookie) else { return (mode == 0) as u32 };
     // SAFETY: a row that the verifier has seen to be there.
     let (before, key) = unsafe { (addr_of!((*row).mode).read_volatile(), (*row).key) };
     if before == mode as u64 {
-        return true;
+        return 1;
     }
     // The new count comes before the old one goes.
     if !add(&key, unit(mode), 0) {
-        return false;
+        return 0;
     }
     // SAFETY: as above.
     let done = unsafe { exchange(addr_of_mut!((*row).mode), before, mode as u64) };
     // Somebody else has changed it meanwhile, or it is being closed.
     take(&key, unit(if done { before as u32 } else { mode }));
-    done
+    done as u32
 }
 
 /// What the agent says about a socket.
@@ -231,19 +254,13 @@ fn record(said: &Command) -> u32 {
     if unsafe { SOCKETS.get(&said.cookie) }.is_some() {
         return COMMAND_STALE;
     }
-    let mut row = Socket {
-        binder: NOBODY,
-        owner: said.owner,
-        key: said.key,
-        mode: 0,
-        bound: LISTENER_UNDECIDED,
-        listens: 1,
-    };
+    let mut row =
+        Socket { binder: NOBODY, owner: said.owner, key: said.key, mode: 0, bound: LISTENER_UNDECIDED, listens: 1 };
     if place(said.cookie, &mut row, said.mode) { COMMAND_DONE } else { COMMAND_FULL }
 }
 
 /// An enrolled process asks for the name of a socket: if it listens and was left alone, it is left alone no more.
-#[inline(never)]
+#[inline(always)]
 pub fn held(cookie: u64) {
     let Some(row) = SOCKETS.get_ptr_mut(&cookie) else { return };
     // SAFETY: a row that the verifier has seen to be there.
@@ -260,7 +277,7 @@ pub fn held(cookie: u64) {
     }
     // Undecided: the agent looks who holds it.
     if shift(cookie, LISTENER_UNDECIDED) {
-        told(cookie, EVENT_HELD);
+        registry_told(cookie, EVENT_HELD);
     }
 }
 
@@ -283,16 +300,24 @@ fn protection(config: &Config, task: &mut Task, who: Who) -> u32 {
 }
 
 /// Adds to the counts of an address. `cookie`: who listens there last, or 0.
-#[inline(never)]
+#[inline(always)]
 fn add(key: &ListenerKey, amount: u64, cookie: u64) -> bool {
+    registry_add(key, amount, cookie) != 0
+}
+
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn registry_add(key: *const ListenerKey, amount: u64, cookie: u64) -> u32 {
+    // SAFETY: the verifier insists that it is null or what it should be.
+    let Some(key) = (unsafe { key.as_ref() }) else { return 0 };
     if amount == 0 {
-        return true;
+        return 1;
     }
     let tag = tag(key);
     for _ in 0..4 {
         let Some(row) = LISTENERS.get_ptr_mut(key) else {
             if LISTENERS.insert(key, &Listeners { counts: amount, cookie, tag }, NO_EXIST).is_ok() {
-                return true;
+                return 1;
             }
             continue;
         };
@@ -304,23 +329,31 @@ fn add(key: &ListenerKey, amount: u64, cookie: u64) -> bool {
                 if cookie != 0 {
                     addr_of_mut!((*row).cookie).write_volatile(cookie);
                 }
-                return true;
+                return 1;
             }
             if before & DYING == 0 {
                 minus(counts, amount);
             }
         }
     }
-    false
+    0
 }
 
 /// Takes from the counts of an address, and removes the row with the last.
-#[inline(never)]
+#[inline(always)]
 fn take(key: &ListenerKey, amount: u64) {
+    registry_take(key, amount);
+}
+
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn registry_take(key: *const ListenerKey, amount: u64) -> u32 {
+    // SAFETY: the verifier insists that it is null or what it should be.
+    let Some(key) = (unsafe { key.as_ref() }) else { return 0 };
     if amount == 0 {
-        return;
+        return 0;
     }
-    let Some(row) = LISTENERS.get_ptr_mut(key) else { return };
+    let Some(row) = LISTENERS.get_ptr_mut(key) else { return 0 };
     // SAFETY: a row that the verifier has seen to be there, and that what is taken now has kept there.
     unsafe {
         let counts = addr_of_mut!((*row).counts);
@@ -328,4 +361,5 @@ fn take(key: &ListenerKey, amount: u64) {
             let _ = LISTENERS.remove(key);
         }
     }
+    1
 }

@@ -16,14 +16,25 @@ use wimsey::{
 const BPFFS: &str = "/sys/fs/bpf";
 const OTHER: u32 = 3000;
 
+/// The agent: the one that this test was built with, or the one of the guest.
+fn wimsey() -> String {
+    std::env::var("WIMSEY_BIN").unwrap_or_else(|_| env!("CARGO_BIN_EXE_wimsey").to_owned())
+}
+
+/// Says why a test cannot run here, if it cannot: a guest has few programs.
+fn lacking(test: &str, programs: &[&str]) -> bool {
+    let missing = |program: &&&str| Command::new(program).arg("--version").output().is_err();
+    if let Some(program) = programs.iter().find(missing) {
+        eprintln!("SKIPPED (no {program}): {test}");
+        return true;
+    }
+    unable(test)
+}
+
 /// What a shell script of a box prints, in which `$WIMSEY` is the agent.
 fn in_a_box(words: &[&str], script: &str) -> (bool, String) {
-    let output = Command::new("unshare")
-        .args(words)
-        .args(["sh", "-ec", script])
-        .env("WIMSEY", env!("CARGO_BIN_EXE_wimsey"))
-        .output()
-        .unwrap();
+    let output =
+        Command::new("unshare").args(words).args(["sh", "-ec", script]).env("WIMSEY", wimsey()).output().unwrap();
     let said = [output.stdout, output.stderr].concat();
     (output.status.success(), String::from_utf8_lossy(&said).into_owned())
 }
@@ -34,10 +45,8 @@ fn refused(words: &[&str], script: &str, code: &str, advice: &str) {
     let at = |name: &str| folder.path().join(name).display().to_string();
     fs::create_dir(at("policies")).unwrap();
     fs::write(at("policies/none.toml"), "trust_domain = \"lab.test\"\n").unwrap();
-    let made = Command::new(env!("CARGO_BIN_EXE_wimsey"))
-        .args(["ca", "init", "--trust-domain", "lab.test", "--dir", &at("ca")])
-        .output()
-        .unwrap();
+    let made =
+        Command::new(wimsey()).args(["ca", "init", "--trust-domain", "lab.test", "--dir", &at("ca")]).output().unwrap();
     assert!(made.status.success(), "{made:?}");
     let config = format!(
         "policy_dir = \"{}\"\nstate_dir = \"{}\"\nrun_dir = \"{}\"\n[identity]\nprovider = \"embedded\"\nca_dir = \"{}\"\n\
@@ -58,7 +67,7 @@ fn refused(words: &[&str], script: &str, code: &str, advice: &str) {
 
 #[test]
 fn an_agent_in_a_cgroup_namespace_of_its_own_does_not_start() {
-    if unable("an_agent_in_a_cgroup_namespace_of_its_own_does_not_start") {
+    if lacking("an_agent_in_a_cgroup_namespace_of_its_own_does_not_start", &["unshare", "timeout"]) {
         return;
     }
     refused(&["--cgroup"], "", "cgroup-namespace", "--cgroupns=host");
@@ -66,7 +75,7 @@ fn an_agent_in_a_cgroup_namespace_of_its_own_does_not_start() {
 
 #[test]
 fn an_agent_in_a_process_namespace_of_its_own_does_not_start() {
-    if unable("an_agent_in_a_process_namespace_of_its_own_does_not_start") {
+    if lacking("an_agent_in_a_process_namespace_of_its_own_does_not_start", &["unshare", "timeout"]) {
         return;
     }
     refused(&["--pid", "--fork", "--mount-proc"], "", "pid-namespace", "--pid=host");
@@ -74,7 +83,7 @@ fn an_agent_in_a_process_namespace_of_its_own_does_not_start() {
 
 #[test]
 fn an_agent_with_a_bpf_file_system_of_its_own_does_not_start() {
-    if unable("an_agent_with_a_bpf_file_system_of_its_own_does_not_start") {
+    if lacking("an_agent_with_a_bpf_file_system_of_its_own_does_not_start", &["unshare", "timeout"]) {
         return;
     }
     let own = format!("mount -t bpf bpf {BPFFS}");
@@ -86,7 +95,7 @@ fn an_agent_with_a_bpf_file_system_of_its_own_does_not_start() {
 
 #[test]
 fn an_agent_that_sees_a_part_of_the_cgroup_tree_does_not_start() {
-    if unable("an_agent_that_sees_a_part_of_the_cgroup_tree_does_not_start") {
+    if lacking("an_agent_that_sees_a_part_of_the_cgroup_tree_does_not_start", &["unshare", "timeout"]) {
         return;
     }
     let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
@@ -149,6 +158,9 @@ fn the_way_to_the_pins_is_closed_to_others_at_every_start() {
 
 #[test]
 fn a_user_who_holds_the_lock_on_the_pins_is_named() {
+    if lacking("a_user_who_holds_the_lock_on_the_pins_is_named", &["setpriv", "flock"]) {
+        return;
+    }
     let mut world = world!();
     world.kill_agent();
     // As it was made once, and only so can a user open the directory. The root of the file system may keep users out, so the

@@ -369,7 +369,7 @@ pub struct ListenerKey {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Listeners {
-    /// Three counts in one word, so that a socket goes from one to another in one step: see [`unit`]. Bit 63 says that the
+    /// Three counts in one word, so that a socket goes from one to another in one step: see [`unit()`]. Bit 63 says that the
     /// row is about to be removed.
     pub counts: u64,
     /// Cookie of the socket that has begun to listen here last, or 0.
@@ -396,7 +396,10 @@ pub const fn unit(mode: u32) -> u64 {
 #[must_use]
 pub const fn counted(counts: u64, mode: u32) -> u64 {
     let unit = unit(mode);
-    if unit == 0 { 0 } else { counts / unit & 0x1f_ffff }
+    match counts.checked_div(unit) {
+        Some(above) => above & 0x1f_ffff,
+        None => 0,
+    }
 }
 
 /// The strictest mode that a row counts, or 0.
