@@ -65,6 +65,14 @@ pub fn at_this_moment(config: &Config) -> Config {
     unsafe { from_ref(config).read_volatile() }
 }
 
+/// A copy on the program's own stack: before Linux 6.4 only that, and not what a function was given, may be a key or a value
+/// of a map.
+#[inline(always)]
+pub fn on_the_stack<T: Copy>(given: &T) -> T {
+    // SAFETY: a reference is valid to read. Volatile: the compiler shall not do without the copy.
+    unsafe { from_ref(given).read_volatile() }
+}
+
 /// Reads one word of a context, exactly as written here.
 ///
 /// # Safety

@@ -250,7 +250,7 @@ fn counts(key: &ListenerKey, device: u32) -> u64 {
 pub extern "C" fn ingress_counts(key: *const ListenerKey, device: u32) -> u64 {
     // SAFETY: the verifier insists that it is null or what it should be.
     let Some(key) = (unsafe { key.as_ref() }) else { return 0 };
-    let mut key = *key;
+    let mut key = on_the_stack(key);
     // SAFETY: one word, read once.
     let mut counts = unsafe { LISTENERS.get(&key) }.map_or(0, |row| row.counts);
     if device != 0 {

@@ -1,4 +1,4 @@
-//! Wimsey's kernel programs, one line each: what a program decides is in [`egress`], [`names`] and [`ingress`], what it
+//! Wimsey's kernel programs, one line each: what a program decides is in [`egress`], [`guard`], [`names`], [`ingress`] and [`registry`], what it
 //! reads is in [`facts`], what it leaves behind for the agent is in [`maps`] and [`tell`].
 //!
 //! Attached to a cgroup: `connect4/6`, `sendmsg4/6`, `getpeername4/6`, `getsockname4/6`, `post_bind4/6`, `sock_release`,
@@ -14,6 +14,7 @@
 mod atomic;
 mod egress;
 mod facts;
+mod guard;
 mod ingress;
 mod maps;
 mod names;
@@ -102,7 +103,7 @@ fn tcp_events(ctx: SockOpsContext) -> u32 {
 
 #[cgroup_skb(egress)]
 fn guard(ctx: SkBuffContext) -> i32 {
-    egress::guard(ctx.as_ptr().cast())
+    guard::guard(ctx.as_ptr().cast())
 }
 
 #[sk_lookup]

@@ -130,27 +130,43 @@ fn place(cookie: u64, row: &mut Socket, mode: u32) -> bool {
 pub extern "C" fn registry_place(cookie: u64, row: *mut Socket, mode: u32) -> u32 {
     // SAFETY: the verifier insists that it is null or what it should be.
     let Some(row) = (unsafe { row.as_mut() }) else { return 0 };
-    let (mut key, mut counted) = (row.key, 0);
-    if let Some(old) = SOCKETS.get_ptr_mut(&cookie) {
-        // SAFETY: a row that the verifier has seen to be there; its mode is taken in one step.
-        unsafe {
-            key = (*old).key;
-            counted = swap(addr_of_mut!((*old).mode), 0) as u32;
-        }
+    let mut place = SOCKETS.get_ptr_mut(&cookie);
+    if place.is_none() {
+        let _ = SOCKETS.insert(&cookie, &NO_SOCKET, NO_EXIST);
+        place = SOCKETS.get_ptr_mut(&cookie);
     }
-    let added = row.key.port == 0 || add(&row.key, unit(mode), cookie);
-    row.mode = if added { mode as u64 } else { 0 };
-    let placed = SOCKETS.insert(&cookie, row, 0).is_ok();
-    if added && !placed {
-        take(&row.key, unit(mode));
-    }
-    take(&key, unit(counted));
-    if !added || !placed {
-        // Where there is no row, nobody is found and everybody refused.
+    // Where there is no row, nobody is found and everybody refused.
+    let Some(place) = place else {
         count(counter::UNRECORDED);
+        return 0;
+    };
+    // SAFETY: a row that the verifier has seen to be there; its mode is taken in one step, and while it is 0 nobody counts it.
+    unsafe {
+        let (counted, key) = (swap(addr_of_mut!((*place).mode), 0), (*place).key);
+        let added = row.key.port == 0 || add(&row.key, unit(mode), cookie);
+        (*place).binder = row.binder;
+        (*place).owner = row.owner;
+        (*place).key = row.key;
+        (*place).bound = row.bound;
+        (*place).listens = row.listens;
+        addr_of_mut!((*place).mode).write_volatile(if added { mode as u64 } else { 0 });
+        take(&key, unit(counted as u32));
+        if !added {
+            count(counter::UNRECORDED);
+        }
+        added as u32
     }
-    (added && placed) as u32
 }
+
+/// What a row is before it is filled in. Not on the stack, of which the callers need most.
+static NO_SOCKET: Socket = Socket {
+    binder: NOBODY,
+    owner: NOBODY,
+    key: ListenerKey { address: tell::NOWHERE, netns: 0, device: 0, port: 0, ipv6_only: 0 },
+    mode: 0,
+    bound: 0,
+    listens: 0,
+};
 
 /// A socket was closed for good, or listens no more.
 #[inline(always)]
@@ -310,6 +326,7 @@ fn add(key: &ListenerKey, amount: u64, cookie: u64) -> bool {
 pub extern "C" fn registry_add(key: *const ListenerKey, amount: u64, cookie: u64) -> u32 {
     // SAFETY: the verifier insists that it is null or what it should be.
     let Some(key) = (unsafe { key.as_ref() }) else { return 0 };
+    let key = &on_the_stack(key);
     if amount == 0 {
         return 1;
     }
@@ -350,6 +367,7 @@ fn take(key: &ListenerKey, amount: u64) {
 pub extern "C" fn registry_take(key: *const ListenerKey, amount: u64) -> u32 {
     // SAFETY: the verifier insists that it is null or what it should be.
     let Some(key) = (unsafe { key.as_ref() }) else { return 0 };
+    let key = &on_the_stack(key);
     if amount == 0 {
         return 0;
     }

@@ -252,7 +252,10 @@ impl Programs {
 
 /// The sockets behind addresses that several share, as they were when the counts were these.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Shared(Arc<Mutex<HashMap<ListenerKey, (Listeners, Vec<Listening>)>>>);
+pub(super) struct Shared(Arc<Mutex<HashMap<ListenerKey, AtOnce>>>);
+
+/// The counts of an address, and who listened there then.
+type AtOnce = (Listeners, Vec<Listening>);
 
 /// Most shared addresses that are remembered.
 const REMEMBERED: usize = 1024;

@@ -9,6 +9,12 @@
 #![no_std]
 #![deny(missing_docs)]
 
+mod listeners;
+mod refusals;
+
+pub use listeners::*;
+pub use refusals::*;
+
 /// Version of the layouts below. It is part of the directory name under bpffs, so that an agent never adopts maps
 /// whose layout it does not know.
 pub const ABI: u32 = 2;
@@ -348,161 +354,6 @@ pub struct Leg {
     pub pad: [u16; 3],
 }
 
-/// Key of `LISTENERS`: where a socket is bound. The address is as bound: all zero for an IPv6 wildcard, `::ffff:0.0.0.0` for
-/// an IPv4 one.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct ListenerKey {
-    /// Address as bound.
-    pub address: Address,
-    /// Cookie of the network namespace.
-    pub netns: u64,
-    /// Index of the device that the socket is bound to (`SO_BINDTODEVICE`, the scope of a link-local address), or 0.
-    pub device: u32,
-    /// Port.
-    pub port: u16,
-    /// 1 for an IPv6 socket that takes no IPv4, as far as that is known, else 0.
-    pub ipv6_only: u16,
-}
-
-/// Value of `LISTENERS`: how many sockets are bound to one address, by their protection. The strictest that is there counts.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Listeners {
-    /// Three counts in one word, so that a socket goes from one to another in one step: see [`unit()`]. Bit 63 says that the
-    /// row is about to be removed.
-    pub counts: u64,
-    /// Cookie of the socket that has begun to listen here last, or 0.
-    pub cookie: u64,
-    /// [`tag`] of the key that the row belongs to: rows are used again for other keys.
-    pub tag: u64,
-}
-
-/// Bit of [`Listeners::counts`]: the row is about to be removed, and what is added to it is lost.
-pub const DYING: u64 = 1 << 63;
-
-/// What one socket with this mode adds to [`Listeners::counts`].
-#[must_use]
-pub const fn unit(mode: u32) -> u64 {
-    match mode {
-        LISTENER_LEFT_ALONE => 1,
-        LISTENER_UNDECIDED => 1 << 21,
-        LISTENER_PROTECTED => 1 << 42,
-        _ => 0,
-    }
-}
-
-/// How many sockets with this mode a row counts.
-#[must_use]
-pub const fn counted(counts: u64, mode: u32) -> u64 {
-    let unit = unit(mode);
-    match counts.checked_div(unit) {
-        Some(above) => above & 0x1f_ffff,
-        None => 0,
-    }
-}
-
-/// The strictest mode that a row counts, or 0.
-#[must_use]
-pub const fn strictest(counts: u64) -> u32 {
-    let counts = counts & !DYING;
-    if counts >> 42 != 0 {
-        LISTENER_PROTECTED
-    } else if counts >> 21 != 0 {
-        LISTENER_UNDECIDED
-    } else if counts != 0 {
-        LISTENER_LEFT_ALONE
-    } else {
-        0
-    }
-}
-
-/// A number by which a row of `LISTENERS` is known to belong to a key.
-#[must_use]
-pub const fn tag(key: &ListenerKey) -> u64 {
-    let low = u64::from_ne_bytes([
-        key.address[8],
-        key.address[9],
-        key.address[10],
-        key.address[11],
-        key.address[12],
-        key.address[13],
-        key.address[14],
-        key.address[15],
-    ]);
-    let place = (key.device as u64) << 32 | (key.port as u64) << 16 | key.ipv6_only as u64;
-    (low ^ place).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1
-}
-
-/// Value of `SOCKETS` (by socket cookie): a socket that is bound or listens, and who bound it.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Socket {
-    /// Who bound it; all zero where nobody was recorded.
-    pub binder: Task,
-    /// For whom it listens: who bound it, who began to listen, or who was found to hold it.
-    pub owner: Task,
-    /// Where it is.
-    pub key: ListenerKey,
-    /// As what `LISTENERS` counts it: one of the `LISTENER_` modes, or 0 where it does not. In 64 bits, because it changes in
-    /// one step.
-    pub mode: u64,
-    /// What the binder is: one of the `LISTENER_` modes.
-    pub bound: u32,
-    /// 1 while it listens.
-    pub listens: u32,
-}
-
-/// Nobody concerned is enrolled: left alone. Never the result of a miss.
-pub const LISTENER_LEFT_ALONE: u32 = 1;
-/// Nothing can be said yet: refused until the agent has said what it is.
-pub const LISTENER_UNDECIDED: u32 = 2;
-/// Protected: through the agent; refused when there is none.
-pub const LISTENER_PROTECTED: u32 = 3;
-
-/// Key of `PROTECTED`: an address that policy protects, whoever listens there and whether anybody does.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct ProtectedKey {
-    /// As in [`ListenerKey`].
-    pub address: Address,
-    /// Port.
-    pub port: u16,
-    /// Always zero.
-    pub pad: [u16; 3],
-}
-
-/// What the agent says about a socket: the input of the program `registry`, which the agent runs by itself
-/// (`BPF_PROG_TEST_RUN`). Counts and rows change in the kernel only, so that nobody is between two steps.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Command {
-    /// One of the `COMMAND_` kinds.
-    pub kind: u32,
-    /// The mode that the socket has from here on.
-    pub mode: u32,
-    /// Which socket.
-    pub cookie: u64,
-    /// Where it is, for [`COMMAND_RECORD`]; and whether it takes IPv4, for [`COMMAND_SET`].
-    pub key: ListenerKey,
-    /// For whom it listens; all zero leaves that as it is.
-    pub owner: Task,
-}
-
-/// Says what a socket is.
-pub const COMMAND_SET: u32 = 1;
-/// Records a listening socket that the programs have not seen.
-pub const COMMAND_RECORD: u32 = 2;
-/// Forgets a socket that is gone.
-pub const COMMAND_FORGET: u32 = 3;
-
-/// The command was carried out (`XDP_PASS`).
-pub const COMMAND_DONE: u32 = 2;
-/// There is no such socket, or there is one already (`XDP_DROP`).
-pub const COMMAND_STALE: u32 = 1;
-/// A map is full (`XDP_TX`).
-pub const COMMAND_FULL: u32 = 3;
-
 /// What the kernel did by itself, or learnt, on the way to the agent (ring buffer `EVENTS`).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -533,85 +384,6 @@ pub struct Event {
     pub total: u64,
     /// A refusal: how many it stands for, itself included.
     pub repeats: u32,
-    /// Always zero.
-    pub pad: u32,
-}
-
-/// Key of `QUOTAS`: how many rows of a table a user has. The value is a number; what the agent gives back is counted in a row
-/// of its own. The agent makes the row of [`ANY`], for users who came when the map was full.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct QuotaKey {
-    /// Real user id.
-    pub uid: u32,
-    /// One of the `QUOTA_` tables.
-    pub what: u32,
-    /// [`QUOTA_BY_PROGRAMS`] or [`QUOTA_BY_AGENT`].
-    pub by: u32,
-}
-
-/// Rows of `FLOWS`.
-pub const QUOTA_FLOWS: u32 = 1;
-/// What the programs have taken and given back.
-pub const QUOTA_BY_PROGRAMS: u32 = 0;
-/// What the agent has given back.
-pub const QUOTA_BY_AGENT: u32 = 1;
-/// One user may have a table's rows divided by this.
-pub const QUOTA_SHARE: u32 = 4;
-
-/// Key of `REFUSALS`: refusals that are one to whoever reads of them. Where a user has had more kinds of refusals in a second
-/// than are told one by one, or the map is full, address and port are zero and stand for all.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-pub struct RefusalKey {
-    /// Destination address as dialled; for a listener, the address that was dialled.
-    pub destination: Address,
-    /// Destination port.
-    pub destination_port: u32,
-    /// Real user id of the task, or owner of the socket.
-    pub uid: u32,
-    /// One of the `REASON_` codes.
-    pub reason: u32,
-    /// IPPROTO_TCP or IPPROTO_UDP.
-    pub protocol: u32,
-}
-
-/// Value of `REFUSALS`. The programs only ever add to `total`, so that no count is lost between them and the agent, which
-/// remembers how many of them it has written down.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Refusal {
-    /// How many there were.
-    pub total: u64,
-    /// How many of them an event has stood for.
-    pub told: u64,
-    /// `CLOCK_BOOTTIME` in nanoseconds of the last event.
-    pub told_at: u64,
-    /// `CLOCK_BOOTTIME` in nanoseconds of the last refusal.
-    pub last: u64,
-    /// Who was refused first.
-    pub task: Task,
-    /// Its source address as far as known.
-    pub source: Address,
-    /// Its source port.
-    pub source_port: u32,
-    /// Number of the destination entry.
-    pub destination_id: u32,
-}
-
-/// Nanoseconds within which a refusal of one kind is told once.
-pub const REFUSAL_INTERVAL: u64 = 1_000_000_000;
-/// Kinds of refusals that are told of one user in a [`REFUSAL_INTERVAL`]; what comes beyond is told without its destination.
-pub const REFUSALS_PER_UID: u32 = 32;
-
-/// Value of `ALLOWANCES` (by uid): how many kinds of refusals are still told of a user.
-#[repr(C)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Allowance {
-    /// `CLOCK_BOOTTIME` in nanoseconds when the interval began.
-    pub since: u64,
-    /// How many were told in it.
-    pub used: u32,
     /// Always zero.
     pub pad: u32,
 }
