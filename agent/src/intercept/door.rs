@@ -6,7 +6,7 @@
 //! *Invariant:* a destination is never guessed. What the kernel has no record of is reset.
 
 use super::{
-    Direction, Error, Flow, OriginalDst, owners,
+    Direction, Error, Flow, OriginalDst, host, owners,
     registry::Shared,
     tables::{Tables, address, canonical, map_error, socket_address, tuple_key},
 };
@@ -338,11 +338,29 @@ fn listen(tables: &Tables, side: Side, ip: IpAddr) -> Result<std::net::TcpListen
     Ok(socket.into())
 }
 
+/// Tells the kernel programs that an agent has left in this network namespace, if there are any, that a socket is one of the
+/// agent's listeners: before it is bound. Where that cannot be told, it is a listener like any other.
+pub fn claim_listener(socket: &impl AsFd) {
+    let own = Own { kind: OWN_LISTENER, pad: 0, client_port: 0, client: [0; 16] };
+    let claimed = host::netns().and_then(|(_, inode)| {
+        let table = bpf::Table::<u64, Own>::open(&host::pins(inode).join(map::OWN));
+        let table = table.map_err(|error| Error::Map { map: map::OWN, error })?;
+        claim(&table, socket, &own)
+    });
+    if let Err(error) = claimed {
+        tracing::debug!(%error, "no kernel programs to tell of a listener of the agent's own");
+    }
+}
+
 /// Tells the kernel programs that a socket is the agent's, before it does anything.
 fn register(tables: &Tables, socket: &impl AsFd, own: &Own) -> Result<(), Error> {
+    claim(&tables.own, socket, own)
+}
+
+fn claim(table: &bpf::Table<u64, Own>, socket: &impl AsFd, own: &Own) -> Result<(), Error> {
     let cookie = rustix::net::sockopt::socket_cookie(socket)
         .map_err(|error| Error::Host { what: "asking for the cookie of a socket".into(), error: error.into() })?;
-    tables.own.put(&cookie, own, bpf::ANY).map_err(map_error(map::OWN))
+    table.put(&cookie, own, bpf::ANY).map_err(map_error(map::OWN))
 }
 
 /// Binds to an address as far as that is possible: a port that is taken is left to the kernel, and so is an address that

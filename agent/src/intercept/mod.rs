@@ -33,7 +33,7 @@ mod work;
 pub use control::{Notice, OldConnection, Options, Programs};
 #[cfg(test)]
 pub(crate) use door::{Congestion, prepare};
-pub use door::{Dialler, Door, Doorway, Opening};
+pub use door::{Dialler, Door, Doorway, Opening, claim_listener};
 pub use error::{Error, Holder};
 pub use host::{Finding, findings, hold_against_host};
 pub use install::{KernelFacts, Outlook, Prepared};

@@ -203,6 +203,8 @@ impl World {
     pub fn kill_agent(&mut self) {
         self.programs = None;
         self.door = None;
+        // Another test's thread may be starting a process, which has this one's listeners until it runs its program.
+        std::thread::sleep(Duration::from_millis(100));
     }
 
     pub fn programs(&mut self) -> &mut Programs {
