@@ -50,29 +50,12 @@ const IN_GUESTS: &[(&str, &[&str])] = &[
     ("wimsey", &["offload::", "relay::", "privilege::"]),
     ("hostile", &["locals::", "in_the_middle_is", "tampered", "half_a_record", "without_close_notify"]),
     ("host", &["the_oracle"]),
-    ("adversary", ADVERSARY),
-];
-
-/// One of each kind of what is done to listeners and dials, which kernels may take differently, and the random search.
-const ADVERSARY: &[&str] = &[
-    "that_was_shut_down_leaves_nothing",
-    "for_both_families_that_comes_and_goes",
-    "joins_a_port_by_reuseport",
-    "another_has_on_another_device",
-    "below_it_without_an_agent",
-    "killed_and_started_again_on_a_loaded",
-    "as_root_and_listens_as_a_workload",
-    "hands_to_a_workload",
-    "disconnected_and_gave_away",
-    "in_a_fresh_cgroup_dials",
-    "does_not_hang_and_leaves_a_line",
-    "connected_by_nobody",
-    "no_program_of_socket_calls",
+    ("adversary", &[]),
 ];
 
 /// The rooms of the lab that guests run by name only.
 const BY_NAME: &[&str] =
-    &["hostile clients::", "hostile servers::", "hostile inputs::", "hostile disks::", "the rest of adversary"];
+    &["hostile clients::", "hostile servers::", "hostile inputs::", "hostile disks::", "adversary"];
 
 /// What became of the tests on a kernel: name of the tier, count, time.
 type Outcome = (String, Fallible<Count>, Duration);
