@@ -304,31 +304,36 @@ impl Who {
 /// Which workload is the task that is running, if these are its facts? An unknown cgroup inherits.
 #[inline(always)]
 pub fn workload(config: &Config, uid: u32, gid: u32, cgroup: u64) -> Who {
-    asked(config, uid, gid, cgroup, 1)
+    let mut found = NOT_ASKED;
+    facts_workload(in_force(config), (gid as u64) << 32 | uid as u64, cgroup, &mut found);
+    found
 }
 
 /// Which workload was a task that had these facts, and need not be the one that is running?
 #[inline(always)]
 pub fn recorded(config: &Config, uid: u32, gid: u32, cgroup: u64) -> Who {
-    asked(config, uid, gid, cgroup, 0)
-}
-
-#[inline(always)]
-fn asked(config: &Config, uid: u32, gid: u32, cgroup: u64, running: u32) -> Who {
-    let mut found = Who { workload: NOT_ENROLLED, undecided: 1, source: 0, group: 0 };
-    let in_force = (config.epoch as u64) << 32 | config.flags as u64;
-    facts_who(in_force, (gid as u64) << 32 | uid as u64, cgroup, running, &mut found);
+    let mut found = NOT_ASKED;
+    facts_recorded(in_force(config), (gid as u64) << 32 | uid as u64, cgroup, &mut found);
     found
 }
 
-/// Finds out who a task is. `in_force`: epoch and flags; `ids`: gid and uid; `running`: whether it is the one that is running.
+const NOT_ASKED: Who = Who { workload: NOT_ENROLLED, undecided: 1, source: 0, group: 0 };
+
+/// Epoch and flags, as the functions below take them.
+#[inline(always)]
+fn in_force(config: &Config) -> u64 {
+    (config.epoch as u64) << 32 | config.flags as u64
+}
+
+/// [`workload`], as a function of its own to the verifier. `ids`: gid and uid. Not one with [`facts_recorded`]: not every
+/// program has the helper that tells the ancestors of a cgroup.
 #[inline(never)]
 #[unsafe(no_mangle)]
-pub extern "C" fn facts_who(in_force: u64, ids: u64, cgroup: u64, running: u32, found: *mut Who) -> u32 {
+pub extern "C" fn facts_workload(in_force: u64, ids: u64, cgroup: u64, found: *mut Who) -> u32 {
     // SAFETY: the verifier insists that it is null or what it should be.
     let Some(found) = (unsafe { found.as_mut() }) else { return 0 };
     let (epoch, flags) = ((in_force >> 32) as u32, in_force as u32);
-    let mut placed = Placed { class: CLASS_NONE, open: (running == 0) as u32 };
+    let mut placed = Placed { class: CLASS_NONE, open: 0 };
     let mut seen = 1;
     if flags & FLAG_CGROUP_CLASSES != 0 {
         // SAFETY: rows are never changed in place.
@@ -336,11 +341,29 @@ pub extern "C" fn facts_who(in_force: u64, ids: u64, cgroup: u64, running: u32, 
             Some(known) => placed = *known,
             None => {
                 seen = 0;
-                if running != 0 {
-                    let inherited = inherited(epoch);
-                    placed = Placed { class: inherited as u32, open: (inherited >> 32) as u32 };
-                }
+                let inherited = inherited(epoch);
+                placed = Placed { class: inherited as u32, open: (inherited >> 32) as u32 };
             }
+        }
+    }
+    who(epoch, flags, ids, &placed, seen, found);
+    1
+}
+
+/// [`recorded`], likewise.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn facts_recorded(in_force: u64, ids: u64, cgroup: u64, found: *mut Who) -> u32 {
+    // SAFETY: the verifier insists that it is null or what it should be.
+    let Some(found) = (unsafe { found.as_mut() }) else { return 0 };
+    let (epoch, flags) = ((in_force >> 32) as u32, in_force as u32);
+    let mut placed = Placed { class: CLASS_NONE, open: 1 };
+    let mut seen = 1;
+    if flags & FLAG_CGROUP_CLASSES != 0 {
+        // SAFETY: rows are never changed in place.
+        match unsafe { CGROUPS.get(&CgroupKey { epoch, pad: 0, cgroup }) } {
+            Some(known) => placed = *known,
+            None => seen = 0,
         }
     }
     who(epoch, flags, ids, &placed, seen, found);

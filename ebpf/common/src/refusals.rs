@@ -3,7 +3,7 @@
 use crate::{Address, Task};
 
 /// Key of `QUOTAS`: how many rows of a table a user has. The value is a number; what the agent gives back is counted in a row
-/// of its own. The agent makes the row of [`ANY`], for users who came when the map was full.
+/// of its own. The agent makes the row of [`ANY`](crate::ANY), for users who came when the map was full.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct QuotaKey {
