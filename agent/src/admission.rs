@@ -192,10 +192,11 @@ impl Places {
             return Err(Full { kind: self.kind, who, own, taken, all: self.all });
         }
         held.taken += 1;
-        for holder in std::iter::once(&who).chain(&within) {
+        let who: Box<[Holder]> = std::iter::once(who).chain(within).collect();
+        for holder in &who {
             *held.by.entry(holder.clone()).or_default() += 1;
         }
-        Ok(Place { of: self.clone(), who, within })
+        Ok(Place { of: self.clone(), who })
     }
 }
 
@@ -209,15 +210,15 @@ fn admits(own: usize, taken: usize, all: usize) -> bool {
 #[derive(Debug)]
 pub struct Place {
     of: Arc<Places>,
-    who: Holder,
-    within: Option<Holder>,
+    /// Boxed: a place is held for as long as its connection.
+    who: Box<[Holder]>,
 }
 
 impl Drop for Place {
     fn drop(&mut self) {
         let mut held = lock(&self.of.held);
         held.taken = held.taken.saturating_sub(1);
-        for holder in std::iter::once(&self.who).chain(&self.within) {
+        for holder in &self.who {
             if let Some(own) = held.by.get_mut(holder) {
                 *own -= 1;
                 if *own == 0 {
