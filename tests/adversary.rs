@@ -31,3 +31,25 @@ mod dials;
 mod floods;
 #[path = "adversary/search.rs"]
 mod search;
+
+/// Processors have nothing to spare while this runs.
+fn loaded<T>(work: impl FnOnce() -> T) -> T {
+    struct Done<'a>(&'a std::sync::atomic::AtomicBool);
+    impl Drop for Done<'_> {
+        fn drop(&mut self) {
+            self.0.store(true, std::sync::atomic::Ordering::Relaxed);
+        }
+    }
+    let done = std::sync::atomic::AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        for _ in 0..4 {
+            scope.spawn(|| {
+                while !done.load(std::sync::atomic::Ordering::Relaxed) {
+                    std::hint::black_box((0..10_000).sum::<u64>());
+                }
+            });
+        }
+        let _ends = Done(&done);
+        work()
+    })
+}

@@ -403,8 +403,7 @@ fn sendmsg(ctx: *mut bpf_sock_addr, dialled: Address, port: u16) -> i32 {
     REFUSE
 }
 
-/// Records where a connection that is turned to the agent wanted to go. Gives the reason where there is no room, else 0. Not inlined: its record
-/// and what [`tell::refused`] needs would not fit on one stack.
+/// Records where a connection that is turned to the agent wanted to go. Gives the reason where there is no room, else 0.
 #[inline(always)]
 fn remember(event: &Event, generation: u32, family: u16, agent_port: u16) -> u32 {
     egress_remember(event, generation, family as u32, agent_port as u32)

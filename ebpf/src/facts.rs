@@ -140,9 +140,8 @@ pub fn reached(address: Address, bound: &Address) -> Address {
     address
 }
 
-/// Leaves an address as it is, and makes the verifier forget what it knows of it. It follows every way on which an address may have come
-/// about to the end of the program, as long as it can tell the results apart: here the ways become one again, and
-/// `connect6` takes a third of the work to verify.
+/// Leaves an address as it is, and makes the verifier forget what it knows of it. The verifier follows every way on which an
+/// address may have come about to the end of the program, as long as it can tell the results apart: here they become one.
 #[inline(never)]
 pub fn blur(address: &mut Address, epoch: u32) {
     // A slot that is written at an index which only the map knows could hold anything, to the verifier.

@@ -10,6 +10,9 @@ use aya_ebpf::{
 };
 use wimsey_common::*;
 
+/// Flag of an insertion: only where there is no row.
+pub const NO_EXIST: u64 = 1;
+
 #[map]
 pub static CONFIG: Array<Config> = Array::pinned(1, 0);
 #[map]

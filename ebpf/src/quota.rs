@@ -6,7 +6,10 @@
 //!
 //! *Invariant:* whatever is taken is given back under the same user, once.
 
-use crate::{atomic::plus, maps::QUOTAS};
+use crate::{
+    atomic::plus,
+    maps::{NO_EXIST, QUOTAS},
+};
 use wimsey_common::*;
 
 /// Rows of `FLOWS` that one user may have. The agent puts in the number that fits the map.
@@ -51,7 +54,7 @@ fn row(uid: u32, what: u32) -> Option<(*mut u64, u64)> {
     let mut key = QuotaKey { uid, what, by: QUOTA_BY_PROGRAMS };
     let mut row = QUOTAS.get_ptr_mut(&key);
     if row.is_none() {
-        let _ = QUOTAS.insert(&key, &0, BPF_NOEXIST);
+        let _ = QUOTAS.insert(&key, &0, NO_EXIST);
         row = QUOTAS.get_ptr_mut(&key);
     }
     if row.is_none() {
@@ -64,5 +67,3 @@ fn row(uid: u32, what: u32) -> Option<(*mut u64, u64)> {
     let by_agent = unsafe { QUOTAS.get(&key) }.map_or(0, |given| *given);
     Some((row, by_agent))
 }
-
-const BPF_NOEXIST: u64 = 1;

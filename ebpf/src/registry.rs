@@ -21,8 +21,6 @@ use aya_ebpf::{
 use core::ptr::{addr_of, addr_of_mut};
 use wimsey_common::*;
 
-const NO_EXIST: u64 = 1;
-
 /// A socket was bound. Refuses the bind where the binder may be a workload and there is no room to protect it.
 #[inline(always)]
 pub fn bound(sock: *mut bpf_sock, address: Address) -> i32 {

@@ -9,7 +9,6 @@ use serde_json::Value;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::process::Command;
-use std::sync::atomic::{AtomicBool, Ordering};
 
 /// Audit lines of alpha that let somebody be this workload. They are written when a connection ends.
 fn allowed(mesh: &Mesh<'_>, name: &str) -> usize {
@@ -58,28 +57,6 @@ fn an_ipv6_socket_that_a_user_connected_and_gave_away_is_not_the_users_any_more(
     handed(&lab!(), "", "; disconnect s", 6);
 }
 
-/// Processors have nothing to spare while this runs.
-fn loaded<T>(work: impl FnOnce() -> T) -> T {
-    struct Done<'a>(&'a AtomicBool);
-    impl Drop for Done<'_> {
-        fn drop(&mut self) {
-            self.0.store(true, Ordering::Relaxed);
-        }
-    }
-    let done = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        for _ in 0..4 {
-            scope.spawn(|| {
-                while !done.load(Ordering::Relaxed) {
-                    std::hint::black_box((0..10_000).sum::<u64>());
-                }
-            });
-        }
-        let _ends = Done(&done);
-        work()
-    })
-}
-
 /// An attacker in a tree of cgroups of its own, on alpha, and somebody on another host who listens.
 fn fresh_cgroups(lab: &Lab) -> (Hand, String, Hand) {
     let tree = lab.delegate("delegated", ATTACKER).display().to_string();
@@ -96,7 +73,7 @@ fn what_a_process_in_a_fresh_cgroup_dials_beside_the_mesh_is_dialled_by_itself()
     let (mut attacker, tree, outside) = fresh_cgroups(&lab);
     let to = lab.stranger.at(9000);
     let number = clock::count(50).max(5);
-    let ports: BTreeMap<String, SocketAddr> = loaded(|| {
+    let ports: BTreeMap<String, SocketAddr> = super::loaded(|| {
         let one = |index: usize| {
             let line = format!(
                 "mkdir {tree}/{index}; cgroup {tree}/{index}; socket s{index} 4; connect s{index} {to}; \

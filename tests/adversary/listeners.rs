@@ -311,30 +311,16 @@ fn a_server_that_is_killed_and_started_again_on_a_loaded_machine_has_an_owner() 
     let lab = lab!();
     let mesh = mesh!(lab, &policy(&lab, &[PORT]));
     let at = format!("0.0.0.0:{PORT}");
-    let done = AtomicBool::new(false);
-    std::thread::scope(|scope| {
-        for _ in 0..4 {
-            scope.spawn(|| {
-                while !done.load(Ordering::Relaxed) {
-                    std::hint::black_box((0..10_000).sum::<u64>());
-                }
-            });
-        }
-        let rounds = clock::count(24).max(4);
-        let outcome = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            let mut server = web(&lab, "server", "web-0", "opt s reuseaddr; ", &at);
-            for round in 1..=rounds {
-                let say = format!("send:{}\\n", lab.marker());
-                let mut open = lab.talk(&lab.alpha, "client", lab.beta.at(PORT), &[], &[&say, "line", "wait"]);
-                open.step("connect");
-                server.end();
-                server = web(&lab, "server", &format!("web-{round}"), "opt s reuseaddr; ", &at);
-                lab.expect_served(&mesh, lab.beta.at(PORT));
-            }
-        }));
-        done.store(true, Ordering::Relaxed);
-        if let Err(panic) = outcome {
-            std::panic::resume_unwind(panic);
+    let rounds = clock::count(24).max(4);
+    super::loaded(|| {
+        let mut server = web(&lab, "server", "web-0", "opt s reuseaddr; ", &at);
+        for round in 1..=rounds {
+            let say = format!("send:{}\\n", lab.marker());
+            let mut open = lab.talk(&lab.alpha, "client", lab.beta.at(PORT), &[], &[&say, "line", "wait"]);
+            open.step("connect");
+            server.end();
+            server = web(&lab, "server", &format!("web-{round}"), "opt s reuseaddr; ", &at);
+            lab.expect_served(&mesh, lab.beta.at(PORT));
         }
     });
     let lines = mesh.beta().records_for(PORT);

@@ -234,17 +234,22 @@ fn a_missing_or_foreign_bundle_is_refused() {
     refused(&agent, &["friends.pem", "666"]);
 }
 
+/// Another trust domain's authorities and their list, for agent.toml.
+fn trust_in_friends(bundle: &Path, list: &Path) -> String {
+    format!(
+        "[[trust]]\ntrust_domain = \"friends.test\"\nbundle = \"{}\"\ncrl = \"{}\"\n",
+        bundle.display(),
+        list.display()
+    )
+}
+
 #[test]
 fn a_broken_foreign_or_expired_revocation_list_is_refused() {
     let lab = lab!();
     let (mint, bundle, _) = Mint::found("friends.test", Duration::days(-1), Duration::days(1)).unwrap();
     let (stranger, ..) = Mint::found("friends.test", Duration::days(-1), Duration::days(1)).unwrap();
     let (bundle, list) = (lab.file("friends.pem", bundle), lab.directory().join("friends.crl"));
-    let tables = format!(
-        "[[trust]]\ntrust_domain = \"friends.test\"\nbundle = \"{}\"\ncrl = \"{}\"\n",
-        bundle.display(),
-        list.display()
-    );
+    let tables = trust_in_friends(&bundle, &list);
     let directory = or_skip!(authority(&lab, DOMAIN));
     let settings = Settings { tables, ..with_authority(&directory) };
     let agent = or_skip!(agent(&lab, &Policy::standard(&lab), &settings));
@@ -286,11 +291,7 @@ fn a_file_in_which_one_section_is_written_unusually_is_refused_with_its_line() {
     let (old, old_pem, _) = Mint::found("friends.test", Duration::days(-1), Duration::days(1)).unwrap();
     let (_, new_pem, key) = Mint::found("friends.test", Duration::days(-1), Duration::days(1)).unwrap();
     let (bundle, list) = (lab.file("friends.pem", &old_pem), lab.directory().join("friends.crl"));
-    let tables = format!(
-        "[[trust]]\ntrust_domain = \"friends.test\"\nbundle = \"{}\"\ncrl = \"{}\"\n",
-        bundle.display(),
-        list.display()
-    );
+    let tables = trust_in_friends(&bundle, &list);
     let directory = or_skip!(authority(&lab, DOMAIN));
     let settings = Settings { tables, ..with_authority(&directory) };
     let agent = or_skip!(agent(&lab, &Policy::standard(&lab), &settings));

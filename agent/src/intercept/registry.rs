@@ -293,15 +293,9 @@ impl Shared {
     /// to the address itself, else to the IPv4 wildcard, else to the IPv6 one; on any device, else on the loopback device.
     pub fn reached(&self, tables: &Tables, local: SocketAddr, netns: u64) -> io::Result<Vec<Listening>> {
         const LOOPBACK_DEVICE: u32 = 1;
-        let exact = listener_key(local, netns);
-        let four = ListenerKey { address: address(IpAddr::V4(Ipv4Addr::UNSPECIFIED)), ..exact };
-        let six = ListenerKey { address: address(IpAddr::V6(Ipv6Addr::UNSPECIFIED)), ..exact };
-        let other = match canonical(local).ip() {
-            IpAddr::V4(_) => four,
-            IpAddr::V6(_) => ListenerKey { ipv6_only: 1, ..six },
-        };
+        let places = places(local, netns);
         for device in [0, LOOPBACK_DEVICE] {
-            for key in [exact, other, six] {
+            for key in places {
                 let found = self.at(tables, &ListenerKey { device, ..key })?;
                 if !found.is_empty() {
                     return Ok(found);
@@ -312,16 +306,23 @@ impl Shared {
     }
 }
 
+/// Where the kernel looks for the listener of a connection to this address: the address itself, the wildcard of its family
+/// (for IPv6, sockets that take nothing else), the wildcard of both. As `protection` in `ebpf/src/ingress.rs`.
+fn places(local: SocketAddr, netns: u64) -> [ListenerKey; 3] {
+    let exact = listener_key(local, netns);
+    let both = ListenerKey { address: address(IpAddr::V6(Ipv6Addr::UNSPECIFIED)), ..exact };
+    let of_family = match canonical(local).ip() {
+        IpAddr::V4(_) => ListenerKey { address: address(IpAddr::V4(Ipv4Addr::UNSPECIFIED)), ..exact },
+        IpAddr::V6(_) => ListenerKey { ipv6_only: 1, ..both },
+    };
+    [exact, of_family, both]
+}
+
 impl Tables {
     /// What becomes of a connection to this address: the strictest mode of all that is bound there.
     pub fn strictest_at(&self, local: SocketAddr, netns: u64) -> io::Result<u32> {
-        let exact = listener_key(local, netns);
-        let four = ListenerKey { address: address(IpAddr::V4(Ipv4Addr::UNSPECIFIED)), ..exact };
-        let six = ListenerKey { address: address(IpAddr::V6(Ipv6Addr::UNSPECIFIED)), ..exact };
-        let is_four = canonical(local).is_ipv4();
-        let only_six = ListenerKey { ipv6_only: 1, ..six };
         let mut counts = 0;
-        for key in [exact, six, if is_four { four } else { only_six }] {
+        for key in places(local, netns) {
             counts |= self.listeners.get(&key)?.map_or(0, |row| row.counts);
             let key = ProtectedKey { address: key.address, port: key.port, pad: [0; 3] };
             if self.protected.get(&key)?.is_some() {
