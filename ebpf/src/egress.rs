@@ -210,11 +210,7 @@ fn connect(ctx: *mut bpf_sock_addr, dialled: Address, port: u16, family: u16) ->
     }
     let found = destination(config, &event.destination, port);
     event.task = task();
-    let zero = nothing(config);
-    // SAFETY: sixteen bytes are sixteen bytes.
-    let mut hint: Address = unsafe { core::mem::transmute([zero, zero]) };
-    event.destination_id = zero as u32;
-    event.task.workload = zero as u32;
+    let mut hint = NOWHERE;
     if let Some(found) = found {
         event.destination_id = found.target as u32;
         hint = found.source;

@@ -51,13 +51,6 @@ pub fn is_tcp(protocol: u32) -> bool {
     protocol == IPPROTO_TCP || protocol == IPPROTO_MPTCP
 }
 
-/// Zero, of which the verifier does not know that it is.
-#[inline(always)]
-pub fn nothing(config: &Config) -> u64 {
-    // SAFETY: a reference is valid to read.
-    unsafe { addr_of!(config.zero).read_volatile() }
-}
-
 /// The configuration as it is at one moment. A reload flips the epoch, and who is who and what is where have to be of one.
 #[inline(always)]
 pub fn at_this_moment(config: &Config) -> Config {

@@ -94,10 +94,34 @@ pub fn bpf_cargo(verb: &str, rest: &[&str]) -> Command {
 /// Builds the kernel programs.
 pub fn kernel_programs() -> Fallible {
     step("kernel programs").run(bpf_cargo("build", &[]))?;
-    if object_path().is_file() {
+    if !object_path().is_file() {
+        return Err(format!("the build of ebpf/ left no {}", object_path().display()).into());
+    }
+    without_debug_information(&object_path())
+}
+
+/// The type information that the verifier reads (BTF) is made from debug information, which the agent need not carry: where the
+/// toolchain has what takes it off, it is taken off.
+///
+/// Once: an object that is written again is one that the agent is built again for.
+fn without_debug_information(object: &Path) -> Fallible {
+    const SECTION: &[u8] = b".debug_info";
+    let bytes = fs::read(object).during("cannot read the kernel programs")?;
+    if !bytes.windows(SECTION.len()).any(|window| window == SECTION) {
         return Ok(());
     }
-    Err(format!("the build of ebpf/ left no {}", object_path().display()).into())
+    let mut rustc = Command::new("rustc");
+    setup::pin(&mut rustc);
+    let printed = rustc.args(["--print", "sysroot"]).output().during("cannot run rustc")?;
+    let libraries = Path::new(String::from_utf8_lossy(&printed.stdout).trim()).join("lib");
+    let hosts = fs::read_dir(libraries.join("rustlib")).into_iter().flatten().flatten();
+    let Some(objcopy) = hosts.map(|host| host.path().join("bin/rust-objcopy")).find(|path| path.is_file()) else {
+        return Ok(());
+    };
+    let mut strip = Command::new(objcopy);
+    strip.env("LD_LIBRARY_PATH", &libraries).arg("--strip-debug").arg(object);
+    let status = strip.status().during("cannot run rust-objcopy")?;
+    if status.success() { Ok(()) } else { Err(format!("{} cannot be stripped", object.display()).into()) }
 }
 
 /// A copy without debug information: what goes into a guest is loaded into its memory.

@@ -122,7 +122,6 @@ impl Control {
             Ok(bytes) => tracing::debug!(bytes, "what only the start needed is given back"),
             Err(error) => tracing::debug!(%error, "what only the start needed stays in memory"),
         }
-        self.listeners.judge(self.shared.identities.attestor(), self.shared.policy.load_full());
         loop {
             tokio::select! {
                 notice = self.programs.notice() => self.heed(notice),
@@ -138,7 +137,7 @@ impl Control {
                 _ = tick.tick() => self.tidy(),
                 _ = stop(&mut terminate, &mut interrupt) => break,
             }
-            self.listeners.judge(self.shared.identities.attestor(), self.shared.policy.load_full());
+            self.listeners.judge(self.shared.identities.attestor(), &self.shared.policy);
         }
         self.drain(closing, shards, &mut questions, [&mut terminate, &mut interrupt]).await;
         self.tell_the_rest();
@@ -188,7 +187,6 @@ impl Control {
         }
     }
 
-    /// Attests the owner of a listening socket, beside the loop.
     /// Takes what was found out about a listening socket.
     fn take(&mut self, report: Report) {
         if let Err(error) = self.listeners.take(report, &self.programs) {

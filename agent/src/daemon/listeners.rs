@@ -9,6 +9,7 @@
 use crate::identify::attest::{Attested, Attestor};
 use crate::intercept::{self, Held, Listening, Programs};
 use crate::policy::Policy;
+use arc_swap::ArcSwap;
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -101,7 +102,7 @@ impl Listeners {
     }
 
     /// Begins to judge what waits, unless that is under way.
-    pub(super) fn judge(&mut self, attestor: &Arc<Attestor>, policy: Arc<Policy>) {
+    pub(super) fn judge(&mut self, attestor: &Arc<Attestor>, policy: &ArcSwap<Policy>) {
         if self.walking || self.waiting.is_empty() {
             return;
         }
@@ -109,6 +110,7 @@ impl Listeners {
         let waiting = std::mem::take(&mut self.waiting);
         let listening: Vec<Listening> =
             waiting.iter().filter_map(|cookie| self.known.get(cookie)).map(|known| known.listening).collect();
+        let policy = policy.load_full();
         let (attestor, hierarchy, report) = (attestor.clone(), self.hierarchy.clone(), self.reports.0.clone());
         tokio::task::spawn_local(async move {
             let walk = tokio::task::spawn_blocking(move || intercept::holders(&waiting, &hierarchy)).await;

@@ -298,9 +298,8 @@ impl Attestor {
     pub fn may_be_enrolled(&self, task: &Task, policy: &Policy) -> bool {
         let path = self.hierarchy.path_of(task.cgroup).ok().flatten();
         let set = path.map(|path| policy.cgroup_set(&path)).unwrap_or_default();
-        policy.candidates(&set).iter().chain(&policy.candidates(&[])).any(|candidate| {
-            candidate.uid.is_none_or(|uid| uid == task.uid) && candidate.gid.is_none_or(|gid| gid == task.gid)
-        })
+        let rows = [policy.candidates(&set), policy.candidates(&[])];
+        rows.iter().flatten().any(|row| row.fits(task.uid, task.gid))
     }
 
     async fn look_at_owner(

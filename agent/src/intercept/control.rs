@@ -149,7 +149,6 @@ impl Programs {
             flags: 0,
             epoch: 0,
             namespace: install::NAMESPACE,
-            zero: 0,
         });
         // Sockets are recorded from the moment that the programs are attached.
         tables.layout.put(&0, &layout::running(), bpf::ANY).map_err(map_error(map::LAYOUT))?;
@@ -284,11 +283,6 @@ impl Programs {
         }
     }
 
-    /// Tries again to tell the kernel programs of the cgroups for which there was no room. Until then nobody knows them.
-    pub fn retry(&mut self) -> Result<(), Error> {
-        self.classify_again()
-    }
-
     /// A notice that is here already.
     pub fn waiting(&mut self) -> Option<Notice> {
         self.notices.pop_front()
@@ -360,7 +354,6 @@ impl Programs {
             flags: flags & !FLAG_REGISTRY_COMPLETE | complete,
             epoch,
             namespace: install::NAMESPACE,
-            zero: 0,
         }
     }
 

@@ -431,8 +431,8 @@ impl Programs {
         self.classify(&changes.made)
     }
 
-    /// Tries again to write the rows of cgroups for which there was no room.
-    pub(super) fn classify_again(&mut self) -> Result<(), Error> {
+    /// Tries again to tell the kernel programs of the cgroups for which there was no room. Until then nobody knows them.
+    pub fn retry(&mut self) -> Result<(), Error> {
         let placed = &self.classes.placed;
         let again: Vec<Cgroup> = self.cgroups.all().into_iter().filter(|cgroup| !placed.contains(&cgroup.id)).collect();
         self.classify(&again)

@@ -4,7 +4,6 @@
 //!
 //! *Invariant:* a layout is whole or not there: without one the programs read nothing, and decide nothing by it.
 
-use std::collections::HashMap;
 use wimsey_common::TaskLayout;
 
 /// Type information of the running kernel.
@@ -43,11 +42,12 @@ fn of(bytes: &[u8]) -> Option<TaskLayout> {
 struct Types<'b> {
     types: &'b [u8],
     strings: &'b [u8],
-    /// Structures and unions by their number: where their members are, how many, and whether some are fields of bits.
-    composed: HashMap<u32, (usize, usize, bool)>,
-    /// The numbers of structures by where their names are.
-    named: HashMap<u32, Vec<u32>>,
+    /// Where each type begins; their numbers count from 1.
+    starts: Vec<u32>,
 }
+
+const STRUCTURE: u32 = 4;
+const UNION: u32 = 5;
 
 impl<'b> Types<'b> {
     fn read(bytes: &'b [u8]) -> Option<Self> {
@@ -61,56 +61,58 @@ impl<'b> Types<'b> {
             let start = header.checked_add(start)?;
             bytes.get(start..start.checked_add(length)?)
         };
-        let (types, strings) = (part(type_start, type_length)?, part(string_start, string_length)?);
-        let word = |at| word_at(types, at);
-        let mut all = Self { types, strings, composed: HashMap::new(), named: HashMap::new() };
-        let (mut at, mut number) = (0, 0);
-        while at < types.len() {
-            number += 1;
-            let (name, info) = (word(at)?, word(at + 4)?);
-            let (kind, count, bits) = (info >> 24 & 0x1f, (info & 0xffff) as usize, info >> 31 != 0);
-            at += 12;
-            match kind {
-                // Structures and unions.
-                4 | 5 => {
-                    all.composed.insert(number, (at, count, bits));
-                    if kind == 4 {
-                        all.named.entry(name).or_default().push(number);
-                    }
-                }
-                _ => {}
-            }
-            at += match kind {
-                // Integers, variables, declaration tags.
-                1 | 14 | 17 => 4,
-                3 => 12,
-                4 | 5 | 15 | 19 => count * 12,
-                6 | 13 => count * 8,
-                2 | 7..=12 | 16 | 18 => 0,
-                _ => return None,
-            };
+        let mut all = Self {
+            types: part(type_start, type_length)?,
+            strings: part(string_start, string_length)?,
+            starts: Vec::new(),
+        };
+        let mut at = 0;
+        while at < all.types.len() {
+            all.starts.push(u32::try_from(at).ok()?);
+            let (kind, count, _) = all.info(at)?;
+            at += 12
+                + match kind {
+                    // Integers, variables, declaration tags.
+                    1 | 14 | 17 => 4,
+                    3 => 12,
+                    STRUCTURE | UNION | 15 | 19 => count * 12,
+                    6 | 13 => count * 8,
+                    2 | 7..=12 | 16 | 18 => 0,
+                    _ => return None,
+                };
         }
         Some(all)
     }
 
+    /// Kind of the type that begins here, how many members it has, and whether some of them are fields of bits.
+    fn info(&self, at: usize) -> Option<(u32, usize, bool)> {
+        let info = word_at(self.types, at + 4)?;
+        Some((info >> 24 & 0x1f, (info & 0xffff) as usize, info >> 31 != 0))
+    }
+
     /// Offset of a member in bytes, also inside of members without a name.
     fn offset(&self, structure: &str, member: &str) -> Option<u32> {
-        let named = self.named.iter().find(|(name, _)| self.name(**name) == Some(structure.as_bytes()));
-        let bits = named?.1.iter().find_map(|number| self.find(*number, member, 0))?;
+        let is_named = |at: &usize| {
+            self.info(*at).is_some_and(|(kind, ..)| kind == STRUCTURE)
+                && word_at(self.types, *at).and_then(|name| self.name(name)) == Some(structure.as_bytes())
+        };
+        let mut named = self.starts.iter().map(|at| *at as usize).filter(is_named);
+        let bits = named.find_map(|at| self.find(at, member, 0))?;
         (bits % 8 == 0).then_some(bits / 8)
     }
 
-    fn find(&self, number: u32, wanted: &str, depth: u32) -> Option<u32> {
-        if depth > 8 {
+    fn find(&self, structure: usize, wanted: &str, depth: u32) -> Option<u32> {
+        let (kind, count, bits) = self.info(structure)?;
+        if depth > 8 || !matches!(kind, STRUCTURE | UNION) {
             return None;
         }
-        let (start, count, bits) = *self.composed.get(&number)?;
         (0..count).find_map(|index| {
-            let at = start + index * 12;
-            let (name, kind) = (word_at(self.types, at)?, word_at(self.types, at + 4)?);
+            let at = structure + 12 + index * 12;
+            let (name, number) = (word_at(self.types, at)?, word_at(self.types, at + 4)?);
             let offset = word_at(self.types, at + 8)? & if bits { 0x00ff_ffff } else { u32::MAX };
             if name == 0 {
-                return self.find(kind, wanted, depth + 1)?.checked_add(offset);
+                let inner = *self.starts.get((number as usize).checked_sub(1)?)?;
+                return self.find(inner as usize, wanted, depth + 1)?.checked_add(offset);
             }
             (self.name(name) == Some(wanted.as_bytes())).then_some(offset)
         })

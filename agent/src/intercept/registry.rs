@@ -196,11 +196,7 @@ impl Programs {
                 return false;
             }
             let Some(path) = paths.get(&task.cgroup) else { return true };
-            facts
-                .candidates(&facts.cgroup_set(path))
-                .iter()
-                .chain(&everybody)
-                .any(|row| row.uid.is_none_or(|uid| uid == task.uid) && row.gid.is_none_or(|gid| gid == task.gid))
+            facts.candidates(&facts.cgroup_set(path)).iter().chain(&everybody).any(|row| row.fits(task.uid, task.gid))
         };
         let cookies = left_alone.iter().map(|listening| listening.cookie).collect();
         let held = holders(&cookies, &self.host.cgroup2)?;

@@ -89,6 +89,13 @@ pub struct KernelCandidate {
     pub attested: u16,
 }
 
+impl KernelCandidate {
+    /// Is it a row for whoever has these ids?
+    pub fn fits(&self, uid: u32, gid: u32) -> bool {
+        self.uid.is_none_or(|wanted| wanted == uid) && self.gid.is_none_or(|wanted| wanted == gid)
+    }
+}
+
 /// What the kernel has to know of a registration entry.
 #[derive(Clone, Debug, Default)]
 pub(super) struct Seen {

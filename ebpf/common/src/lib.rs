@@ -54,9 +54,6 @@ pub struct Config {
     pub epoch: u32,
     /// Number of the network namespace in [`DestinationKey`]s.
     pub namespace: u32,
-    /// Always zero. To the verifier it is any number: where one way writes something and another writes nothing, nothing is
-    /// taken from here, so that the verifier sees one way.
-    pub zero: u64,
 }
 
 /// Offsets in bytes, from the kernel's own type information (BTF): a program of kind `sock_ops` has no helper that tells
@@ -526,7 +523,7 @@ pub mod map {
 pub const DESTINATION_KEY_BITS: u32 = (core::mem::size_of::<DestinationKey>() * 8) as u32;
 
 const _: () = {
-    assert!(core::mem::size_of::<Config>() == 40);
+    assert!(core::mem::size_of::<Config>() == 32);
     assert!(core::mem::size_of::<CgroupKey>() == 16);
     assert!(core::mem::size_of::<Placed>() == 8);
     assert!(core::mem::size_of::<CandidateKey>() == 16);

@@ -224,8 +224,7 @@ impl InForce {
         let Prepared { facts, rows, differing, anew, .. } = outlook.prepare(facts);
         let epoch = anew.as_ref().map_or(self.epoch, |anew| anew.epoch);
         let flags = rows.flags;
-        let config =
-            Config { abi: ABI, generation: 1, netns_cookie: 1, shards: 1, flags, epoch, namespace: NAMESPACE, zero: 0 };
+        let config = Config { abi: ABI, generation: 1, netns_cookie: 1, shards: 1, flags, epoch, namespace: NAMESPACE };
         let changes = if anew.is_some() { Vec::new() } else { self.classes.changes(facts.as_ref()) };
         let mut classes = Classes::default();
         let anew = anew.map(|anew| {
