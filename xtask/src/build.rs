@@ -118,10 +118,15 @@ fn without_debug_information(object: &Path) -> Fallible {
     let Some(objcopy) = hosts.map(|host| host.path().join("bin/rust-objcopy")).find(|path| path.is_file()) else {
         return Ok(());
     };
+    let stripped = object.with_extension("stripped");
     let mut strip = Command::new(objcopy);
-    strip.env("LD_LIBRARY_PATH", &libraries).arg("--strip-debug").arg(object);
-    let status = strip.status().during("cannot run rust-objcopy")?;
-    if status.success() { Ok(()) } else { Err(format!("{} cannot be stripped", object.display()).into()) }
+    strip.env("LD_LIBRARY_PATH", &libraries).arg("--strip-debug").args([object, &stripped]);
+    if !strip.status().during("cannot run rust-objcopy")?.success() {
+        return Err(format!("{} cannot be stripped", object.display()).into());
+    }
+    // Into the very file, which has a second name in cargo's folder: a new one would be replaced at the next build.
+    fs::write(object, fs::read(&stripped).during("cannot read what was stripped")?)
+        .during("cannot write the kernel programs")
 }
 
 /// A copy without debug information: what goes into a guest is loaded into its memory.
