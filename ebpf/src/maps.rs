@@ -5,7 +5,8 @@
 
 use aya_ebpf::{
     bindings::BPF_F_NO_PREALLOC,
-    macros::map,
+    btf_maps::SkStorage,
+    macros::{btf_map, map},
     maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, SockMap},
 };
 use wimsey_common::*;
@@ -37,6 +38,9 @@ pub static LEGS: HashMap<TupleKey, Leg> = HashMap::pinned(131_072, BPF_F_NO_PREA
 pub static LISTENERS: HashMap<ListenerKey, Listeners> = HashMap::pinned(131_072, BPF_F_NO_PREALLOC);
 #[map]
 pub static SOCKETS: HashMap<u64, Socket> = HashMap::pinned(131_072, BPF_F_NO_PREALLOC);
+/// Lives and goes with the socket: nobody can fill it with sockets that are gone, whatever hook these pass by.
+#[btf_map(pin_by_name)]
+pub static BINDERS: SkStorage<Task> = SkStorage::new();
 #[map]
 pub static PROTECTED: HashMap<ProtectedKey, u32> = HashMap::pinned(65_536, BPF_F_NO_PREALLOC);
 #[map]

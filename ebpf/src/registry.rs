@@ -1,9 +1,10 @@
 //! The registry of listening sockets: one row a socket, under its cookie, and how many there are at each address, by what
 //! they are.
 //!
-//! A row is written when a socket is bound, before it can be found by a SYN, and goes when the socket leaves LISTEN or is
-//! closed. The binder is judged at the bind, whoever listens when it begins to; the agent judges who holds the socket and
-//! says so by [`command`]. At an address the strictest socket counts, so that nobody lowers what another has raised.
+//! A row is written when a socket is bound, before it can be found by a SYN, or where nobody's workload bound it, when it
+//! listens; it goes when the socket leaves LISTEN or is closed. Who bound it is noted on the socket itself. The binder is
+//! judged at the bind, whoever listens when it begins to; the agent judges who holds the socket and says so by [`command`].
+//! At an address the strictest socket counts, so that nobody lowers what another has raised.
 //!
 //! *Invariant:* left alone is a finding about the binder and the listener. What could not be found out is undecided.
 
@@ -15,10 +16,13 @@ use crate::{
     tell::{self, NOBODY, count},
 };
 use aya_ebpf::{
-    bindings::{bpf_sock, bpf_sock_ops, xdp_md},
-    helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie},
+    bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock, bpf_sock_ops, xdp_md},
+    helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie, generated::bpf_sk_storage_get},
 };
-use core::ptr::{addr_of, addr_of_mut};
+use core::{
+    ffi::c_void,
+    ptr::{addr_of, addr_of_mut, null_mut},
+};
 use wimsey_common::*;
 
 /// A socket was bound. Refuses the bind where the binder may be a workload and there is no room to protect it.
@@ -51,8 +55,12 @@ pub fn bound(sock: *mut bpf_sock, address: Address) -> i32 {
     let mut binder = task();
     let who = workload(config, binder.uid, binder.gid, binder.cgroup);
     let found = if own { LISTENER_LEFT_ALONE } else { protection(config, &mut binder, who) };
-    // Whoever is left alone is counted when they listen: until then they are nobody to be found.
-    let counted = if (own || found != LISTENER_LEFT_ALONE) && key.port != 0 { found } else { 0 };
+    remember(sock, binder);
+    // Whoever is left alone has a row when they listen: until then they are nobody to be found.
+    if found == LISTENER_LEFT_ALONE && !own {
+        return ALLOW;
+    }
+    let counted = if key.port == 0 { 0 } else { found };
     let row = Socket { binder, owner: binder, key, mode: 0, bound: found, listens: 0 };
     let room = SOCKETS.insert(&cookie, &row, 0).is_ok() && shift(cookie, counted);
     if room {
@@ -60,7 +68,26 @@ pub fn bound(sock: *mut bpf_sock, address: Address) -> i32 {
     }
     forget(cookie);
     count(counter::UNRECORDED);
-    if found == LISTENER_LEFT_ALONE { ALLOW } else { REFUSE }
+    if own { ALLOW } else { REFUSE }
+}
+
+/// The map as the helpers take it: aya's own functions know no other context than that of a connect.
+#[inline(always)]
+fn binders() -> *mut c_void {
+    (&raw const BINDERS).cast_mut().cast()
+}
+
+/// Notes on the socket itself who bound it. Where there is no memory for that, it is undecided once it listens.
+#[inline(always)]
+fn remember(sock: *mut bpf_sock, mut binder: Task) {
+    // SAFETY: the context of the hook is the socket; the verifier insists on the null check.
+    unsafe {
+        let first = (&raw mut binder).cast();
+        let noted = bpf_sk_storage_get(binders(), sock.cast(), first, BPF_SK_STORAGE_GET_F_CREATE.into());
+        if let Some(noted) = noted.cast::<Task>().as_mut() {
+            *noted = binder;
+        }
+    }
 }
 
 /// A socket begins to listen. The kernel has it in its table already: until its row is here it is found as what it was bound
@@ -69,10 +96,10 @@ pub fn bound(sock: *mut bpf_sock, address: Address) -> i32 {
 pub fn listening(ops: *mut bpf_sock_ops, address: Address, port: u16) -> bool {
     let Some(config) = recording() else { return false };
     // SAFETY: helpers and fields that this hook may use; the verifier insists on the null check.
-    let (netns, cookie, device) = unsafe {
+    let (netns, cookie, sk, device) = unsafe {
         let sk = (*ops).__bindgen_anon_2.sk;
         let device = if sk.is_null() { 0 } else { word(addr_of!((*sk).bound_dev_if)) };
-        (bpf_get_netns_cookie(ops.cast()), bpf_get_socket_cookie(ops.cast()), device)
+        (bpf_get_netns_cookie(ops.cast()), bpf_get_socket_cookie(ops.cast()), sk, device)
     };
     // SAFETY: only asked whether it is there.
     if netns != config.netns_cookie || unsafe { OWN.get(&cookie) }.is_some() {
@@ -82,24 +109,45 @@ pub fn listening(ops: *mut bpf_sock_ops, address: Address, port: u16) -> bool {
     let mut owner = running();
     let who = recorded(config, owner.uid, owner.gid, owner.cgroup);
     let who = if owner.tgid == 0 { LISTENER_UNDECIDED } else { protection(config, &mut owner, who) };
+    let root_listens = owner.uid == 0;
     let mut row = Socket { binder: NOBODY, owner, key, mode: 0, bound: LISTENER_UNDECIDED, listens: 1 };
-    // SAFETY: a copy of a row whose one changing field is read once more where it counts.
-    if let Some(before) = unsafe { SOCKETS.get(&cookie) } {
-        row.binder = before.binder;
-        row.bound = before.bound;
-        // The socket belongs to whoever bound it, unless they are nobody and whoever listens is somebody.
-        if row.bound == LISTENER_PROTECTED || who == LISTENER_LEFT_ALONE || owner.tgid == 0 {
-            row.owner = before.binder;
-        }
+    bound_by(config, cookie, sk, &mut row);
+    // The socket belongs to whoever bound it, unless they are nobody and whoever listens is somebody.
+    let nobody_listens = who == LISTENER_LEFT_ALONE || row.owner.tgid == 0;
+    if row.binder.tgid != 0 && (row.bound == LISTENER_PROTECTED || nobody_listens) {
+        row.owner = row.binder;
     }
     let mut mode = if row.bound > who { row.bound } else { who };
-    let may_become_anybody = row.binder.uid == 0 || owner.uid == 0;
+    let may_become_anybody = root_listens || row.binder.uid == 0;
     if mode == LISTENER_LEFT_ALONE && may_become_anybody && config.flags & FLAG_ENTRIES_BY_USER != 0 {
         mode = LISTENER_UNDECIDED;
     }
     place(cookie, &mut row, mode);
     registry_told(cookie, EVENT_LISTENING);
     true
+}
+
+/// Says in its row who bound a socket that begins to listen, and what they are: nobody, and undecided, where it was not
+/// recorded. Whoever had no row, since they were nobody's workload or since the socket has listened before, is judged anew:
+/// another policy may be in force.
+#[inline(always)]
+fn bound_by(config: &Config, cookie: u64, sk: *mut bpf_sock, row: &mut Socket) {
+    // SAFETY: fields that do not change before the socket listens.
+    if let Some(before) = unsafe { SOCKETS.get(&cookie) } {
+        row.binder = before.binder;
+        row.bound = before.bound;
+        return;
+    }
+    if sk.is_null() {
+        return;
+    }
+    // SAFETY: a full socket, as sock_ops gives it; the verifier insists on the null check.
+    let noted = unsafe { bpf_sk_storage_get(binders(), sk.cast(), null_mut(), 0).cast::<Task>().as_ref() };
+    if let Some(noted) = noted {
+        row.binder = *noted;
+        let who = recorded(config, noted.uid, noted.gid, noted.cgroup);
+        row.bound = protection(config, &mut row.binder, who);
+    }
 }
 
 /// Tells the agent that something has happened to a socket.

@@ -10,7 +10,7 @@ use rustix::mount::{MountFlags, mount};
 use rustix::process::Signal;
 use std::net::TcpStream;
 
-/// An attacker leaves more listeners behind than any table of the agent has rows.
+/// An attacker leaves more sockets behind than any table of the agent has rows.
 fn littered(lab: &Lab, how: &str, number: u32) {
     let mesh = mesh!(lab, &policy(lab, &[PORT]));
     let mut attacker = lab.puppet(&lab.beta, "nobody", ATTACKER, "attacker");
@@ -42,6 +42,11 @@ fn listeners_that_were_shut_down_by_the_ten_thousand_open_nothing_and_end_nobody
 #[test]
 fn multipath_listeners_that_were_closed_by_the_ten_thousand_open_nothing_and_end_nobody() {
     littered(&lab!(), "mptcp", 66_000);
+}
+
+#[test]
+fn multipath_sockets_that_never_listened_take_no_room_that_others_need() {
+    littered(&lab!(), "mptcp-bound", 140_000);
 }
 
 #[test]

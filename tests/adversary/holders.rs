@@ -88,6 +88,25 @@ fn a_socket_that_a_manager_listens_on_and_hands_to_a_workload_is_protected() {
     lab.expect_served(&mesh, lab.beta.at(PORT + 1));
 }
 
+#[test]
+fn what_a_workload_bound_is_its_own_when_whoever_is_left_with_it_listens_again() {
+    let lab = lab!();
+    let mesh = mesh!(lab, &policy(&lab, &[PORT]));
+    let mut web = lab.puppet(&lab.beta, "server", WEB, "web");
+    let mut heir = lab.puppet(&lab.beta, "nobody", ATTACKER, "heir");
+    web.must(&format!("socket s 4; bind s 0.0.0.0:{PORT}; listen s; give s heir"));
+    heir.must("take s");
+    web.end();
+    settle();
+    heir.must("shutdown s rd; listen s");
+    lab.assail(PORT, 2);
+    heir.expect_no_stranger("at once");
+    settle();
+    lab.assail(PORT, 2);
+    heir.expect_no_stranger("a moment later");
+    expect_alive(&mesh);
+}
+
 /// Web is known by its cgroup, and comes into it late.
 fn moved(lab: &Lab, listen_first: bool) {
     let selectors = [format!("unix:uid:{WEB}"), format!("cgroup:{}/server", lab.cgroup_path())];

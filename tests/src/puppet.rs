@@ -30,7 +30,7 @@ use std::time::{Duration, Instant};
 pub const COMMANDS: &str = "socket S 4|6 [tcp|mptcp|sctp|dccp|udp|icmp|ping] opt S reuseport|reuseaddr|v6only|dual|device:NAME
   bind S ADDRESS listen S shutdown S rd|wr|both close S dup S T give S PUPPET take T [MS] name S connect S ADDRESS disconnect S
   write S TEXT send-to S ADDRESS TEXT fastopen S ADDRESS TEXT read S fork MS setuid UID cgroup DIR mkdir DIR serve on|off
-  litter N shutdown|close|mptcp hold N [BASE] flap ADDRESS MS [again] dials ADDRESS MS hoard N ADDRESS patience MS sleep MS";
+  litter N shutdown|close|mptcp|bound|mptcp-bound hold N [BASE] flap ADDRESS MS [again] dials ADDRESS MS hoard N ADDRESS patience MS sleep MS";
 
 /// Connections that a puppet has open at most; the oldest goes first.
 const CONNECTIONS: usize = 64;
@@ -493,15 +493,18 @@ fn become_user(uid: u32) -> io::Result<()> {
     Ok(set_thread_res_uid(user, user, user)?)
 }
 
-/// Listens on so many addresses, one after the other, and leaves each in this way, or gives them.
+/// Binds to so many addresses, one after the other, listens where that is not all, and leaves each in this way, or gives
+/// them.
 fn litter(base: u32, number: u32, how: &str) -> io::Result<Vec<Socket>> {
     let mut held = Vec::new();
     for index in base..base + number {
         let [_, a, b, c] = index.to_be_bytes();
         let at = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(127, a + 1, b, c)), 7000);
-        let socket = make(false, if how == "mptcp" { "mptcp" } else { "tcp" })?;
+        let socket = make(false, if how.starts_with("mptcp") { "mptcp" } else { "tcp" })?;
         socket.bind(&at.into())?;
-        socket.listen(1)?;
+        if !how.ends_with("bound") {
+            socket.listen(1)?;
+        }
         if how == "shutdown" {
             socket.shutdown(Shutdown::Read)?;
         }

@@ -491,8 +491,10 @@ pub mod map {
     pub const LEGS: &str = "LEGS";
     /// `HashMap<ListenerKey, Listeners>`: how many sockets are bound where, by their protection.
     pub const LISTENERS: &str = "LISTENERS";
-    /// `HashMap<u64, Socket>` by socket cookie: every bound socket.
+    /// `HashMap<u64, Socket>` by socket cookie: every socket that listens, and every bound one that may be a workload's.
     pub const SOCKETS: &str = "SOCKETS";
+    /// `SkStorage<Task>`: who bound a socket.
+    pub const BINDERS: &str = "BINDERS";
     /// `HashMap<ProtectedKey, u32>`: addresses that policy protects, with the generation that said so.
     pub const PROTECTED: &str = "PROTECTED";
     /// `LruHashMap<u64, u32>` by socket cookie: sockets of other network namespaces that dial an address which is a mesh
