@@ -415,7 +415,7 @@ pub extern "C" fn egress_remember(event: *const Event, generation: u32, family: 
     // SAFETY: rows are replaced only by this same socket's next connect.
     let before = unsafe { FLOWS.get(&cookie) }.map(|origin| origin.task.uid);
     let takes = before != Some(uid);
-    if takes && !quota::take_flow(uid) {
+    if takes && !quota::take(uid, QUOTA_FLOWS) {
         return REASON_QUOTA;
     }
     if FLOWS.insert(&cookie, &NO_ORIGIN, 0).is_err() {

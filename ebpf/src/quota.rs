@@ -14,38 +14,48 @@ use wimsey_common::*;
 
 /// Rows of `FLOWS` that one user may have. The agent puts in the number that fits the map.
 #[unsafe(no_mangle)]
-static FLOWS_PER_UID: u32 = 131_072 / 4;
+static FLOWS_PER_UID: u32 = 131_072 / QUOTA_SHARE;
 
-/// Takes a row of `FLOWS` for a user. False: the user has as many as one may have.
+/// The same of `SOCKETS`.
+#[unsafe(no_mangle)]
+static SOCKETS_PER_UID: u32 = 131_072 / QUOTA_SHARE;
+
+/// Takes a row of a table for a user. False: the user has as many as one may have. Two CPUs at once may take one too many.
 #[inline(always)]
-pub fn take_flow(uid: u32) -> bool {
-    // SAFETY: the loader writes other bytes there, so that the compiler shall not know them.
-    let most = unsafe { (&raw const FLOWS_PER_UID).read_volatile() };
-    take(uid, QUOTA_FLOWS, most as u64)
+pub fn take(uid: u32, what: u32) -> bool {
+    quota_take(uid, what) != 0
 }
 
-/// Takes one of `most` rows for a user. False: the user has as many. Two CPUs at once may take one too many.
-#[inline(always)]
-pub fn take(uid: u32, what: u32, most: u64) -> bool {
-    let Some((row, by_agent)) = row(uid, what) else { return false };
-    // SAFETY: a row that the verifier has seen to be there.
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn quota_take(uid: u32, what: u32) -> u32 {
+    let Some((row, by_agent)) = row(uid, what) else { return 0 };
+    let most = if what == QUOTA_FLOWS { &raw const FLOWS_PER_UID } else { &raw const SOCKETS_PER_UID };
+    // SAFETY: the loader writes other bytes into the shares, so that the compiler shall not know them; and a row that the
+    // verifier has seen to be there.
     unsafe {
         // Less than nothing is nothing: the agent may have counted first what it takes away.
-        if (row.read_volatile().wrapping_sub(by_agent) as i64) >= most as i64 {
-            return false;
+        if (row.read_volatile().wrapping_sub(by_agent) as i64) >= most.read_volatile() as i64 {
+            return 0;
         }
         plus(row, 1);
     }
-    true
+    1
 }
 
 /// Gives a row back.
 #[inline(always)]
 pub fn give(uid: u32, what: u32) {
-    if let Some((row, _)) = row(uid, what) {
-        // SAFETY: a row that the verifier has seen to be there.
-        unsafe { plus(row, u64::MAX) };
-    }
+    quota_give(uid, what);
+}
+
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn quota_give(uid: u32, what: u32) -> u32 {
+    let Some((row, _)) = row(uid, what) else { return 0 };
+    // SAFETY: a row that the verifier has seen to be there.
+    unsafe { plus(row, u64::MAX) };
+    1
 }
 
 /// The count of a user, and what the agent has given back of it.

@@ -13,6 +13,7 @@ use crate::{
     atomic::{exchange, minus, plus, swap},
     facts::*,
     maps::*,
+    quota,
     tell::{self, NOBODY, count},
 };
 use aya_ebpf::{
@@ -61,9 +62,9 @@ pub fn bound(sock: *mut bpf_sock, address: Address) -> i32 {
         return ALLOW;
     }
     let counted = if key.port == 0 { 0 } else { found };
-    let row = Socket { binder, owner: binder, key, mode: 0, bound: found, listens: 0 };
-    let room = SOCKETS.insert(&cookie, &row, 0).is_ok() && shift(cookie, counted);
-    if room {
+    let charged = if own { UNCHARGED } else { binder.uid as u64 };
+    let row = Socket { binder, owner: binder, key, mode: 0, bound: found, listens: 0, charged };
+    if enter(cookie, &row) && shift(cookie, counted) {
         return ALLOW;
     }
     forget(cookie);
@@ -106,11 +107,12 @@ pub fn listening(ops: *mut bpf_sock_ops, address: Address, port: u16) -> bool {
         return false;
     }
     let key = ListenerKey { address, netns, device, port, ipv6_only: 0 };
-    let mut owner = running();
-    let who = recorded(config, owner.uid, owner.gid, owner.cgroup);
-    let who = if owner.tgid == 0 { LISTENER_UNDECIDED } else { protection(config, &mut owner, who) };
-    let root_listens = owner.uid == 0;
-    let mut row = Socket { binder: NOBODY, owner, key, mode: 0, bound: LISTENER_UNDECIDED, listens: 1 };
+    let bound = LISTENER_UNDECIDED;
+    let mut row = Socket { binder: NOBODY, owner: running(), key, mode: 0, bound, listens: 1, charged: 0 };
+    let root_listens = row.owner.uid == 0;
+    row.charged = row.owner.uid as u64;
+    let who = recorded(config, row.owner.uid, row.owner.gid, row.owner.cgroup);
+    let who = if row.owner.tgid == 0 { LISTENER_UNDECIDED } else { protection(config, &mut row.owner, who) };
     bound_by(config, cookie, sk, &mut row);
     // The socket belongs to whoever bound it, unless they are nobody and whoever listens is somebody.
     let nobody_listens = who == LISTENER_LEFT_ALONE || row.owner.tgid == 0;
@@ -122,6 +124,7 @@ pub fn listening(ops: *mut bpf_sock_ops, address: Address, port: u16) -> bool {
     if mode == LISTENER_LEFT_ALONE && may_become_anybody && config.flags & FLAG_ENTRIES_BY_USER != 0 {
         mode = LISTENER_UNDECIDED;
     }
+    enter(cookie, &row);
     place(cookie, &mut row, mode);
     registry_told(cookie, EVENT_LISTENING);
     true
@@ -150,6 +153,28 @@ fn bound_by(config: &Config, cookie: u64, sk: *mut bpf_sock, row: &mut Socket) {
     }
 }
 
+/// Makes a row for a socket that has none, where its user may have one more. It counts nowhere yet. False where there is no
+/// row: nobody is found then, and everybody refused.
+#[inline(always)]
+fn enter(cookie: u64, row: &Socket) -> bool {
+    // SAFETY: only asked whether it is there.
+    if unsafe { SOCKETS.get(&cookie) }.is_some() {
+        return true;
+    }
+    let mine = row.charged != UNCHARGED;
+    if mine && !quota::take(row.charged as u32, QUOTA_SOCKETS) {
+        return false;
+    }
+    if SOCKETS.insert(&cookie, row, NO_EXIST).is_ok() {
+        return true;
+    }
+    if mine {
+        quota::give(row.charged as u32, QUOTA_SOCKETS);
+    }
+    // SAFETY: as above. The agent may have been faster.
+    unsafe { SOCKETS.get(&cookie) }.is_some()
+}
+
 /// Tells the agent that something has happened to a socket.
 #[inline(never)]
 #[unsafe(no_mangle)]
@@ -176,13 +201,7 @@ fn place(cookie: u64, row: &mut Socket, mode: u32) -> bool {
 pub extern "C" fn registry_place(cookie: u64, row: *mut Socket, mode: u32) -> u32 {
     // SAFETY: the verifier insists that it is null or what it should be.
     let Some(row) = (unsafe { row.as_mut() }) else { return 0 };
-    let mut place = SOCKETS.get_ptr_mut(&cookie);
-    if place.is_none() {
-        let _ = SOCKETS.insert(&cookie, &NO_SOCKET, NO_EXIST);
-        place = SOCKETS.get_ptr_mut(&cookie);
-    }
-    // Where there is no row, nobody is found and everybody refused.
-    let Some(place) = place else {
+    let Some(place) = SOCKETS.get_ptr_mut(&cookie) else {
         count(counter::UNRECORDED);
         return 0;
     };
@@ -203,16 +222,6 @@ pub extern "C" fn registry_place(cookie: u64, row: *mut Socket, mode: u32) -> u3
         added as u32
     }
 }
-
-/// What a row is before it is filled in. Not on the stack, of which the callers need most.
-static NO_SOCKET: Socket = Socket {
-    binder: NOBODY,
-    owner: NOBODY,
-    key: ListenerKey { address: tell::NOWHERE, netns: 0, device: 0, port: 0, ipv6_only: 0 },
-    mode: 0,
-    bound: 0,
-    listens: 0,
-};
 
 /// A socket was closed for good, or listens no more.
 #[inline(always)]
@@ -236,9 +245,11 @@ pub fn forget(cookie: u64) {
 pub extern "C" fn registry_forget(cookie: u64) -> u32 {
     let Some(row) = SOCKETS.get_ptr_mut(&cookie) else { return 0 };
     // SAFETY: a row that the verifier has seen to be there; its mode is taken in one step, so that it is given back once.
-    let (mode, key) = unsafe { (swap(addr_of_mut!((*row).mode), 0), (*row).key) };
+    let (mode, key, charged) = unsafe { (swap(addr_of_mut!((*row).mode), 0), (*row).key, (*row).charged) };
     take(&key, unit(mode as u32));
-    let _ = SOCKETS.remove(&cookie);
+    if SOCKETS.remove(&cookie).is_ok() && charged != UNCHARGED {
+        quota::give(charged as u32, QUOTA_SOCKETS);
+    }
     1
 }
 
@@ -316,9 +327,9 @@ fn record(said: &Command) -> u32 {
     if unsafe { SOCKETS.get(&said.cookie) }.is_some() {
         return COMMAND_STALE;
     }
-    let mut row =
-        Socket { binder: NOBODY, owner: said.owner, key: said.key, mode: 0, bound: LISTENER_UNDECIDED, listens: 1 };
-    if place(said.cookie, &mut row, said.mode) { COMMAND_DONE } else { COMMAND_FULL }
+    let (owner, key, bound, charged) = (said.owner, said.key, LISTENER_UNDECIDED, said.owner.uid as u64);
+    let mut row = Socket { binder: NOBODY, owner, key, mode: 0, bound, listens: 1, charged };
+    if enter(said.cookie, &row) && place(said.cookie, &mut row, said.mode) { COMMAND_DONE } else { COMMAND_FULL }
 }
 
 /// An enrolled process asks for the name of a socket: if it listens and was left alone, it is left alone no more.

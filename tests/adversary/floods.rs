@@ -59,6 +59,9 @@ fn listeners_that_are_held_by_the_thousand_open_nothing_and_end_nobody() {
     lab.assail(PORT, 2);
     web.expect_no_stranger("after tables were filled");
     expect_alive(&mesh);
+    mesh.beta().reload(&policy(&lab, &[PORT]));
+    lab.assail(PORT, 1);
+    web.expect_no_stranger("after a reload");
     lab.expect_served(&mesh, lab.beta.at(PORT));
     mesh.beta().kill();
     mesh.beta().start().unwrap();
@@ -137,16 +140,12 @@ fn mesh_of<'a>(lab: &'a Lab, alpha: &Settings, beta: &Settings) -> Result<Mesh<'
 
 #[test]
 fn one_users_sockets_take_no_room_that_others_need() {
-    let lab = lab!();
-    or_skip!(skip::by_name("one_users_sockets"));
-    hoarded(&lab, ATTACKER, 140_000);
+    hoarded(&lab!(), ATTACKER, 140_000);
 }
 
 #[test]
 fn one_workloads_sockets_take_no_room_that_others_need() {
-    let lab = lab!();
-    or_skip!(skip::by_name("one_workloads_sockets"));
-    hoarded(&lab, USER, 140_000);
+    hoarded(&lab!(), USER, 140_000);
 }
 
 /// A user holds more sockets than any table has rows, each bound, and dialled with in vain.

@@ -132,8 +132,10 @@ impl Programs {
         let config = tables.config.get(&0).map_err(map_error(map::CONFIG))?;
         let config = config.filter(|config| config.abi == ABI && config.epoch != 0);
         let (generation, epoch) = config.map_or((0, 0), |config| (config.generation, config.epoch));
-        for by in [QUOTA_BY_PROGRAMS, QUOTA_BY_AGENT] {
-            let row = QuotaKey { uid: ANY, what: QUOTA_FLOWS, by };
+        for (what, by) in
+            [(QUOTA_FLOWS, QUOTA_BY_PROGRAMS), (QUOTA_FLOWS, QUOTA_BY_AGENT), (QUOTA_SOCKETS, QUOTA_BY_PROGRAMS)]
+        {
+            let row = QuotaKey { uid: ANY, what, by };
             if tables.quotas.get(&row).map_err(map_error(map::QUOTAS))?.is_none() {
                 tables.quotas.put(&row, &0, bpf::NEW).map_err(map_error(map::QUOTAS))?;
             }

@@ -32,6 +32,9 @@ static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/wi
 /// What the programs log: a warning now and then, which need not wait for long. aya's own size is eight times this.
 const LOG: (&str, u32) = ("AYA_LOGS", 16 << 10);
 
+/// Maps of which a user may take a share, and what the programs call it.
+const SHARES: [(&str, &str); 2] = [(map::FLOWS, "FLOWS_PER_UID"), (map::SOCKETS, "SOCKETS_PER_UID")];
+
 /// Where a program is attached.
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum At {
@@ -100,11 +103,15 @@ impl Loaded {
             return Err(Error::NoObject);
         }
         // What is pinned is adopted as it is, and else there are as many rows as are asked for, or built in.
-        let asked = sizes.iter().find(|(map, _)| *map == map::FLOWS).map(|(_, rows)| *rows);
-        let share = rows_of(&host.pins.join(map::FLOWS))?.or(asked).map(|rows| rows.div_ceil(QUOTA_SHARE));
+        let mut shares = Vec::new();
+        for (map, share) in SHARES {
+            let asked = sizes.iter().find(|(asked, _)| *asked == map).map(|(_, rows)| *rows);
+            let rows = rows_of(&host.pins.join(map))?.or(asked);
+            shares.extend(rows.map(|rows| (share, rows.div_ceil(QUOTA_SHARE))));
+        }
         let mut loader = EbpfLoader::new();
-        if let Some(share) = &share {
-            loader.override_global("FLOWS_PER_UID", share, true);
+        for (name, rows) in &shares {
+            loader.override_global(name, rows, true);
         }
         loader.default_map_pin_directory(&host.pins);
         loader.map_max_entries(LOG.0, LOG.1);

@@ -111,13 +111,26 @@ impl Programs {
             }
         }
         let owners = owners::owners(&unrecorded.iter().map(|socket| socket.inode).collect(), &self.host.cgroup2);
+        let mut full_of: HashMap<u32, u32> = HashMap::new();
         for socket in unrecorded {
             let owner = owners.get(&socket.inode).copied().unwrap_or(NOBODY);
             let mut key = listener_key(canonical(socket.local), self.host.netns_cookie);
             key.device = socket.interface;
             key.ipv6_only = u16::from(socket.ipv6_only && key.address == [0; 16]);
             let (kind, mode) = (COMMAND_RECORD, LISTENER_UNDECIDED);
-            self.commands.run(&Command { kind, mode, cookie: socket.cookie, key, owner })?;
+            match self.commands.run(&Command { kind, mode, cookie: socket.cookie, key, owner }) {
+                Ok(_) => {}
+                // Whoever has more than their share: the socket stays without a row, and so refused.
+                Err(Error::MapFull { .. }) => *full_of.entry(owner.uid).or_default() += 1,
+                Err(error) => return Err(error),
+            }
+        }
+        for (uid, sockets) in full_of {
+            tracing::warn!(
+                uid,
+                sockets,
+                "a user listens on more sockets than one may have rows for; the others are refused"
+            );
         }
         let mut found = Vec::new();
         let mut missing = Vec::new();

@@ -696,6 +696,43 @@ fn one_user_takes_a_quarter_of_the_flows_and_leaves_the_others_to_others() {
 }
 
 #[test]
+fn one_user_takes_a_quarter_of_the_sockets_and_leaves_the_others_to_others() {
+    let mut world = world!();
+    world.kill_agent();
+    world.release();
+    let listen = |world: &World, uid: u32, port: u16| {
+        let mut server = world.client_of(uid, &format!("listen 127.0.0.1:{port};pause;close;pause"));
+        (server.line(), server)
+    };
+    // From before the agent, and more than one may have: what has no row is refused, and ends nothing.
+    let before: Vec<_> = (0..6).map(|index| listen(&world, 2, 7100 + index)).collect();
+    world.options.sizes = vec![(map::SOCKETS, 16)];
+    world.try_start().unwrap();
+    let facts = world.enrol().allowing();
+    world.install(facts);
+    assert_eq!((before.len(), world.programs().listeners().unwrap().len()), (6, 4));
+
+    let mut servers: Vec<_> = (0..4).map(|index| listen(&world, 0, 7200 + index)).collect();
+    assert!(servers.iter().all(|(said, _)| said == "listening"));
+    assert_eq!(listen(&world, 0, 7300).0, "EPERM");
+    assert_eq!(listen(&world, 1, 7301).0, "listening");
+    // Over and over: what is taken is given back once.
+    for _ in 0..5 {
+        let (_, mut closing) = servers.pop().unwrap();
+        closing.go_on();
+        assert_eq!(closing.line(), "closed");
+        servers.push(listen(&world, 0, 7203));
+        assert_eq!(servers.last().unwrap().0, "listening");
+        assert_eq!(listen(&world, 0, 7300).0, "EPERM");
+    }
+    // And as many as somebody else has.
+    drop(before);
+    let after: Vec<_> = (0..5).map(|index| listen(&world, 2, 7100 + index)).collect();
+    let said: Vec<_> = after.iter().map(|(said, _)| said).collect();
+    assert_eq!(said, ["listening", "listening", "listening", "listening", "EPERM"]);
+}
+
+#[test]
 fn a_listener_that_the_kernel_had_no_room_to_tell_of_is_found() {
     let mut world = world!();
     world.kill_agent();

@@ -541,7 +541,7 @@ const _: () = {
     assert!(core::mem::size_of::<ListenerKey>() == 32);
     assert!(core::mem::size_of::<Listeners>() == 24);
     assert!(core::mem::size_of::<ProtectedKey>() == 24);
-    assert!(core::mem::size_of::<Socket>() == 144);
+    assert!(core::mem::size_of::<Socket>() == 152);
     assert!(core::mem::size_of::<Command>() == 96);
     assert!(core::mem::size_of::<Event>() == 128);
     assert!(core::mem::size_of::<QuotaKey>() == 12);

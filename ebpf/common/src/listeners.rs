@@ -105,7 +105,12 @@ pub struct Socket {
     pub bound: u32,
     /// 1 while it listens.
     pub listens: u32,
+    /// The real user id under which `QUOTAS` counts the row, or [`UNCHARGED`].
+    pub charged: u64,
 }
+
+/// The row of a listener of the agent itself, which is in nobody's share.
+pub const UNCHARGED: u64 = u64::MAX;
 
 /// Nobody concerned is enrolled: left alone. Never the result of a miss.
 pub const LISTENER_LEFT_ALONE: u32 = 1;

@@ -17,6 +17,8 @@ pub struct QuotaKey {
 
 /// Rows of `FLOWS`.
 pub const QUOTA_FLOWS: u32 = 1;
+/// Rows of `SOCKETS`.
+pub const QUOTA_SOCKETS: u32 = 2;
 /// What the programs have taken and given back.
 pub const QUOTA_BY_PROGRAMS: u32 = 0;
 /// What the agent has given back.
