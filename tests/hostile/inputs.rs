@@ -19,11 +19,16 @@ fn agent<'a>(lab: &'a Lab, policy: &Policy, settings: &Settings) -> Result<Agent
 fn refused(agent: &Agent, words: &[&str]) {
     let check = agent.command(&["check"]).unwrap().bad();
     for said in [agent.expect_refused(), check] {
-        for word in words {
-            assert!(said.contains(word), "want {word:?} in: {said}");
-        }
-        assert!(!said.contains("panicked"), "{said}");
+        expect_words(&said, words);
     }
+}
+
+#[track_caller]
+fn expect_words(said: &str, words: &[&str]) {
+    for word in words {
+        assert!(said.contains(word), "want {word:?} in: {said}");
+    }
+    assert!(!said.contains("panicked"), "{said}");
 }
 
 fn change(agent: &Agent, from: &str, to: &str) {
@@ -234,13 +239,16 @@ fn a_missing_or_foreign_bundle_is_refused() {
     refused(&agent, &["friends.pem", "666"]);
 }
 
-/// Another trust domain's authorities and their list, for agent.toml.
-fn trust_in_friends(bundle: &Path, list: &Path) -> String {
-    format!(
+/// Trust in another trust domain as well, whose authorities are these: their file, that of their list, which is not there
+/// yet, and the settings of an agent with an authority of its own.
+fn trust_in_friends(lab: &Lab, authorities: &str, own: &Path) -> (PathBuf, PathBuf, Settings) {
+    let (bundle, list) = (lab.file("friends.pem", authorities), lab.directory().join("friends.crl"));
+    let tables = format!(
         "[[trust]]\ntrust_domain = \"friends.test\"\nbundle = \"{}\"\ncrl = \"{}\"\n",
         bundle.display(),
         list.display()
-    )
+    );
+    (bundle, list, Settings { tables, ..with_authority(own) })
 }
 
 #[test]
@@ -248,10 +256,8 @@ fn a_broken_foreign_or_expired_revocation_list_is_refused() {
     let lab = lab!();
     let (mint, bundle, _) = Mint::found("friends.test", Duration::days(-1), Duration::days(1)).unwrap();
     let (stranger, ..) = Mint::found("friends.test", Duration::days(-1), Duration::days(1)).unwrap();
-    let (bundle, list) = (lab.file("friends.pem", bundle), lab.directory().join("friends.crl"));
-    let tables = trust_in_friends(&bundle, &list);
     let directory = or_skip!(authority(&lab, DOMAIN));
-    let settings = Settings { tables, ..with_authority(&directory) };
+    let (_, list, settings) = trust_in_friends(&lab, &bundle, &directory);
     let agent = or_skip!(agent(&lab, &Policy::standard(&lab), &settings));
     refused(&agent, &["friends.crl", "friends.test", "no such file"]);
     std::fs::write(&list, "rubbish").unwrap();
@@ -290,21 +296,13 @@ fn a_file_in_which_one_section_is_written_unusually_is_refused_with_its_line() {
     let lab = lab!();
     let (old, old_pem, _) = Mint::found("friends.test", Duration::days(-1), Duration::days(1)).unwrap();
     let (_, new_pem, key) = Mint::found("friends.test", Duration::days(-1), Duration::days(1)).unwrap();
-    let (bundle, list) = (lab.file("friends.pem", &old_pem), lab.directory().join("friends.crl"));
-    let tables = trust_in_friends(&bundle, &list);
     let directory = or_skip!(authority(&lab, DOMAIN));
-    let settings = Settings { tables, ..with_authority(&directory) };
+    let (bundle, list, settings) = trust_in_friends(&lab, &old_pem, &directory);
     let agent = or_skip!(agent(&lab, &Policy::standard(&lab), &settings));
     let good = old.list(&[5], Duration::days(1)).unwrap();
     std::fs::write(&list, &good).unwrap();
     agent.command(&["check"]).unwrap().good();
-    let check = |words: &[&str]| {
-        let said = agent.command(&["check"]).unwrap().bad();
-        assert!(
-            words.iter().all(|word| said.contains(word)) && !said.contains("panicked"),
-            "want {words:?} in: {said}"
-        );
-    };
+    let check = |words: &[&str]| expect_words(&agent.command(&["check"]).unwrap().bad(), words);
     // The one after the good one, so that what is read before it is not nothing.
     let line = |before: &str| before.lines().count() + 1;
     for odd in unusual(&new_pem, "CERTIFICATE", "CERTIFICAT").into_iter().chain([key]) {
