@@ -178,14 +178,14 @@ fn connect(ctx: *mut bpf_sock_addr, dialled: Address, port: u16, family: u16) ->
     let Some(config) = config() else { return Outcome::Allow };
     let config = &at_this_moment(config);
     // SAFETY: helpers and fields that this hook may use.
-    let (netns, transport, (near, near_port), cookie, device) = unsafe {
+    let (netns, transport, near, cookie, device) = unsafe {
         let sk: *mut bpf_sock = (*ctx).__bindgen_anon_1.sk;
         let device = word(addr_of!((*sk).bound_dev_if));
         (bpf_get_netns_cookie(ctx.cast()), transport(ctx), near_end(ctx), bpf_get_socket_cookie(ctx.cast()), device)
     };
     let mut event = tell::event(0, 0, transport);
     event.cookie = cookie;
-    event.source_port = near_port;
+    (event.source, event.source_port) = near;
     event.destination_port = port;
     if netns != config.netns_cookie {
         event.task = task();
@@ -199,9 +199,8 @@ fn connect(ctx: *mut bpf_sock_addr, dialled: Address, port: u16, family: u16) ->
     if unsafe { OWN.get(&cookie) }.is_some() {
         return Outcome::Allow;
     }
-    let mut near = near;
-    blur(&mut near, config.epoch);
-    event.destination = reached(dialled, &near);
+    blur(&mut event.source, config.epoch);
+    event.destination = reached(dialled, &event.source);
     blur(&mut event.destination, config.epoch);
     let four = is_mapped(&event.destination);
     // While a new agent takes over, the programs of the old one have been here for the same call.
@@ -210,12 +209,15 @@ fn connect(ctx: *mut bpf_sock_addr, dialled: Address, port: u16, family: u16) ->
     }
     let found = destination(config, &event.destination, port);
     event.task = task();
-    let mut hint = NOWHERE;
+    if is_any(&event.source) {
+        event.source = NOWHERE;
+    }
     if let Some(found) = found {
         event.destination_id = found.target as u32;
-        hint = found.source;
+        if is_any(&event.source) {
+            event.source = found.source;
+        }
     }
-    event.source = if is_any(&near) { hint } else { near };
     let subject = workload(config, event.task.uid, event.task.gid, event.task.cgroup);
     let who = subject.known();
     if who != ASK && who != UNKNOWN {

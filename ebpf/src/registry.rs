@@ -56,9 +56,10 @@ pub fn bound(sock: *mut bpf_sock, address: Address) -> i32 {
     let mut binder = task();
     let who = workload(config, binder.uid, binder.gid, binder.cgroup);
     let found = if own { LISTENER_LEFT_ALONE } else { protection(config, &mut binder, who) };
-    remember(sock, binder);
-    // Whoever is left alone has a row when they listen: until then they are nobody to be found.
-    if found == LISTENER_LEFT_ALONE && !own {
+    let noted = remember(sock, binder);
+    // Whoever is left alone has a row when they listen: until then they are nobody to be found. Where there is no memory for
+    // the note (nor ever is, on an x86 processor without `cmpxchg16b`, since Linux 7.0), the row is all that tells.
+    if found == LISTENER_LEFT_ALONE && !own && noted {
         return ALLOW;
     }
     let counted = if key.port == 0 { 0 } else { found };
@@ -69,7 +70,8 @@ pub fn bound(sock: *mut bpf_sock, address: Address) -> i32 {
     }
     forget(cookie);
     count(counter::UNRECORDED);
-    if own { ALLOW } else { REFUSE }
+    // Nobody's socket without note and row is undecided once it listens.
+    if own || found == LISTENER_LEFT_ALONE { ALLOW } else { REFUSE }
 }
 
 /// The map as the helpers take it: aya's own functions know no other context than that of a connect.
@@ -78,17 +80,17 @@ fn binders() -> *mut c_void {
     (&raw const BINDERS).cast_mut().cast()
 }
 
-/// Notes on the socket itself who bound it. Where there is no memory for that, it is undecided once it listens.
+/// Notes on the socket itself who bound it. False where there is no memory for that.
 #[inline(always)]
-fn remember(sock: *mut bpf_sock, mut binder: Task) {
+fn remember(sock: *mut bpf_sock, mut binder: Task) -> bool {
     // SAFETY: the context of the hook is the socket; the verifier insists on the null check.
     unsafe {
         let first = (&raw mut binder).cast();
         let noted = bpf_sk_storage_get(binders(), sock.cast(), first, BPF_SK_STORAGE_GET_F_CREATE.into());
-        if let Some(noted) = noted.cast::<Task>().as_mut() {
-            *noted = binder;
-        }
+        let Some(noted) = noted.cast::<Task>().as_mut() else { return false };
+        *noted = binder;
     }
+    true
 }
 
 /// A socket begins to listen. The kernel has it in its table already: until its row is here it is found as what it was bound

@@ -104,22 +104,27 @@ fn count_refusal(event: &mut Event) {
 /// May another kind of refusal of this user be told in this interval?
 #[inline(always)]
 fn allowed(uid: u32, now: u64) -> bool {
-    match ALLOWANCES.get_ptr_mut(&uid) {
-        // SAFETY: a row that the verifier has seen to be there; two CPUs at once may allow one too many.
-        Some(row) => unsafe {
-            if now.wrapping_sub((*row).since) >= REFUSAL_INTERVAL {
-                (*row).since = now;
-                (*row).used = 1;
-                return true;
-            }
-            (*row).used += 1;
-            (*row).used <= REFUSALS_PER_UID
-        },
-        None => ALLOWANCES.insert(&uid, &Allowance { since: now, used: 1, pad: 0 }, 0).is_ok(),
+    let mut row = ALLOWANCES.get_ptr_mut(&uid);
+    if row.is_none() {
+        let _ = ALLOWANCES.insert(&uid, &UNUSED, 0);
+        row = ALLOWANCES.get_ptr_mut(&uid);
+    }
+    let Some(row) = row else { return false };
+    // SAFETY: a row that the verifier has seen to be there; two CPUs at once may allow one too many.
+    unsafe {
+        if now.wrapping_sub((*row).since) >= REFUSAL_INTERVAL {
+            (*row).since = now;
+            (*row).used = 0;
+        }
+        (*row).used += 1;
+        (*row).used <= REFUSALS_PER_UID
     }
 }
 
-/// What a row is before anything was refused. Not on the stack, of which the callers need most.
+/// What a user has used before anything was refused. Not on the stack, of which the callers need most.
+static UNUSED: Allowance = Allowance { since: 0, used: 0, pad: 0 };
+
+/// The same of a row.
 static NEVER: Refusal = Refusal {
     total: 0,
     told: 0,

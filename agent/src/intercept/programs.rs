@@ -314,3 +314,78 @@ fn not_adopted(pins: &Path, error: EbpfError) -> Error {
         error => Error::Host { what: "loading the kernel programs".into(), error: io::Error::other(error) },
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use aya_obj::{Object, generated::bpf_insn};
+    use std::collections::{BTreeMap, HashSet};
+
+    /// The frame pointer, of which a function's variables lie below.
+    const FRAME: u8 = 10;
+    /// `BPF_JMP | BPF_CALL`, with `BPF_PSEUDO_CALL` as its source: a call of another function of the program.
+    const CALL: u8 = 0x85;
+    const OWN_FUNCTION: u8 = 1;
+    /// `MAX_BPF_STACK`: what all functions of a chain of calls have together.
+    const STACK: u32 = 512;
+
+    /// How deep a function's stack is at most: the lowest offset from the frame pointer at which it reads or writes, or that
+    /// it adds to a copy of it.
+    fn frame(function: &[bpf_insn]) -> u32 {
+        let mut copies = HashSet::new();
+        let mut lowest = 0;
+        for it in function {
+            let (class, to, from) = (it.code & 7, it.dst_reg(), it.src_reg());
+            match class {
+                1 if from == FRAME => lowest = lowest.min(it.off.into()),
+                2 | 3 if to == FRAME => lowest = lowest.min(it.off.into()),
+                // BPF_ALU64 | BPF_MOV | BPF_X, and BPF_ALU64 | BPF_ADD | BPF_K
+                7 if it.code == 0xbf && from == FRAME => _ = copies.insert(to),
+                7 if it.code == 0x07 && copies.contains(&to) => {
+                    lowest = lowest.min(it.imm);
+                    copies.remove(&to);
+                }
+                _ => {}
+            }
+        }
+        lowest.unsigned_abs()
+    }
+
+    /// The deepest chain of calls from the function that begins here, each frame rounded up as 6.1 does: newer kernels round
+    /// less (`check_max_stack_depth` and `round_up_stack_depth` in kernel/bpf/verifier.c).
+    fn deepest(all: &[bpf_insn], starts: &BTreeMap<usize, usize>, at: usize) -> (u32, Vec<u32>) {
+        let own = frame(&all[at..starts[&at]]);
+        let called = (at..starts[&at]).filter_map(|index| calls(all, index));
+        let (below, mut chain) = called.map(|to| deepest(all, starts, to)).max().unwrap_or_default();
+        chain.insert(0, own);
+        (own.max(1).next_multiple_of(32) + below, chain)
+    }
+
+    /// The function that is called here, if one is.
+    fn calls(all: &[bpf_insn], index: usize) -> Option<usize> {
+        let it = all[index];
+        let target = || usize::try_from(index as i64 + 1 + i64::from(it.imm)).unwrap();
+        (it.code == CALL && it.src_reg() == OWN_FUNCTION).then(target)
+    }
+
+    #[test]
+    fn the_programs_fit_the_stack_of_the_oldest_kernel() {
+        if OBJECT.is_empty() {
+            return eprintln!("SKIPPED (no kernel programs): the_programs_fit_the_stack_of_the_oldest_kernel");
+        }
+        let mut object = Object::parse(OBJECT).unwrap();
+        let text: HashSet<usize> = object.functions.keys().map(|(section, _)| *section).collect();
+        object.relocate_calls(&text).unwrap();
+        for (name, ..) in PROGRAMS {
+            let all = &object.functions[&object.programs[name].function_key()].instructions;
+            let mut firsts: Vec<usize> = (0..all.len()).filter_map(|index| calls(all, index)).chain([0]).collect();
+            firsts.sort_unstable();
+            firsts.dedup();
+            let ends = firsts.iter().skip(1).copied().chain([all.len()]);
+            let starts = firsts.iter().copied().zip(ends).collect();
+            let (together, chain) = deepest(all, &starts, 0);
+            println!("{name}: {together} bytes, {chain:?}");
+            assert!(together <= STACK, "{name} has {together} bytes of stack in the chain {chain:?}");
+        }
+    }
+}

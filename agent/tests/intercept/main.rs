@@ -489,6 +489,26 @@ fn a_listener_from_before_the_agent_is_found_with_its_owner() {
 }
 
 #[test]
+fn where_no_note_can_be_made_on_a_socket_its_row_tells_who_bound_it() {
+    let mut world = world!();
+    let facts = world.enrol().allowing();
+    world.install(facts);
+    // A limit of the network namespace since Linux 6.9; before, of the host.
+    if std::fs::write("/proc/sys/net/core/optmem_max", "1").is_err() {
+        eprintln!(
+            "SKIPPED (no room for options by network namespace): \
+             where_no_note_can_be_made_on_a_socket_its_row_tells_who_bound_it"
+        );
+        return;
+    }
+    let _server = TcpListener::bind("10.77.0.2:81").unwrap();
+    assert_eq!(world.stranger("connect 10.77.0.2:81").line(), "connected to 10.77.0.2:81 from 10.77.0.2");
+    let listening = world.programs().listeners().unwrap();
+    let row = listening.iter().find(|row| row.address().port() == 81).unwrap().row;
+    assert_eq!((row.binder.tgid, row.bound), (std::process::id(), LISTENER_LEFT_ALONE));
+}
+
+#[test]
 fn a_connection_from_before_is_listed_and_can_be_killed() {
     let mut world = world!();
     world.kill_agent();
