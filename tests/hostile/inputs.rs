@@ -1,7 +1,7 @@
 //! Bad configuration, policy and authority files: one clear line, and nothing that ran before is touched.
 
 use lab::agent::make_authority;
-use lab::policy::{DOMAIN, PORT};
+use lab::policy::{DOMAIN, PORT, id};
 use lab::{Agent, Lab, Mint, Policy, Program, Settings, Skip, clock, lab, or_skip, skip};
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
@@ -150,6 +150,40 @@ fn a_policy_that_anybody_can_write_is_not_taken_on_reload() {
     let told =
         clock::until(clock::seconds(10), || mesh.alpha().status()["policy"]["refused"].as_str().map(str::to_owned));
     assert!(told.is_some_and(|text| text.contains("lab.toml")), "{:#}", mesh.alpha().status());
+    lab.expect_echo(&lab.alpha, "client", lab.beta.at(PORT), &[]);
+    lab.expect_tls(PORT);
+}
+
+#[test]
+fn status_answers_while_a_long_policy_is_read_and_the_last_word_is_in_force() {
+    let lab = lab!();
+    let short = Policy::standard(&lab);
+    let mesh = or_skip!(lab.only_mesh(&short));
+    let _server = lab.serve_echo(&lab.beta, "server", &[lab.beta.at(PORT)]);
+    let (from, to) = (id("client"), id("server"));
+    let rule = |number| format!("[[allow]]\nfrom = \"{from}\"\nto = \"{to}/{number}\"\n");
+    let rules: String = (0..clock::count(50_000)).map(rule).collect();
+    let long = Policy::standard(&lab).destination("10.99.0.1:80", "server").raw(&rules);
+    let status = || mesh.alpha().status()["policy"].clone();
+    let before = status();
+    mesh.alpha().post(long.text());
+    let mut answers = 0;
+    let done = clock::until(clock::seconds(60), || {
+        answers += 1;
+        (status()["generation"] != before["generation"]).then_some(())
+    });
+    assert!(done.is_some(), "the long policy was not taken: {:#}", status());
+    assert_ne!(status()["destinations"], before["destinations"]);
+    assert!(answers > 5, "{answers} answers until the long policy was in force");
+    // A reload that comes while another is under way is not forgotten.
+    mesh.alpha().post(long.text());
+    std::thread::sleep(clock::millis(20));
+    mesh.alpha().post(short.text());
+    let last = clock::until(clock::seconds(60), || {
+        let now = status();
+        (now["destinations"] == before["destinations"] && now["refused"].is_null()).then_some(())
+    });
+    assert!(last.is_some(), "{:#}", status());
     lab.expect_echo(&lab.alpha, "client", lab.beta.at(PORT), &[]);
     lab.expect_tls(PORT);
 }

@@ -1,7 +1,7 @@
 //! The control thread's loop: one thing after the other, so that nothing here needs a lock.
 //!
-//! *Invariant:* nothing in the loop waits for a connection, a disk or a peer. Attestation, which may read a large file, runs
-//! beside it and reports back.
+//! *Invariant:* nothing in the loop waits for a connection, a disk or a peer. Attestation, which may read a large file, and
+//! reading policy and trust for a reload run beside it and report back.
 
 use super::listeners::{Listeners, Report};
 use super::reload::Prepared;
@@ -10,12 +10,13 @@ use super::{Error, kernel_record, status, warn_of_second_authorities};
 use crate::admin::{self, Asked, PreexistingStatus, Request};
 use crate::identify::embedded::Embedded;
 use crate::identify::provider::Provider;
-use crate::intercept::{Notice, OldConnection, Programs, Rooms, Work};
+use crate::intercept::{self, Notice, OldConnection, Programs, Rooms, Work};
 use crate::pipeline::Shared;
 use crate::policy::Preexisting;
 use crate::privilege::Sandbox;
 use crate::relay::Stop;
 use std::collections::HashMap;
+use std::io;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -23,6 +24,7 @@ use std::time::{Duration, Instant};
 use time::OffsetDateTime;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
+use tokio::task::JoinError;
 
 /// How often what nobody announces is looked for.
 const TICK: Duration = Duration::from_secs(10);
@@ -32,6 +34,9 @@ const LOOK: Duration = Duration::from_secs(2);
 const SOON: Duration = Duration::from_secs(2);
 /// How long shards may take to end after their last connection was told to.
 const LAST_WORDS: Duration = Duration::from_secs(5);
+
+/// What is on disk, read and checked, and what its policy says to the kernel.
+type Read = Result<(Prepared, intercept::Prepared), Error>;
 
 /// What was settled at start.
 pub(super) struct Settled {
@@ -52,6 +57,10 @@ pub(super) struct Control {
     pub(super) policy_loaded: OffsetDateTime,
     /// Why the last reload was refused.
     pub(super) reload_refused: Option<String>,
+    /// What is on disk is being read for a reload.
+    reading: Option<tokio::task::JoinHandle<Read>>,
+    /// Another reload was asked for meanwhile: what has been read may be older than that.
+    read_again: bool,
     pub(super) draining: bool,
     /// What listens, and what it was found to be.
     pub(super) listeners: Listeners,
@@ -89,6 +98,8 @@ impl Control {
             started: now,
             policy_loaded: now,
             reload_refused: None,
+            reading: None,
+            read_again: false,
             draining: false,
             listeners,
             old: HashMap::new(),
@@ -133,6 +144,7 @@ impl Control {
                 _ = look.tick() => self.listeners.look_again(),
                 Ok(()) = changes.changed() => self.revoke("the trust bundles changed"),
                 _ = hangup.recv() => self.reload(),
+                read = finished(&mut self.reading) => self.put_in_force(read),
                 () = come(self.refusals_due), if self.refusals_due.is_some() => self.collect_refusals(),
                 _ = tick.tick() => self.tidy(),
                 _ = stop(&mut terminate, &mut interrupt) => break,
@@ -240,28 +252,53 @@ impl Control {
         });
     }
 
-    /// Puts what is on disk in force, or says why not. Connections that are still allowed do not notice.
+    /// Begins to read what is on disk, to put it in force when that is done.
     fn reload(&mut self) {
         self.shared.audit.reopen();
-        self.reload_refused = self.try_reload().err().map(|error| error.to_string());
-        match &self.reload_refused {
-            None => {
-                tracing::info!(generation = self.programs.generation(), "policy reloaded");
-                self.revoke("the policy changed");
-            }
-            Some(why) => tracing::error!("reload refused, what was in force stays in force:\n{why}"),
+        self.read_again = self.reading.is_some();
+        if self.read_again {
+            return;
+        }
+        let outlook = match self.programs.outlook() {
+            Ok(outlook) => outlook,
+            Err(error) => return self.reloaded(Err(error.into())),
+        };
+        let (shared, provider) = (self.shared.clone(), self.provider.clone());
+        self.reading = Some(tokio::task::spawn_blocking(move || {
+            let prepared = Prepared::read(&shared.config, &provider)?;
+            let rows = outlook.prepare(prepared.policy());
+            Ok((prepared, rows))
+        }));
+    }
+
+    /// Puts what was read in force. Connections that are still allowed do not notice.
+    fn put_in_force(&mut self, read: Result<Read, JoinError>) {
+        self.reading = None;
+        let ended = |error| Error::Host { what: "what is on disk could not be read", source: io::Error::other(error) };
+        let done = read.unwrap_or_else(|error| Err(ended(error))).and_then(|(prepared, rows)| {
+            let programs = &mut self.programs;
+            prepared.put_in_force(|_| programs.install_prepared(rows), &self.provider, &self.shared.policy)?;
+            Ok(())
+        });
+        self.reloaded(done);
+        if self.read_again {
+            self.reload();
         }
     }
 
-    fn try_reload(&mut self) -> Result<(), Error> {
-        let prepared = Prepared::read(&self.shared.config, &self.provider)?;
-        let programs = &mut self.programs;
-        prepared.put_in_force(|policy| programs.install(policy), &self.provider, &self.shared.policy)?;
+    /// Says what came of a reload, and looks with the eyes of the new policy.
+    fn reloaded(&mut self, done: Result<(), Error>) {
+        self.reload_refused = done.err().map(|error| error.to_string());
+        if let Some(why) = &self.reload_refused {
+            tracing::error!("reload refused, what was in force stays in force:\n{why}");
+            return;
+        }
         self.policy_loaded = OffsetDateTime::now_utc();
         warn_of_second_authorities(&self.shared.config, &self.shared.policy.load());
         self.look_at_listeners();
         self.look_for_old_connections();
-        Ok(())
+        tracing::info!(generation = self.programs.generation(), "policy reloaded");
+        self.revoke("the policy changed");
     }
 
     fn revoke(&self, why: &'static str) {
@@ -357,6 +394,14 @@ impl Control {
 async fn come(due: Option<Instant>) {
     match due {
         Some(due) => tokio::time::sleep_until(due.into()).await,
+        None => std::future::pending().await,
+    }
+}
+
+/// What was read, once it was. Cancel safe.
+async fn finished(reading: &mut Option<tokio::task::JoinHandle<Read>>) -> Result<Read, JoinError> {
+    match reading {
+        Some(reading) => reading.await,
         None => std::future::pending().await,
     }
 }

@@ -29,6 +29,11 @@ impl Prepared {
         Ok(Self { policy, identity })
     }
 
+    /// The policy that was read.
+    pub fn policy(&self) -> Arc<Policy> {
+        self.policy.clone()
+    }
+
     /// Puts it in force. `install` brings the policy into the kernel's tables, all of it or nothing; it goes first, since it
     /// alone can fail, and what the kernel turns to the agent meanwhile, and the policy before does not know, is refused.
     pub fn put_in_force<E>(
