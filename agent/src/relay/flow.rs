@@ -130,12 +130,14 @@ struct Moved {
     up: Instant,
     down: Instant,
     marks: (Mark, Mark),
+    /// When it was last asked whether one of them is stuck for good.
+    asked: Option<Instant>,
 }
 
 impl Moved {
     fn now(marks: (Mark, Mark)) -> Self {
         let now = Instant::now();
-        Self { up: now, down: now, marks }
+        Self { up: now, down: now, marks, asked: None }
     }
 
     fn compare(&mut self, (up, down): (Mark, Mark)) {
@@ -158,6 +160,12 @@ impl Moved {
 enum Side {
     Application,
     Network,
+}
+
+/// A stall that is due, though there is something to do: where one direction always has, nobody asks the clock.
+fn stalled(deadline: Option<(Instant, Option<CloseReason>)>) -> Option<CloseReason> {
+    let (at, reason) = deadline?;
+    reason.filter(|reason| *reason == CloseReason::Stalled && at <= Instant::now())
 }
 
 /// Why the flow is awake again.
@@ -220,10 +228,11 @@ impl<L: Lane> Flow<L> {
             self.lane.rest();
             let deadline = self.deadline(limits, &moved);
             let over = match self.wait(wants, deadline, stop.as_mut(), clock.as_mut()).await {
-                Woken::Again => None,
+                Woken::Again => stalled(deadline).filter(|reason| self.is_over(*reason, limits, &mut moved)),
                 Woken::Failed(side) => self.failure(side),
                 Woken::Late => {
-                    deadline.and_then(|(_, reason)| reason).filter(|reason| self.is_over(*reason, limits, &moved))
+                    let reason = deadline.and_then(|(_, reason)| reason);
+                    reason.filter(|reason| self.is_over(*reason, limits, &mut moved))
                 }
                 Woken::Stopped(stop) => Some(CloseReason::Stopped(stop)),
             };
@@ -518,16 +527,17 @@ impl<L: Lane> Flow<L> {
         if !up && !down {
             return idle;
         }
-        let now = Instant::now();
         let stall = |under_way: bool, since: Instant| {
             under_way.then(|| {
                 let due = since + limits.stall;
-                // Once it is due it is looked at every second, for as long as the receiver is just slow.
-                (if due > now { due } else { now + MAX_TICK }, Some(CloseReason::Stalled))
+                // Once it is due it is asked every second, for as long as the receiver is just slow: a second since it was
+                // asked, for the other direction may wake the flow more often than that.
+                (moved.asked.map_or(due, |asked| due.max(asked + MAX_TICK)), Some(CloseReason::Stalled))
             })
         };
         let tick = (up && self.lane.needs_ticks()).then(|| {
             // As long again as it has been waiting.
+            let now = Instant::now();
             (now + now.duration_since(moved.up).clamp(MIN_TICK, MAX_TICK), None)
         });
         [idle, stall(up, moved.up), stall(down, moved.down), tick].into_iter().flatten().min_by_key(|(at, _)| *at)
@@ -539,7 +549,8 @@ impl<L: Lane> Flow<L> {
 
     /// Is this the end? A stall is one only where a socket has room and takes nothing all the same. Each direction is
     /// judged by itself: where memory for TCP is short, one may starve while the other trickles.
-    fn is_over(&self, reason: CloseReason, limits: &Limits, moved: &Moved) -> bool {
+    fn is_over(&self, reason: CloseReason, limits: &Limits, moved: &mut Moved) -> bool {
+        moved.asked = Some(Instant::now());
         let stuck = |socket: &TcpStream, under_way: bool, since: Instant| {
             under_way
                 && since.elapsed() >= limits.stall

@@ -261,6 +261,26 @@ async fn one_direction_that_is_stuck_is_given_up_though_the_other_moves() {
 }
 
 #[tokio::test]
+async fn one_direction_that_is_stuck_is_given_up_though_the_other_never_rests() {
+    let limits = Limits { idle: None, stall: Duration::from_millis(300) };
+    let (mut left, own) = program().await;
+    let (network, mut right) = pair().await;
+    left.write_all(b"never sent").await.unwrap();
+    let (mut read, _write) = left.into_split();
+    let reading = tokio::spawn(async move { while read.read(&mut [0; 65_536]).await.is_ok_and(|taken| taken > 0) {} });
+    let flood = tokio::spawn(async move { while right.write_all(&[7; 65_536]).await.is_ok() {} });
+    let progress = Progress::default();
+    // The sockets are closed with the flow.
+    let flow = async {
+        Flow::new(own, network, Stuck, Start::default()).run(&limits, std::pin::pin!(pending()), &progress).await
+    };
+    assert_eq!(timeout(patience(5), flow).await.expect("given up"), CloseReason::Stalled);
+    assert!(progress.received() > 1 << 20, "the other direction did not move");
+    flood.await.unwrap();
+    reading.await.unwrap();
+}
+
+#[tokio::test]
 async fn a_kernel_that_has_room_and_takes_nothing_is_given_up_and_a_slow_reader_is_not() {
     let limits = Limits { idle: None, stall: Duration::from_millis(300) };
     let (mut left, own) = program().await;
