@@ -2,7 +2,7 @@
 
 use lab::policy::PORT;
 use lab::world::{events, pick};
-use lab::{Lab, Policy, Program, clock, lab, or_skip, skip};
+use lab::{Lab, Policy, Program, Settings, clock, lab, or_skip, skip};
 
 /// Size of a bulk transfer: 1 GiB, or `LAB_BULK` bytes, less on a slow machine.
 fn bulk() -> u64 {
@@ -164,7 +164,8 @@ fn resident(mesh: &lab::Mesh) -> Vec<u64> {
 fn two_thousand_connections_are_held_and_used() {
     let lab = lab!();
     lab.capture_many();
-    let mesh = or_skip!(lab.mesh(&Policy::standard(&lab)));
+    let settings = Settings { tables: "[timeouts]\ndial = \"1m\"\nhandshake = \"1m\"\n".into(), ..Settings::default() };
+    let mesh = or_skip!(lab.mesh_with(&Policy::standard(&lab), &settings));
     let number = clock::count(2000);
     let _server = many_files(&lab, "server", &lab.beta, &["echo", "--listen", &lab.beta.at(PORT).to_string()], true);
     let (to, text) = (lab.beta.at(PORT).to_string(), number.to_string());
