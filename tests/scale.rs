@@ -4,6 +4,8 @@
 use lab::policy::{PORT, id};
 use lab::{Agent, Lab, Mesh, Policy, Program, Settings, clock, lab, or_skip, skip};
 use serde_json::Value;
+use std::collections::HashMap;
+use std::ffi::OsString;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -145,7 +147,7 @@ fn idle(lab: &Lab, number: usize, rest: Duration) {
     let after = agents.map(activity);
     for (at, agent) in agents.iter().enumerate() {
         let own = anonymous(agent).saturating_sub(own[at]) / number as u64;
-        let (busy, switches) = (after[at].0 - before[at].0, after[at].1 - before[at].1);
+        let (busy, switches) = done(&before[at], &after[at]);
         println!(
             "{number} idle connections, agent {at}: {own} bytes each in the agent, {kernel} in the kernel; in {rest:?} \
              {busy} ms of processor time, {switches} context switches"
@@ -235,18 +237,26 @@ fn kilobytes(text: &str, name: &str) -> u64 {
     line.split_whitespace().nth(1).unwrap().parse().unwrap()
 }
 
-/// Milliseconds on a processor, and context switches, of all threads.
-fn activity(agent: &Agent<'_>) -> (u64, u64) {
-    let mut sum = (0, 0);
-    for task in std::fs::read_dir(format!("/proc/{}/task", agent.pid())).unwrap() {
-        let path = task.unwrap().path();
-        let Ok(status) = std::fs::read_to_string(path.join("status")) else { continue };
-        let schedule = std::fs::read_to_string(path.join("schedstat")).unwrap_or_default();
+/// Milliseconds on a processor, and context switches, of each thread.
+fn activity(agent: &Agent<'_>) -> HashMap<OsString, (u64, u64)> {
+    let one = |task: std::fs::DirEntry| {
+        let status = std::fs::read_to_string(task.path().join("status")).ok()?;
+        let schedule = std::fs::read_to_string(task.path().join("schedstat")).unwrap_or_default();
         let nanoseconds: u64 = schedule.split(' ').next().and_then(|word| word.parse().ok()).unwrap_or(0);
-        sum.0 += nanoseconds / 1_000_000;
-        sum.1 += kilobytes(&status, "voluntary_ctxt_switches:") + kilobytes(&status, "nonvoluntary_ctxt_switches:");
-    }
-    sum
+        let switches =
+            kilobytes(&status, "voluntary_ctxt_switches:") + kilobytes(&status, "nonvoluntary_ctxt_switches:");
+        Some((task.file_name(), (nanoseconds / 1_000_000, switches)))
+    };
+    std::fs::read_dir(format!("/proc/{}/task", agent.pid())).unwrap().flatten().filter_map(one).collect()
+}
+
+/// What all threads have done between two looks. What one has done that has ended meanwhile is not known.
+fn done(before: &HashMap<OsString, (u64, u64)>, after: &HashMap<OsString, (u64, u64)>) -> (u64, u64) {
+    let more = |(thread, now): (&OsString, &(u64, u64))| {
+        let then = before.get(thread).copied().unwrap_or_default();
+        (now.0.saturating_sub(then.0), now.1.saturating_sub(then.1))
+    };
+    after.iter().map(more).fold((0, 0), |sum, more| (sum.0 + more.0, sum.1 + more.1))
 }
 
 fn alone() -> MutexGuard<'static, ()> {
