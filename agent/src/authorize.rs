@@ -339,6 +339,7 @@ mod tests {
                 cookie: 0,
                 sharers: Box::default(),
                 listener_cookie: 0,
+                listeners: 0,
             },
             workload: Workload { number: 1, id: id(workload) },
             credential: Arc::new(Credential {

@@ -21,7 +21,7 @@ use crate::identify::{self, Identities, Parties, Unidentified};
 use crate::intercept::{Dialler, Direction, Flow, Opening, OriginalDst};
 use crate::live::{Basis, Registry};
 use crate::offload::{self, Choice, Engine, Pipe};
-use crate::policy::{Policy, Rule};
+use crate::policy::{Policy, Rule, Workload};
 use crate::relay::{self, Idle, Left, Limits, Progress, Stop};
 use crate::reuse::{self, Bound, Key, Pool};
 use crate::turns::{Party, Turns};
@@ -50,6 +50,9 @@ const SECOND_LOOKS: [Duration; 6] = [
     Duration::from_millis(120),
     Duration::from_millis(250),
 ];
+
+/// How often a last leg is tried again, each time with others who listen.
+const LEGS: usize = 3;
 
 /// How long, and for how many bytes, a refused peer is listened to so that it hears why.
 const LINGER: Duration = Duration::from_millis(500);
@@ -201,7 +204,7 @@ async fn again<'a>(
         Some(session) if session.speaks() => Opening::Speaks,
         _ => Opening::Waits,
     };
-    let leg = match walk.leg(&permit.parties().flow, opening).await {
+    let leg = match walk.leg(&permit.parties().flow, &permit.parties().workload, opening).await {
         Ok(leg) => leg,
         Err(error) => {
             attempt.refuse(permit.into_parties().flow.socket, &error);
@@ -491,7 +494,10 @@ impl<'a> Walk<'a> {
             }
         }
         // Only now does the workload hear of it: whoever is not admitted cannot even make it accept.
-        let leg = match self.leg(&session.permit().parties().flow, Opening::Waits).await {
+        let leg = match self
+            .leg(&session.permit().parties().flow, &session.permit().parties().workload, Opening::Waits)
+            .await
+        {
             Ok(leg) => leg,
             Err(error) => {
                 attempt.refuse(session.into_permit().into_parties().flow.socket, &error);
@@ -510,7 +516,7 @@ impl<'a> Walk<'a> {
     /// A connection from the network that is carried without TLS, by a permissive rule.
     async fn plaintext(&self, mut attempt: Attempt<'a>, parties: Parties, rule: Arc<Rule>) -> Option<Made<'a>> {
         let Parties { flow, workload, .. } = parties;
-        let leg = match self.leg(&flow, Opening::Waits).await {
+        let leg = match self.leg(&flow, &workload, Opening::Waits).await {
             Ok(leg) => leg,
             Err(error) => {
                 attempt.refuse(flow.socket, &error);
@@ -538,10 +544,30 @@ impl<'a> Walk<'a> {
         }
     }
 
-    async fn leg(&self, flow: &Flow, opening: Opening) -> Result<TcpStream, Error> {
-        let leg = self.site.dialler.leg(flow.destination, flow.source, opening);
-        match tokio::time::timeout(self.shared.config.timeouts.dial, leg).await {
-            Ok(outcome) => outcome.map_err(Error::Intercept),
+    /// Connects to those who were found to listen. Where somebody has come or gone since, it is asked again who they are.
+    async fn leg(&self, flow: &Flow, workload: &Workload, opening: Opening) -> Result<TcpStream, Error> {
+        let mut listeners = flow.listeners;
+        let connected = async {
+            let mut outcome = self.site.dialler.leg(flow.destination, flow.source, listeners, opening).await;
+            for _ in 0..LEGS {
+                let Err(error) = &outcome else { break };
+                let Ok(now) = self.site.dialler.look(flow.destination) else { break };
+                if !error.is_refused() || now.who == listeners || now.cookie == 0 {
+                    break;
+                }
+                match Box::pin(self.shared.identities.is_still(workload, &now, &*self.policy)).await {
+                    Ok(()) => {}
+                    // Gone again.
+                    Err(error) if error.is_passing() => break,
+                    Err(error) => return Err(Error::Identify(error)),
+                }
+                listeners = now.who;
+                outcome = self.site.dialler.leg(flow.destination, flow.source, listeners, opening).await;
+            }
+            outcome.map_err(Error::Intercept)
+        };
+        match tokio::time::timeout(self.shared.config.timeouts.dial, connected).await {
+            Ok(outcome) => outcome,
             Err(_) => Err(Error::DialTimeout(self.shared.config.timeouts.dial)),
         }
     }

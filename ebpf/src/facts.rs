@@ -246,6 +246,16 @@ pub fn namespace_of(sk: *mut bpf_sock, layout: &TaskLayout) -> u64 {
     }
 }
 
+/// One byte of the kernel's own socket, or 0 where it cannot be read.
+#[inline(always)]
+pub fn byte_of(sk: *mut bpf_sock, offset: u32) -> u8 {
+    // SAFETY: as in `namespace_of`.
+    unsafe {
+        let socket = bpf_probe_read_kernel(addr_of!(sk).cast::<u64>()).unwrap_or(0);
+        bpf_probe_read_kernel((socket + offset as u64) as *const u8).unwrap_or(0)
+    }
+}
+
 /// Eight bytes of the kernel's memory, or 0 where they cannot be read.
 #[inline(always)]
 unsafe fn pointer(base: u64, offset: u32) -> u64 {

@@ -19,6 +19,8 @@ use wimsey_common::*;
 
 /// Id of the root of the unified hierarchy.
 const ROOT_CGROUP: u64 = 1;
+/// Index of the loopback device, in every network namespace.
+const LOOPBACK_DEVICE: u32 = 1;
 const ETH_P_IP: u16 = 0x0800;
 const ETH_P_IPV6: u16 = 0x86dd;
 
@@ -58,6 +60,15 @@ fn syn(skb: *mut __sk_buff) -> i32 {
     }
     // SAFETY: a socket that the verifier knows not to be null.
     let (address, port) = unsafe { far_end(sk) };
+    // SAFETY: fields and a helper that this hook may use. What was turned to the agent goes to it over loopback, or nowhere: the
+    // socket may have been bound to a device after its `connect()`, which with fast open sends nothing.
+    if is_loopback(&address) && unsafe { word(addr_of!((*skb).ifindex)) } != LOOPBACK_DEVICE {
+        return if turned_to(unsafe { bpf_get_socket_cookie(skb.cast()) }, &address, port).is_some() {
+            REFUSE
+        } else {
+            ALLOW
+        };
+    }
     let Some(found) = destination(config, &address, port) else { return ALLOW };
     if found.mode != MODE_MESH {
         return ALLOW;

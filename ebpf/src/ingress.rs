@@ -24,6 +24,7 @@ use wimsey_common::*;
 
 const CONNECTING: u32 = aya_ebpf::bindings::BPF_SOCK_OPS_TCP_CONNECT_CB;
 const ESTABLISHED: u32 = aya_ebpf::bindings::BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB;
+const ACCEPTING: u32 = aya_ebpf::bindings::BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB;
 const LISTENING_NOW: u32 = aya_ebpf::bindings::BPF_SOCK_OPS_TCP_LISTEN_CB;
 const STATE_CHANGES: u32 = aya_ebpf::bindings::BPF_SOCK_OPS_STATE_CB;
 const STATE_CB_FLAG: u32 = aya_ebpf::bindings::BPF_SOCK_OPS_STATE_CB_FLAG;
@@ -51,6 +52,7 @@ pub fn event(ops: *mut bpf_sock_ops) {
     match unsafe { word(addr_of!((*ops).op)) } {
         CONNECTING => connecting(ops),
         ESTABLISHED => egress::arrived(ops),
+        ACCEPTING => accepting(ops),
         LISTENING_NOW => {
             let bound = tuple(ops);
             if registry::listening(ops, bound.source, bound.source_port) {
@@ -102,7 +104,7 @@ fn connecting(ops: *mut bpf_sock_ops) {
     }
     if let Some(own) = unsafe { OWN.get(&cookie) } {
         if own.kind == OWN_LEG {
-            let leg = Leg { client: own.client, client_port: own.client_port, pad: [0; 3] };
+            let leg = Leg { client: own.client, client_port: own.client_port, pad: [0; 3], listeners: own.listeners };
             if LEGS.insert(&tuple, &leg, 0).is_ok() {
                 watch_states(ops);
             } else {
@@ -120,6 +122,43 @@ fn connecting(ops: *mut bpf_sock_ops) {
         // A connection from before may have had these addresses, and nobody shall come in under its name.
         let _ = ORIGINS.remove(&tuple);
     }
+}
+
+/// A connection stands, at the end that was dialled. Where it is one that was turned to the agent, its origin goes to the socket
+/// that the agent will accept: from here on the addresses may be somebody else's.
+#[inline(always)]
+fn accepting(ops: *mut bpf_sock_ops) {
+    let own = tuple(ops);
+    if is_loopback(&own.source) {
+        // SAFETY: helpers that this hook may use.
+        let (netns, cookie) = unsafe { (bpf_get_netns_cookie(ops.cast()), bpf_get_socket_cookie(ops.cast())) };
+        ingress_accepted(netns, cookie, &own);
+    }
+}
+
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn ingress_accepted(netns: u64, cookie: u64, own: *const TupleKey) -> u32 {
+    // SAFETY: the verifier insists that it is null or what it should be.
+    let Some(own) = (unsafe { own.as_ref() }) else { return 0 };
+    let Some(config) = config() else { return 0 };
+    if netns != config.netns_cookie {
+        return 0;
+    }
+    let dialled = TupleKey {
+        source: own.destination,
+        destination: own.source,
+        source_port: own.destination_port,
+        destination_port: own.source_port,
+        pad: 0,
+    };
+    // SAFETY: nobody changes the row while its connection is there.
+    let Some(origin) = (unsafe { ORIGINS.get(&dialled) }) else { return 0 };
+    if ACCEPTED.insert(&cookie, origin, 0).is_err() {
+        count(counter::REFUSED_MAP_FULL);
+    }
+    let _ = ORIGINS.remove(&dialled);
+    1
 }
 
 /// The connection that a socket makes, or the address that it is bound to.
@@ -163,21 +202,42 @@ pub fn steer(ctx: &SkLookupContext) -> u32 {
     };
     // SAFETY: as above.
     let device = unsafe { word(addr_of!((*lookup).ingress_ifindex)) };
-    let mode = protection(config, &local, local_port, ipv6, device);
+    let leg =
+        TupleKey { source: remote, destination: local, source_port: remote_port, destination_port: local_port, pad: 0 };
+    if is_loopback(&local) {
+        // What was turned to the agent is for the agent that is there now, whoever has the port of the one before.
+        // SAFETY: nobody changes the row while its connection is there.
+        if let Some(origin) = unsafe { ORIGINS.get(&leg) } {
+            let index = outbound_listener(config, origin.cookie, ipv6);
+            if OUTBOUND.redirect_sk_lookup(ctx, index, 0).is_ok() {
+                return SK_PASS;
+            }
+            count(counter::REFUSED_NO_AGENT);
+            refused(REASON_NO_AGENT, &leg);
+            return SK_DROP;
+        }
+    }
+    let (mode, listeners) = protection(config, &local, local_port, ipv6, device);
+    // SAFETY: rows are never changed in place.
+    if let Some(leg) = unsafe { LEGS.get(&leg) } {
+        // The leg is for those who were found to listen, and for nobody who came after them.
+        if leg.listeners != 0 && leg.listeners == listeners {
+            count(counter::LEGS_ADMITTED);
+            return SK_PASS;
+        }
+        return SK_DROP;
+    }
     if mode == LISTENER_LEFT_ALONE {
+        if is_loopback(&local) && is_the_agents(config, &local, local_port) {
+            refused(REASON_DIRECT, &leg);
+            return SK_DROP;
+        }
         return SK_PASS;
     }
     if mode == 0 {
         // Nobody listens there; or nobody knows who, and that is nobody to whom plaintext may go.
         count(counter::NO_LISTENER);
         return if config.flags & FLAG_REGISTRY_COMPLETE != 0 { SK_DROP } else { SK_PASS };
-    }
-    let leg =
-        TupleKey { source: remote, destination: local, source_port: remote_port, destination_port: local_port, pad: 0 };
-    // SAFETY: rows are never changed in place.
-    if unsafe { LEGS.get(&leg) }.is_some() {
-        count(counter::LEGS_ADMITTED);
-        return SK_PASS;
     }
     if mode == LISTENER_UNDECIDED {
         count(counter::REFUSED_UNDECIDED);
@@ -196,6 +256,15 @@ pub fn steer(ctx: &SkLookupContext) -> u32 {
     count(counter::REFUSED_NO_AGENT);
     refused(REASON_NO_AGENT, &leg);
     SK_DROP
+}
+
+/// Is this the address of one of the agent's own listeners? What the programs turn to them does not come by their addresses.
+#[inline(always)]
+fn is_the_agents(config: &Config, local: &Address, port: u16) -> bool {
+    let key = ListenerKey { address: *local, netns: config.netns_cookie, device: 0, port, ipv6_only: 0 };
+    // SAFETY: one word each, read once.
+    let cookie = unsafe { LISTENERS.get(&key) }.map_or(0, |row| row.cookie);
+    unsafe { OWN.get(&cookie) }.is_some_and(|own| own.kind == OWN_LISTENER)
 }
 
 /// Tells of a connection from the network that was refused.
@@ -221,44 +290,55 @@ pub extern "C" fn ingress_refused(reason: u32, tuple: *const TupleKey) -> u32 {
 /// The strictest of what is bound where the kernel would look: the address itself, the IPv4 wildcard, the IPv6 one, each on
 /// the device that the segment came in by and on any. 0 where nobody is.
 #[inline(always)]
-fn protection(config: &Config, local: &Address, port: u16, ipv6: bool, device: u32) -> u32 {
+fn protection(config: &Config, local: &Address, port: u16, ipv6: bool, device: u32) -> (u32, u64) {
     let mut key = ListenerKey { address: *local, netns: config.netns_cookie, device: 0, port, ipv6_only: 0 };
-    let mut counts = counts(&key, device);
+    let mut found = Found { counts: 0, listeners: 0 };
+    ingress_counts(&key, device, &mut found);
     if !ipv6 {
         key.address = mapped(0);
-        counts |= self::counts(&key, device);
+        ingress_counts(&key, device, &mut found);
     }
     key.address = [0; 16];
-    counts |= self::counts(&key, device);
+    ingress_counts(&key, device, &mut found);
     if ipv6 {
         key.ipv6_only = 1;
-        counts |= self::counts(&key, device);
+        ingress_counts(&key, device, &mut found);
     }
     if config.flags & FLAG_PROTECTED_ADDRESSES != 0 && is_protected(local, port, ipv6) {
-        return LISTENER_PROTECTED;
+        return (LISTENER_PROTECTED, found.listeners);
     }
-    strictest(counts)
+    (strictest(found.counts), found.listeners)
 }
 
-#[inline(always)]
-fn counts(key: &ListenerKey, device: u32) -> u64 {
-    ingress_counts(key, device)
+/// Who is bound where the kernel would look.
+#[repr(C)]
+pub struct Found {
+    /// The counts of all places, one over the other: whether there is somebody of a kind.
+    counts: u64,
+    /// The sum of [`who_listens`].
+    listeners: u64,
 }
 
 #[inline(never)]
 #[unsafe(no_mangle)]
-pub extern "C" fn ingress_counts(key: *const ListenerKey, device: u32) -> u64 {
-    // SAFETY: the verifier insists that it is null or what it should be.
-    let Some(key) = (unsafe { key.as_ref() }) else { return 0 };
+pub extern "C" fn ingress_counts(key: *const ListenerKey, device: u32, found: *mut Found) -> u32 {
+    // SAFETY: the verifier insists that they are null or what they should be.
+    let (Some(key), Some(found)) = (unsafe { (key.as_ref(), found.as_mut()) }) else { return 0 };
     let mut key = on_the_stack(key);
-    // SAFETY: one word, read once.
-    let mut counts = unsafe { LISTENERS.get(&key) }.map_or(0, |row| row.counts);
+    // SAFETY: words that are read once.
+    if let Some(row) = unsafe { LISTENERS.get(&key) } {
+        found.counts |= row.counts;
+        found.listeners = found.listeners.wrapping_add(who_listens(row));
+    }
     if device != 0 {
         key.device = device;
         // SAFETY: as above.
-        counts |= unsafe { LISTENERS.get(&key) }.map_or(0, |row| row.counts);
+        if let Some(row) = unsafe { LISTENERS.get(&key) } {
+            found.counts |= row.counts;
+            found.listeners = found.listeners.wrapping_add(who_listens(row));
+        }
     }
-    counts
+    1
 }
 
 /// Does policy protect this address whoever listens there?

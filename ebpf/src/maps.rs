@@ -31,6 +31,8 @@ pub static FLOWS: HashMap<u64, Origin> = HashMap::pinned(131_072, BPF_F_NO_PREAL
 #[map]
 pub static ORIGINS: LruHashMap<TupleKey, Origin> = LruHashMap::pinned(32_768, 0);
 #[map]
+pub static ACCEPTED: LruHashMap<u64, Origin> = LruHashMap::pinned(32_768, 0);
+#[map]
 pub static OWN: HashMap<u64, Own> = HashMap::pinned(262_144, BPF_F_NO_PREALLOC);
 #[map]
 pub static LEGS: HashMap<TupleKey, Leg> = HashMap::pinned(131_072, BPF_F_NO_PREALLOC);

@@ -47,7 +47,7 @@ pub fn bound(sock: *mut bpf_sock, address: Address) -> i32 {
     };
     // SAFETY: rows are never changed in place.
     let own = match unsafe { OWN.get(&cookie) } {
-        Some(own) if own.kind == OWN_LISTENER => true,
+        Some(own) if own.kind == OWN_LISTENER || own.kind == OWN_TRIAL => true,
         Some(_) => return ALLOW,
         None => false,
     };
@@ -63,9 +63,11 @@ pub fn bound(sock: *mut bpf_sock, address: Address) -> i32 {
         return ALLOW;
     }
     let counted = if key.port == 0 { 0 } else { found };
-    let charged = if own { UNCHARGED } else { binder.uid as u64 };
-    let row = Socket { binder, owner: binder, key, mode: 0, bound: found, listens: 0, charged };
-    if enter(cookie, &row) && shift(cookie, counted) {
+    let charged = if own { UNCHARGED } else { binder.uid };
+    let row = Socket { binder, owner: binder, key, mode: 0, bound: found, listens: 0, charged, asked: 0 };
+    // Whoever dials an address finds there whose it is.
+    let shown = if own { cookie } else { 0 };
+    if enter(cookie, &row) && shift(cookie, counted, shown) {
         return ALLOW;
     }
     forget(cookie);
@@ -108,11 +110,12 @@ pub fn listening(ops: *mut bpf_sock_ops, address: Address, port: u16) -> bool {
     if netns != config.netns_cookie || unsafe { OWN.get(&cookie) }.is_some() {
         return false;
     }
-    let key = ListenerKey { address, netns, device, port, ipv6_only: 0 };
+    let ipv6_only = (address == [0; 16] && takes_no_ipv4(sk)) as u16;
+    let key = ListenerKey { address, netns, device, port, ipv6_only };
     let bound = LISTENER_UNDECIDED;
-    let mut row = Socket { binder: NOBODY, owner: running(), key, mode: 0, bound, listens: 1, charged: 0 };
+    let mut row = Socket { binder: NOBODY, owner: running(), key, mode: 0, bound, listens: 1, charged: 0, asked: 0 };
     let root_listens = row.owner.uid == 0;
-    row.charged = row.owner.uid as u64;
+    row.charged = row.owner.uid;
     let who = recorded(config, row.owner.uid, row.owner.gid, row.owner.cgroup);
     let who = if row.owner.tgid == 0 { LISTENER_UNDECIDED } else { protection(config, &mut row.owner, who) };
     bound_by(config, cookie, sk, &mut row);
@@ -130,6 +133,13 @@ pub fn listening(ops: *mut bpf_sock_ops, address: Address, port: u16) -> bool {
     place(cookie, &mut row, mode);
     registry_told(cookie, EVENT_LISTENING);
     true
+}
+
+/// Is this an IPv6 socket that takes no IPv4? Where the layout is not known, it is found out by the agent.
+#[inline(always)]
+fn takes_no_ipv4(sk: *mut bpf_sock) -> bool {
+    let Some(layout) = LAYOUT.get(0).filter(|layout| layout.ipv6_only != 0) else { return false };
+    byte_of(sk, layout.ipv6_only) >> layout.ipv6_only_bit & 1 != 0
 }
 
 /// Says in its row who bound a socket that begins to listen, and what they are: nobody, and undecided, where it was not
@@ -164,14 +174,14 @@ fn enter(cookie: u64, row: &Socket) -> bool {
         return true;
     }
     let mine = row.charged != UNCHARGED;
-    if mine && !quota::take(row.charged as u32, QUOTA_SOCKETS) {
+    if mine && !quota::take(row.charged, QUOTA_SOCKETS) {
         return false;
     }
     if SOCKETS.insert(&cookie, row, NO_EXIST).is_ok() {
         return true;
     }
     if mine {
-        quota::give(row.charged as u32, QUOTA_SOCKETS);
+        quota::give(row.charged, QUOTA_SOCKETS);
     }
     // SAFETY: as above. The agent may have been faster.
     unsafe { SOCKETS.get(&cookie) }.is_some()
@@ -250,20 +260,20 @@ pub extern "C" fn registry_forget(cookie: u64) -> u32 {
     let (mode, key, charged) = unsafe { (swap(addr_of_mut!((*row).mode), 0), (*row).key, (*row).charged) };
     take(&key, unit(mode as u32));
     if SOCKETS.remove(&cookie).is_ok() && charged != UNCHARGED {
-        quota::give(charged as u32, QUOTA_SOCKETS);
+        quota::give(charged, QUOTA_SOCKETS);
     }
     1
 }
 
-/// Says what a socket is from here on.
+/// Says what a socket is from here on. `shown`: its cookie, if it is to be found by its address, or 0.
 #[inline(always)]
-fn shift(cookie: u64, mode: u32) -> bool {
-    registry_shift(cookie, mode) != 0
+fn shift(cookie: u64, mode: u32, shown: u64) -> bool {
+    registry_shift(cookie, mode, shown) != 0
 }
 
 #[inline(never)]
 #[unsafe(no_mangle)]
-pub extern "C" fn registry_shift(cookie: u64, mode: u32) -> u32 {
+pub extern "C" fn registry_shift(cookie: u64, mode: u32, shown: u64) -> u32 {
     let Some(row) = SOCKETS.get_ptr_mut(&cookie) else { return (mode == 0) as u32 };
     // SAFETY: a row that the verifier has seen to be there.
     let (before, key) = unsafe { (addr_of!((*row).mode).read_volatile(), (*row).key) };
@@ -271,7 +281,7 @@ pub extern "C" fn registry_shift(cookie: u64, mode: u32) -> u32 {
         return 1;
     }
     // The new count comes before the old one goes.
-    if !add(&key, unit(mode), 0) {
+    if !add(&key, unit(mode), shown) {
         return 0;
     }
     // SAFETY: as above.
@@ -311,6 +321,12 @@ fn set(said: &Command) -> u32 {
         if (*row).listens == 0 {
             return COMMAND_STALE;
         }
+        if said.generation != 0 {
+            let generation = config().map_or(0, |config| config.generation);
+            if said.generation != generation || said.asked != addr_of!((*row).asked).read_volatile() {
+                return COMMAND_STALE;
+            }
+        }
         if said.owner.tgid != 0 {
             addr_of_mut!((*row).owner).write_volatile(said.owner);
         }
@@ -320,7 +336,7 @@ fn set(said: &Command) -> u32 {
             return if place(said.cookie, &mut moved, said.mode) { COMMAND_DONE } else { COMMAND_FULL };
         }
     }
-    if shift(said.cookie, said.mode) { COMMAND_DONE } else { COMMAND_STALE }
+    if shift(said.cookie, said.mode, 0) { COMMAND_DONE } else { COMMAND_STALE }
 }
 
 #[inline(always)]
@@ -329,18 +345,19 @@ fn record(said: &Command) -> u32 {
     if unsafe { SOCKETS.get(&said.cookie) }.is_some() {
         return COMMAND_STALE;
     }
-    let (owner, key, bound, charged) = (said.owner, said.key, LISTENER_UNDECIDED, said.owner.uid as u64);
-    let mut row = Socket { binder: NOBODY, owner, key, mode: 0, bound, listens: 1, charged };
+    let (owner, key, bound, charged) = (said.owner, said.key, LISTENER_UNDECIDED, said.owner.uid);
+    let mut row = Socket { binder: NOBODY, owner, key, mode: 0, bound, listens: 1, charged, asked: 0 };
     if enter(said.cookie, &row) && place(said.cookie, &mut row, said.mode) { COMMAND_DONE } else { COMMAND_FULL }
 }
 
-/// An enrolled process asks for the name of a socket: if it listens and was left alone, it is left alone no more.
+/// Whoever may be enrolled asks for the name of a socket: if it listens and was left alone, it is left alone no more; and what
+/// the agent has found out about it before this moment counts no more.
 #[inline(always)]
 pub fn held(cookie: u64) {
     let Some(row) = SOCKETS.get_ptr_mut(&cookie) else { return };
     // SAFETY: a row that the verifier has seen to be there.
     unsafe {
-        if (*row).listens == 0 || addr_of!((*row).mode).read_volatile() != LISTENER_LEFT_ALONE as u64 {
+        if (*row).listens == 0 || addr_of!((*row).mode).read_volatile() == LISTENER_PROTECTED as u64 {
             return;
         }
     }
@@ -350,8 +367,10 @@ pub fn held(cookie: u64) {
     if protection(config, &mut holder, who) == LISTENER_LEFT_ALONE {
         return;
     }
+    // SAFETY: as above. Of two at once one may be lost: what matters is that it is another number than before.
+    unsafe { addr_of_mut!((*row).asked).write_volatile(addr_of!((*row).asked).read_volatile().wrapping_add(1)) };
     // Undecided: the agent looks who holds it.
-    if shift(cookie, LISTENER_UNDECIDED) {
+    if shift(cookie, LISTENER_UNDECIDED, 0) {
         registry_told(cookie, EVENT_HELD);
     }
 }

@@ -5,6 +5,7 @@ use lab::hand::{ATTACKER, Hand, USER, expect_alive, listening};
 use lab::policy::{PORT, id};
 use lab::world::pick;
 use lab::{Host, Lab, Mesh, Skip, clock, lab};
+use rustix::process::Signal;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -304,4 +305,113 @@ fn a_datagram_socket_that_was_connected_before_the_agent_carries_nothing_of_a_wo
     }
     expect_alive(&mesh);
     lab.expect_no_plaintext();
+}
+
+#[test]
+fn whoever_dials_the_agent_itself_is_refused_and_counted_not_written_each_time() {
+    let lab = lab!();
+    let mesh = mesh!(lab, &policy(&lab, &[PORT]));
+    let mut attacker = lab.puppet(&lab.alpha, "nobody", ATTACKER, "attacker");
+    let log = mesh.alpha().directory().join("audit.jsonl");
+    let size = || std::fs::metadata(&log).map_or(0, |it| it.len());
+    let (before, mut attempts) = (size(), 0);
+    for door in listening(&lab.alpha) {
+        let told = attacker.tell(&format!("socket a 4; connect a {door}"));
+        assert_eq!(told["error"], "ECONNREFUSED", "{told}");
+        let told = attacker.must(&format!("dials {door} {}", clock::millis(500).as_millis()));
+        attempts += 1 + told["attempts"].as_u64().unwrap();
+    }
+    assert!(attempts > 100);
+    let counted = || {
+        let lines = mesh.alpha().audit();
+        let mine = lines.iter().filter(|line| line["code"] == "dialled-the-agent");
+        mine.map(|line| line["count"].as_u64().unwrap_or(1)).sum::<u64>()
+    };
+    assert!(clock::until(clock::seconds(15), || (counted() == attempts).then_some(())).is_some(), "{}", counted());
+    assert!(size() - before < 50_000, "{} bytes for {attempts} dials", size() - before);
+    let web = web(&lab, "server", "web", "", &format!("0.0.0.0:{PORT}"));
+    lab.expect_served(&mesh, lab.beta.at(PORT));
+    web.expect_unheard("FORGED", "nobody wrote it");
+}
+
+#[test]
+fn what_waits_for_the_agent_is_not_taken_for_what_comes_from_the_same_address_later() {
+    let lab = lab!();
+    let second = policy(&lab, &[PORT]).workload_by("second", &["unix:uid:2003"]);
+    let mesh = mesh!(lab, &second.allow("second-to-server", "second", "server"));
+    let web = web(&lab, "server", "web", "opt s dual; ", &format!("[::]:{PORT}"));
+    let to = lab.beta.at(PORT);
+    let mut user = lab.puppet(&lab.alpha, "one", USER, "user");
+    let mut second = lab.puppet(&lab.alpha, "one", 2003, "second");
+    for round in 0..3 {
+        let from = 5755 + round;
+        mesh.alpha().signal(Signal::STOP);
+        for _ in 0..8 {
+            let bound = format!("socket a 4; opt a reuseaddr; opt a reset; bind a 0.0.0.0:{from}");
+            second.tell(&format!("{bound}; connect a {to}; write a OF-SECOND; close a"));
+        }
+        let bound = format!("patience 100; socket s{round} 4; opt s{round} reuseaddr; bind s{round} 0.0.0.0:{from}");
+        user.tell(&format!("{bound}; connect s{round} {to}"));
+        mesh.alpha().signal(Signal::CONT);
+        settle();
+    }
+    user.end();
+    settle();
+    let lines = mesh.alpha().audit();
+    let bytes_of_user = lines.iter().filter(|line| line["source"]["id"] == id("user"));
+    let sent: u64 = bytes_of_user.map(|line| line["bytes"]["sent"].as_u64().unwrap_or(0)).sum();
+    assert_eq!(sent, 0, "the user has written nothing: {lines:#?}");
+    expect_alive(&mesh);
+    drop(web);
+}
+
+/// A workload's `connect()` sends nothing, the agent goes, and somebody takes its ports; then the workload writes.
+fn put_off(lab: &Lab, gone: impl FnOnce(&Mesh<'_>)) {
+    let mesh = mesh!(lab, &policy(lab, &[PORT]));
+    let _web = web(lab, "server", "web", "", &format!("0.0.0.0:{PORT}"));
+    let mut user = lab.puppet(&lab.alpha, "one", USER, "user");
+    let mut attacker = lab.puppet(&lab.alpha, "nobody", ATTACKER, "attacker");
+    let doors = listening(&lab.alpha);
+    user.must(&format!("socket s 4; opt s deferred; connect s {}", lab.beta.at(PORT)));
+    gone(&mesh);
+    for (index, door) in doors.iter().enumerate() {
+        attacker.tell(&format!("socket a{index} 4; opt a{index} reuseaddr; bind a{index} {door}; listen a{index}"));
+    }
+    user.tell(&format!("write s {}; read s", lab.marker()));
+    settle();
+    attacker.expect_unheard(lab.marker(), "on the port of an agent that is gone");
+    lab.expect_no_plaintext();
+}
+
+#[test]
+fn a_connection_that_was_put_off_does_not_go_to_whoever_has_the_port_of_a_dead_agent() {
+    put_off(&lab!(), |mesh| mesh.alpha().kill());
+}
+
+#[test]
+fn a_connection_that_was_put_off_does_not_go_to_whoever_has_the_port_of_the_agent_before() {
+    put_off(&lab!(), |mesh| {
+        mesh.alpha().terminate().unwrap();
+        mesh.alpha().start().unwrap();
+    });
+}
+
+#[test]
+fn a_device_that_is_chosen_after_connect_puts_nothing_on_the_link() {
+    let lab = lab!();
+    let mesh = mesh!(lab, &policy(&lab, &[PORT]));
+    let _web = web(&lab, "server", "web", "opt s dual; ", &format!("[::]:{PORT}"));
+    for (family, via) in [("-4", lab.beta.v4.to_string()), ("-6", lab.beta.v6.to_string())] {
+        let mut command = Command::new("ip");
+        command.args([family, "-n", &lab.alpha.netns, "route", "add", "default", "via", &via]);
+        assert!(command.status().unwrap().success());
+    }
+    let mut user = lab.puppet(&lab.alpha, "one", USER, "user");
+    for (family, own, to) in [(4, lab.alpha.at(0), lab.beta.at(PORT)), (6, lab.alpha.at6(0), lab.beta.at6(PORT))] {
+        let connected = format!("socket s {family}; opt s deferred; bind s {own}; connect s {to}");
+        user.tell(&format!("{connected}; opt s device:eth0; write s {}; close s", lab.marker()));
+    }
+    settle();
+    lab.expect_no_plaintext();
+    expect_alive(&mesh);
 }

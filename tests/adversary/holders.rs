@@ -1,10 +1,13 @@
 //! Who binds is not who holds: what is protected is both.
 
 use crate::listeners::{policy, settle, web, with_web};
-use lab::hand::{ATTACKER, Hand, WEB, expect_alive};
+use lab::hand::{ATTACKER, Hand, USER, WEB, expect_alive, knock};
+use lab::janitor::processes;
 use lab::policy::PORT;
-use lab::{Lab, clock, lab, skip};
+use lab::{Lab, clock, enter, lab, or_skip, skip};
+use rustix::process::Signal;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 /// Web has the socket of somebody else: no stranger is heard any more, with an agent and without.
 fn expect_protected(lab: &Lab, mesh: &lab::Mesh<'_>, web: &Hand, port: u16) {
@@ -213,5 +216,77 @@ fn an_enrolled_listener_that_an_attacker_is_handed_stays_protected() {
     lab.assail(PORT, 2);
     web.expect_no_stranger("after the other is gone");
     lab.expect_served(&mesh, lab.beta.at(PORT));
+    expect_alive(&mesh);
+}
+
+#[test]
+fn a_name_that_is_asked_for_while_a_socket_is_looked_at_counts() {
+    let lab = lab!();
+    let ports: Vec<u16> = (9000..9030).collect();
+    let mesh = mesh!(lab, &policy(&lab, &ports));
+    let mut manager = lab.puppet(&lab.beta, "one", 0, "manager");
+    let mut web = lab.puppet(&lab.beta, "server", WEB, "web");
+    manager.must("serve off");
+    for (index, port) in ports.iter().enumerate() {
+        manager.must(&format!("socket s{index} 4; bind s{index} 0.0.0.0:{port}; listen s{index}"));
+        // While the agent looks who has it.
+        std::thread::sleep(Duration::from_millis(1 + index as u64 % 8));
+        manager.must(&format!("give s{index} web; close s{index}"));
+        web.must(&format!("take s{index}; name s{index}"));
+        let end = Instant::now() + clock::millis(150);
+        while Instant::now() < end {
+            lab.stranger.within(|| knock(lab.beta.at(*port)));
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+    web.expect_no_stranger("after it asked for the name");
+    expect_alive(&mesh);
+}
+
+#[test]
+fn while_an_agent_drains_listening_sockets_are_judged() {
+    let lab = lab!();
+    let mesh = mesh!(lab, &policy(&lab, &[PORT, PORT + 1]));
+    let _web = web(&lab, "server", "web", "", &format!("0.0.0.0:{PORT}"));
+    let mut manager = lab.puppet(&lab.beta, "one", 0, "manager");
+    manager.must(&format!("serve off; socket t 4; bind t 0.0.0.0:{}; listen t", PORT + 1));
+    let mut user = lab.puppet(&lab.alpha, "one", USER, "user");
+    user.must(&format!("socket s 4; connect s {}; write s hello; read s", lab.beta.at(PORT)));
+    settle();
+    mesh.beta().signal(Signal::TERM);
+    settle();
+    let mut second = lab.puppet(&lab.beta, "server", WEB, "second");
+    manager.must("give t second; close t");
+    second.must("take t");
+    let mut other = lab.puppet(&lab.beta, "one", 0, "other");
+    other.must("socket o 4; bind o 0.0.0.0:8099; listen o");
+    std::thread::sleep(clock::seconds(4));
+    assert!(mesh.beta().runs(), "a connection is open, and there is time to drain");
+    let before = second.strangers().len();
+    lab.assail(PORT + 1, 2);
+    assert_eq!(second.strangers().len(), before, "handed on four seconds ago");
+    assert!(lab.stranger.within(|| knock(lab.beta.at(8099))).connected, "what is nobody's is left alone");
+}
+
+#[test]
+fn what_nobody_holds_by_the_thousand_delays_nothing() {
+    let lab = lab!();
+    let mesh = mesh!(lab, &policy(&lab, &[PORT]));
+    let place =
+        enter::Place { user: Some((ATTACKER, ATTACKER)), files: Some(20_000), ..lab.place(&lab.beta, "nobody") };
+    let mut holder = Hand::start(&lab, place, &or_skip!(skip::lab_app()), "holder");
+    holder.try_tell(&format!("hold {} 0", clock::count(15_000)), clock::seconds(240)).unwrap();
+    for _ in 0..100 {
+        holder.must("fork 60000");
+    }
+    let began = Instant::now();
+    let mut other = lab.puppet(&lab.beta, "one", 0, "other");
+    other.must("socket o 4; bind o 0.0.0.0:8099; listen o");
+    let reached = || lab.stranger.within(|| knock(lab.beta.at(8099))).connected.then_some(());
+    assert!(clock::until(clock::seconds(20), reached).is_some(), "what is nobody's is left alone");
+    assert!(began.elapsed() < clock::seconds(2), "after {:?}", began.elapsed());
+    for pid in processes(&lab.cgroup("nobody")) {
+        let _: Result<(), _> = rustix::process::kill_process(pid, Signal::KILL);
+    }
     expect_alive(&mesh);
 }

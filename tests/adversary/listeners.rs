@@ -5,7 +5,7 @@ use lab::policy::PORT;
 use lab::{Host, Lab, Mesh, Policy, clock, lab};
 use rustix::process::Signal;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// The client by its cgroup, web by its user: so that the kernel needs the class of a cgroup for everybody.
 pub fn policy(lab: &Lab, ports: &[u16]) -> Policy {
@@ -326,5 +326,71 @@ fn a_server_that_is_killed_and_started_again_on_a_loaded_machine_has_an_owner() 
     let lines = mesh.beta().records_for(PORT);
     let lost = lines.iter().find(|line| line["code"] == "listener-without-owner");
     assert!(lost.is_none(), "the owner was there all the time: {}", lost.unwrap());
+    expect_alive(&mesh);
+}
+
+/// Root binds and web listens, in a loop, while an attacker listens for IPv6 only on the same port.
+fn beside_an_ipv6_listener(lab: &Lab) {
+    let mut attacker = lab.puppet(&lab.beta, "nobody", ATTACKER, "attacker");
+    attacker.must(&format!("socket s 6; opt s v6only; bind s [::]:{PORT}; listen s"));
+    let mut web = lab.puppet(&lab.beta, "server", 0, "web");
+    let millis = clock::millis(4000).as_millis();
+    let flapped = besieged(lab, PORT, || web.must(&format!("flap 0.0.0.0:{PORT} {millis} as {WEB}")));
+    assert!(flapped["listens"].as_u64() > Some(50), "{flapped}");
+    web.expect_no_stranger("root binds, web listens, and somebody listens for IPv6 only");
+}
+
+#[test]
+fn a_listener_for_ipv6_only_opens_nothing_for_ipv4() {
+    let lab = lab!();
+    let mesh = mesh!(lab, &policy(&lab, &[PORT]));
+    beside_an_ipv6_listener(&lab);
+    expect_alive(&mesh);
+}
+
+#[test]
+fn a_listener_for_ipv6_only_opens_nothing_for_ipv4_without_an_agent() {
+    let lab = lab!();
+    let mesh = mesh!(lab, &policy(&lab, &[PORT]));
+    mesh.beta().kill();
+    beside_an_ipv6_listener(&lab);
+}
+
+#[test]
+fn the_last_leg_reaches_only_those_who_were_found_to_listen() {
+    let lab = lab!();
+    let mesh = mesh!(lab, &policy(&lab, &[PORT]));
+    let mut web = lab.puppet(&lab.beta, "server", WEB, "web");
+    let mut attacker = lab.puppet(&lab.beta, "nobody", ATTACKER, "attacker");
+    let mut users: Vec<Hand> =
+        (0..2).map(|index| lab.puppet(&lab.alpha, "one", USER, &format!("user-{index}"))).collect();
+    let millis = clock::millis(6000).as_millis();
+    let flap = |hand: &mut Hand| {
+        let end = Instant::now() + clock::millis(6000);
+        // The port is the other's now and then.
+        while Instant::now() < end {
+            hand.tell(&format!("flap 0.0.0.0:{PORT} {}", millis / 20));
+        }
+    };
+    std::thread::scope(|scope| {
+        scope.spawn(|| flap(&mut web));
+        scope.spawn(|| flap(&mut attacker));
+        let end = Instant::now() + clock::millis(6000);
+        for user in &mut users {
+            let lab = &lab;
+            scope.spawn(move || {
+                for number in 0_u32.. {
+                    if Instant::now() >= end {
+                        break;
+                    }
+                    let (to, marker) = (lab.beta.at(PORT), lab.marker());
+                    user.tell(&format!("patience 30; socket u 4; connect u {to}; write u {marker}-{number}; close u"));
+                }
+            });
+        }
+    });
+    attacker.expect_unheard(lab.marker(), "what was meant for web");
+    let heard = web.heard().iter().filter(|it| it["text"].as_str().is_some_and(|it| it.contains(lab.marker()))).count();
+    assert!(heard > 0, "web was never reached");
     expect_alive(&mesh);
 }

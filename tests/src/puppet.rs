@@ -13,7 +13,7 @@ use rustix::fs::Timespec;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
 };
-use rustix::process::{getegid, geteuid, getpid};
+use rustix::process::{Uid, getegid, geteuid, getpid};
 use serde_json::{Value, json};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use std::collections::BTreeMap;
@@ -27,10 +27,10 @@ use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 /// What a puppet understands.
-pub const COMMANDS: &str = "socket S 4|6 [tcp|mptcp|sctp|dccp|udp|icmp|ping] opt S reuseport|reuseaddr|v6only|dual|device:NAME
+pub const COMMANDS: &str = "socket S 4|6 [tcp|mptcp|sctp|dccp|udp|icmp|ping] opt S reuseport|reuseaddr|v6only|dual|reset|deferred|device:NAME
   bind S ADDRESS listen S shutdown S rd|wr|both close S dup S T give S PUPPET take T [MS] name S connect S ADDRESS disconnect S
   write S TEXT send-to S ADDRESS TEXT fastopen S ADDRESS TEXT read S fork MS setuid UID cgroup DIR mkdir DIR serve on|off
-  litter N shutdown|close|mptcp|bound|mptcp-bound hold N [BASE] flap ADDRESS MS [again] dials ADDRESS MS hoard N ADDRESS patience MS sleep MS";
+  litter N shutdown|close|mptcp|bound|mptcp-bound hold N [BASE] flap ADDRESS MS [again|as UID] dials ADDRESS MS hoard N ADDRESS patience MS sleep MS";
 
 /// Connections that a puppet has open at most; the oldest goes first.
 const CONNECTIONS: usize = 64;
@@ -262,7 +262,10 @@ impl Puppet {
             "serve" => self.serves = name == "on",
             "sleep" => std::thread::sleep(Duration::from_millis(parse(word(1), "milliseconds")?)),
             "litter" => drop(litter(0, parse(word(1), "a number")?, word(2).unwrap_or("shutdown"))?),
-            "flap" => return self.flap(address(1)?, parse(word(2), "milliseconds")?, word(3) == Some("again")),
+            "flap" => {
+                let listener = if word(3) == Some("as") { Some(parse(word(4), "a user")?) } else { None };
+                return self.flap(address(1)?, parse(word(2), "milliseconds")?, word(3) == Some("again"), listener);
+            }
             "dials" => return dials(address(1)?, parse(word(2), "milliseconds")?),
             "hold" => {
                 self.hoard.extend(litter(
@@ -310,15 +313,20 @@ impl Puppet {
         Ok(json!({ "child": child }))
     }
 
-    /// Listens, hears for a moment who is there, closes, and again: with a new socket each time, or with the same one.
-    fn flap(&mut self, at: SocketAddr, millis: u64, again: bool) -> io::Result<Value> {
+    /// Listens, hears for a moment who is there, closes, and again: with a new socket each time, or with the same one. `listener`:
+    /// who listens, where somebody else has bound.
+    fn flap(&mut self, at: SocketAddr, millis: u64, again: bool, listener: Option<u32>) -> io::Result<Value> {
         let uid = geteuid().as_raw();
         let end = Instant::now() + Duration::from_millis(millis);
         let fresh = || -> io::Result<Known> {
             let socket = make(at.is_ipv6(), "tcp")?;
             socket.set_reuse_address(true)?;
+            if listener.is_some() {
+                real_user(uid)?;
+            }
             socket.bind(&at.into())?;
-            Ok(Known { socket, bound: Some(uid), listened: Some(uid), shared: false })
+            listener.map_or(Ok(()), real_user)?;
+            Ok(Known { socket, bound: Some(uid), listened: Some(listener.unwrap_or(uid)), shared: false })
         };
         let (mut listens, mut same) = (0, fresh()?);
         while Instant::now() < end {
@@ -432,11 +440,24 @@ fn option(socket: &Socket, option: &str) -> io::Result<()> {
         "reuseaddr" => socket.set_reuse_address(true),
         "v6only" => socket.set_only_v6(true),
         "dual" => socket.set_only_v6(false),
+        // Closing it is a reset.
+        "reset" => socket.set_linger(Some(Duration::ZERO)),
+        // Its `connect()` sends nothing: the first bytes do, in the SYN.
+        "deferred" => {
+            sys::set_number(socket.as_fd(), libc::IPPROTO_TCP, libc::TCP_FASTOPEN_NO_COOKIE, 1)?;
+            sys::set_number(socket.as_fd(), libc::IPPROTO_TCP, libc::TCP_FASTOPEN_CONNECT, 1)
+        }
         device => match device.strip_prefix("device:") {
             Some(device) => socket.bind_device(Some(device.as_bytes())),
             None => Err(io::Error::other(format!("no option is called {option}"))),
         },
     }
+}
+
+/// Whose calls this thread's are from here on, as far as the kernel's record of a task goes; its rights stay what they are.
+fn real_user(uid: u32) -> io::Result<()> {
+    let (real, own) = (Uid::from_raw(uid), geteuid());
+    Ok(rustix::thread::set_thread_res_uid(real, own, own)?)
 }
 
 fn timespec(time: Duration) -> Timespec {

@@ -76,6 +76,15 @@ pub fn connect_io_uring(socket: BorrowedFd<'_>, address: &SockAddr) -> io::Resul
     if result < 0 { Err(io::Error::from_raw_os_error(-result)) } else { Ok(()) }
 }
 
+/// `setsockopt` with a number, for options that no library has.
+pub fn set_number(socket: BorrowedFd<'_>, level: i32, name: i32, value: i32) -> io::Result<()> {
+    let size = libc::socklen_t::try_from(size_of::<i32>()).map_err(io::Error::other)?;
+    // SAFETY: pointer and size are those of an integer that lives across the call.
+    // JUSTIFICATION: neither std nor rustix nor socket2 has TCP_FASTOPEN_CONNECT and TCP_FASTOPEN_NO_COOKIE.
+    let result = unsafe { libc::setsockopt(socket.as_raw_fd(), level, name, (&raw const value).cast(), size) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
 /// `fork`: 0 in the copy, the copy's process id in the other one.
 pub fn fork() -> io::Result<u32> {
     // SAFETY: whoever calls this has one thread, so that the copy holds no lock that nobody gives back.

@@ -149,7 +149,7 @@ impl Control {
                 _ = tick.tick() => self.tidy(),
                 _ = stop(&mut terminate, &mut interrupt) => break,
             }
-            self.listeners.judge(self.shared.identities.attestor(), &self.shared.policy);
+            self.listeners.judge(self.shared.identities.attestor(), &self.shared.policy, &self.programs);
         }
         self.drain(closing, shards, &mut questions, [&mut terminate, &mut interrupt]).await;
         self.tell_the_rest();
@@ -377,13 +377,23 @@ impl Control {
         let over = all_over(shards);
         let time_is_up = tokio::time::sleep(patience);
         tokio::pin!(over, time_is_up);
+        let mut tick = tokio::time::interval(TICK);
+        let mut look = tokio::time::interval(LOOK);
+        look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        // Whoever listens is judged until the end: what the agent has left alone stays so when it is gone.
         loop {
             tokio::select! {
                 () = &mut over => return,
                 () = &mut time_is_up => break,
                 _ = stop(terminate, interrupt) => break,
                 Some(Asked { request, answer }) = questions.recv() => drop(answer.send(self.answer(request))),
+                notice = self.programs.notice() => self.heed(notice),
+                Some(report) = self.listeners.report() => self.take(report),
+                _ = look.tick() => self.listeners.look_again(),
+                () = come(self.refusals_due), if self.refusals_due.is_some() => self.collect_refusals(),
+                _ = tick.tick() => self.tidy(),
             }
+            self.listeners.judge(self.shared.identities.attestor(), &self.shared.policy, &self.programs);
         }
         tracing::info!(open = self.shared.registry.open_count(), "the time to drain is over");
         self.shared.registry.stop_all(Stop::Drained);

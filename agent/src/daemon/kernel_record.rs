@@ -56,6 +56,39 @@ fn refusal(event: &Event, policy: &Policy) -> Record {
             "no [[udp]] rule lets this workload send datagrams to this mesh destination",
         ),
         REASON_NO_AGENT => (Culprit::Host, "no-agent", "no agent was there to speak for this connection"),
+        REASON_NO_CONFIG => (Culprit::Host, "no-config", "the kernel programs had no policy yet: try again"),
+        REASON_UNDECIDED => (
+            Culprit::Host,
+            "listener-undecided",
+            "it was not known yet whether whoever listens there is a workload: try again",
+        ),
+        REASON_DEVICE => (
+            Culprit::Host,
+            "device-bound",
+            "the socket is bound to a device (SO_BINDTODEVICE), so that it cannot reach the agent: leave that out",
+        ),
+        REASON_NEVER_ARRIVED => (
+            Culprit::Host,
+            "never-arrived",
+            "the connection was turned to the agent and never stood: the program gave it up, or loopback did not carry it",
+        ),
+        REASON_PROTOCOL => (
+            Culprit::Policy,
+            "protocol-refused",
+            "a workload reaches a mesh destination by TCP, and by UDP where a [[udp]] rule says so, and by nothing else",
+        ),
+        REASON_NAMESPACE => (
+            Culprit::Host,
+            "namespace-without-agent",
+            "the program is enrolled and in a network namespace without an agent, where nobody can protect its connection: \
+             run one there, or the program in the host's",
+        ),
+        REASON_DIRECT => (
+            Culprit::Host,
+            "dialled-the-agent",
+            "somebody on this host dialled a listener of the agent itself: dial the destination, and the connection is turned \
+             to it by itself",
+        ),
         _ => (
             Culprit::Ourselves,
             "kernel-refused",
@@ -87,7 +120,7 @@ fn record(
         last: None,
         flow: 0,
         direction: direction(event),
-        protocol: if event.protocol == 17 { "udp" } else { "tcp" },
+        protocol: protocol(event.protocol),
         decision,
         source: End { id: source, address: socket_address(&event.source, event.source_port) },
         // Nobody was authenticated there: who was expected belongs into the reason.
@@ -111,5 +144,62 @@ fn record(
 
 /// Only a connection that came from the network is refused without a task that asked for it.
 fn direction(event: &Event) -> Direction {
-    if event.reason == REASON_NO_AGENT && event.task.tgid == 0 { Direction::Inbound } else { Direction::Outbound }
+    let at_a_listener = matches!(event.reason, REASON_NO_AGENT | REASON_UNDECIDED | REASON_DIRECT);
+    if at_a_listener && event.task.tgid == 0 { Direction::Inbound } else { Direction::Outbound }
+}
+
+/// As IANA's registry of protocol numbers has them.
+fn protocol(number: u32) -> &'static str {
+    match number {
+        1 => "icmp",
+        17 => "udp",
+        33 => "dccp",
+        58 => "ipv6-icmp",
+        132 => "sctp",
+        136 => "udplite",
+        6 => "tcp",
+        _ => "other",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::policy::{Accounts, Source};
+
+    #[test]
+    fn every_reason_of_the_kernel_programs_has_a_code_and_words_of_its_own() {
+        let source = Source { file: "p.toml".into(), text: "trust_domain = \"td\"".into() };
+        let policy = Policy::parse("p", &[source], &Accounts::default()).unwrap();
+        let mut event: Event = Event {
+            kind: EVENT_REFUSED,
+            reason: 0,
+            rule: 0,
+            protocol: 6,
+            task: Task { tgid: 0, uid: 0, gid: 0, workload: 0, cgroup: 0, at: 0, comm: [0; 16] },
+            cookie: 0,
+            source: [0; 16],
+            destination: [0; 16],
+            source_port: 0,
+            destination_port: 1,
+            destination_id: 0,
+            total: 1,
+            repeats: 1,
+            pad: 0,
+        };
+        let mut codes = std::collections::HashSet::new();
+        for reason in REASONS {
+            event.reason = reason;
+            let record = refusal(&event, &policy);
+            assert!(
+                record.culprit != Some(Culprit::Ourselves) && codes.insert(record.code),
+                "{reason}: {}",
+                record.code
+            );
+        }
+        event.reason = u32::MAX;
+        assert_eq!(refusal(&event, &policy).code, "kernel-refused");
+        event.protocol = 132;
+        assert_eq!(refusal(&event, &policy).protocol, "sctp");
+    }
 }

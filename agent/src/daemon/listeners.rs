@@ -52,7 +52,8 @@ pub(super) struct Finding {
 
 /// What comes back from beside the loop.
 pub(super) enum Report {
-    Judged(u64, Finding),
+    /// As it was when it was read, what it was found to be, and by the policy of which generation.
+    Judged(Box<(Listening, Finding, u32)>),
     Walked,
 }
 
@@ -102,25 +103,31 @@ impl Listeners {
     }
 
     /// Begins to judge what waits, unless that is under way.
-    pub(super) fn judge(&mut self, attestor: &Arc<Attestor>, policy: &ArcSwap<Policy>) {
+    pub(super) fn judge(&mut self, attestor: &Arc<Attestor>, policy: &ArcSwap<Policy>, programs: &Programs) {
         if self.walking || self.waiting.is_empty() {
             return;
         }
         self.walking = true;
         let waiting = std::mem::take(&mut self.waiting);
-        let listening: Vec<Listening> =
-            waiting.iter().filter_map(|cookie| self.known.get(cookie)).map(|known| known.listening).collect();
-        let policy = policy.load_full();
+        // As they are before anybody looks at them: what happens meanwhile is seen by that.
+        let now = |cookie: &u64| programs.listener(*cookie).ok().flatten();
+        let known = waiting.iter().filter(|cookie| self.known.contains_key(cookie));
+        let listening: Vec<Listening> = known.filter_map(now).collect();
+        let (policy, generation) = (policy.load_full(), programs.generation());
         let (attestor, hierarchy, report) = (attestor.clone(), self.hierarchy.clone(), self.reports.0.clone());
         tokio::task::spawn_local(async move {
-            let walk = tokio::task::spawn_blocking(move || intercept::holders(&waiting, &hierarchy)).await;
+            let who = (attestor.clone(), policy.clone());
+            let walk = tokio::task::spawn_blocking(move || {
+                intercept::holders(&waiting, &hierarchy, &|task| who.0.may_be_enrolled(task, &who.1))
+            });
+            let walk = walk.await;
             match walk.map_err(std::io::Error::other) {
                 Ok(Ok(held)) => {
                     for listening in listening {
                         // One that is on no list is gone.
                         let Some(held) = held.get(&listening.cookie) else { continue };
                         let finding = judge(&attestor, &policy, &listening, held).await;
-                        let _ = report.send(Report::Judged(listening.cookie, finding));
+                        let _ = report.send(Report::Judged(Box::new((listening, finding, generation))));
                     }
                 }
                 Ok(Err(error)) => tracing::error!(%error, "who holds the listening sockets cannot be found out"),
@@ -134,19 +141,21 @@ impl Listeners {
 
     /// Takes a report, and tells the kernel what a socket was found to be.
     pub(super) fn take(&mut self, report: Report, programs: &Programs) -> Result<(), intercept::Error> {
-        let (cookie, finding) = match report {
+        let (listening, finding, generation) = match report {
             Report::Walked => {
                 self.walking = false;
                 return Ok(());
             }
-            Report::Judged(cookie, finding) => (cookie, finding),
+            Report::Judged(judged) => *judged,
         };
+        let cookie = listening.cookie;
         let Some(known) = self.known.get_mut(&cookie) else { return Ok(()) };
-        if known.finding.as_ref() == Some(&finding) && known.listening.mode() == finding.mode {
+        if known.finding.as_ref() == Some(&finding) && listening.mode() == finding.mode {
             return Ok(());
         }
-        let owner = finding.owner.filter(|owner| *owner != known.listening.row.owner);
-        if !programs.set_listener_mode(&known.listening, finding.mode, owner)? {
+        known.listening = listening;
+        let owner = finding.owner.filter(|owner| *owner != listening.row.owner);
+        if !programs.judged(&listening, finding.mode, owner, generation)? {
             // Somebody else has said something about it meanwhile, or it is gone.
             self.waiting.insert(cookie);
             return Ok(());

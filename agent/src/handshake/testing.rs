@@ -85,6 +85,7 @@ impl World {
                 cookie: 0,
                 sharers: Box::default(),
                 listener_cookie: 0,
+                listeners: 0,
             },
             workload: Workload { number: 1, id: id_of(local) },
             credential: self.credential(local),

@@ -294,10 +294,11 @@ impl Attestor {
         Box::pin(self.look_at_owner(task, facts, cookie, registry)).await
     }
 
-    /// Do the facts that the kernel recorded of a task suffice for an entry that asks for more besides?
+    /// Do the facts that the kernel recorded of a task suffice for an entry that asks for more besides? In a cgroup that is not
+    /// found they may.
     pub fn may_be_enrolled(&self, task: &Task, policy: &Policy) -> bool {
-        let path = self.hierarchy.path_of(task.cgroup).ok().flatten();
-        let set = path.map(|path| policy.cgroup_set(&path)).unwrap_or_default();
+        let Ok(Some(path)) = self.hierarchy.path_of(task.cgroup) else { return true };
+        let set = policy.cgroup_set(&path);
         let rows = [policy.candidates(&set), policy.candidates(&[])];
         rows.iter().flatten().any(|row| row.fits(task.uid, task.gid))
     }

@@ -24,7 +24,7 @@ pub(crate) mod testing;
 pub(crate) mod x509;
 
 use crate::{
-    intercept::{Direction, Flow},
+    intercept::{Direction, Flow, Listens},
     policy::{Policy, Workload},
     refusal::{Culprit, Refusal},
     spiffe::SpiffeId,
@@ -35,6 +35,7 @@ pub use files::FileError;
 pub use pem::Unread;
 use provider::{Provider, ProviderError};
 use std::{fmt, sync::Arc, time::SystemTime};
+use wimsey_common::Task;
 pub use x509::Malformed;
 
 /// An X.509-SVID with its key, ready for a handshake.
@@ -142,18 +143,40 @@ impl Identities {
             (Direction::Inbound, task) => self.attestor.owner(task.as_ref(), flow.listener_cookie, registry).await?,
         };
         let Some(workload) = workload else { return Err(Error::Unknown(Box::new(facts))) };
-        for (task, cookie) in &flow.sharers {
-            let task = Some(task).filter(|task| task.tgid != 0);
-            let other = self.attestor.owner(task, *cookie, registry).await?;
-            if other.workload.as_ref().map(|other| &other.id) != Some(&workload.id) {
-                return Err(Error::Shared { id: workload.id, other: Box::new(other.facts) });
-            }
-        }
+        self.check_sharers(&workload, &flow.sharers, registry).await?;
         let credential = match self.provider.ready(&workload) {
             Some(credential) => credential,
             None => self.provider.obtain(&workload).await?,
         };
         Ok((workload, facts, credential))
+    }
+}
+
+impl Identities {
+    /// Is whoever listens now this workload, all of them?
+    pub async fn is_still(&self, workload: &Workload, now: &Listens, registry: &dyn Registry) -> Result<(), Error> {
+        let Attested { workload: found, facts } = self.attestor.owner(now.task.as_ref(), now.cookie, registry).await?;
+        match found {
+            Some(found) if found.id == workload.id => self.check_sharers(workload, &now.sharers, registry).await,
+            Some(_) => Err(Error::Shared { id: workload.id.clone(), other: Box::new(facts) }),
+            None => Err(Error::Unknown(Box::new(facts))),
+        }
+    }
+
+    async fn check_sharers(
+        &self,
+        workload: &Workload,
+        sharers: &[(Task, u64)],
+        registry: &dyn Registry,
+    ) -> Result<(), Error> {
+        for (task, cookie) in sharers {
+            let task = Some(task).filter(|task| task.tgid != 0);
+            let other = self.attestor.owner(task, *cookie, registry).await?;
+            if other.workload.as_ref().map(|other| &other.id) != Some(&workload.id) {
+                return Err(Error::Shared { id: workload.id.clone(), other: Box::new(other.facts) });
+            }
+        }
+        Ok(())
     }
 }
 
@@ -308,6 +331,7 @@ mod tests {
             cookie: 0,
             sharers: Box::default(),
             listener_cookie: 0,
+            listeners: 0,
         }
     }
 

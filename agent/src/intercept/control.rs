@@ -157,6 +157,9 @@ impl Programs {
         tables.config.put(&0, &before, bpf::ANY).map_err(map_error(map::CONFIG))?;
         let Readers { events, counters, log, registry } = loaded.attach(&host, &options.cgroup)?;
         tables.served.put(&host.netns_cookie, &1, bpf::ANY).map_err(map_error(map::SERVED))?;
+        for stale in tables.accepted.keys().map_err(map_error(map::ACCEPTED))? {
+            tables.accepted.remove(&stale).map_err(map_error(map::ACCEPTED))?;
+        }
         for stale in tables.origins.keys().map_err(map_error(map::ORIGINS))? {
             tables.origins.remove(&stale).map_err(map_error(map::ORIGINS))?;
         }

@@ -8,7 +8,7 @@
 use super::{
     Direction, Error, Flow, OriginalDst, host, owners,
     registry::Shared,
-    tables::{Tables, address, canonical, map_error, socket_address, tuple_key},
+    tables::{Tables, address, canonical, map_error, socket_address},
 };
 use crate::sys::{self, bpf};
 use rustix::{
@@ -95,6 +95,19 @@ pub struct Dialler {
     congestion: Congestion,
 }
 
+/// Who listens at an address.
+#[derive(Debug)]
+pub struct Listens {
+    /// For whom the listening socket is, if that was recorded.
+    pub task: Option<Task>,
+    /// Its cookie, or 0.
+    pub cookie: u64,
+    /// Others that share the address, and the cookies of their sockets.
+    pub sharers: Box<[(Task, u64)]>,
+    /// [`wimsey_common::who_listens`], over all places where the kernel looks.
+    pub who: u64,
+}
+
 impl Doorway {
     /// Makes the listeners of a shard and shows them to the kernel programs.
     pub(super) fn make(shard: usize, tables: &Tables, netns: u64, flows: Arc<AtomicU64>) -> Result<Self, Error> {
@@ -142,7 +155,10 @@ impl Door {
             Some(six) => six,
             None => self.turned_to.four,
         };
-        let origin = self.dialler.tables.origins.take(&tuple_key(peer, local)).map_err(map_error(map::ORIGINS));
+        // By the socket itself: its addresses may be those of another connection by now, if its other end is gone.
+        let cookie = socket_cookie(&socket);
+        let taken = |cookie| self.dialler.tables.accepted.take(&cookie).map_err(map_error(map::ACCEPTED));
+        let origin = cookie.and_then(taken);
         let origin = match origin {
             Ok(Some(origin)) if owners::now().saturating_sub(origin.task.at) <= OLDEST => origin,
             Ok(_) => {
@@ -171,6 +187,7 @@ impl Door {
             sharers: Box::default(),
             cookie: origin.cookie,
             listener_cookie: 0,
+            listeners: 0,
         })
     }
 
@@ -202,6 +219,7 @@ impl Dialler {
             sharers: Box::default(),
             cookie: 0,
             listener_cookie: 0,
+            listeners: 0,
         };
         match self.look_again(&mut flow) {
             Ok(_) => Ok(flow),
@@ -215,14 +233,24 @@ impl Dialler {
     /// Asks again who listens where an inbound flow goes: a socket may have taken the place of another. Says whether it is
     /// somebody else, or more is known.
     pub fn look_again(&self, flow: &mut Flow) -> Result<bool, Error> {
-        let found = self.shared.reached(&self.tables, flow.destination.0, self.netns);
-        let mut listeners = found.map_err(|error| Error::Map { map: map::LISTENERS, error })?.into_iter();
+        let before = (flow.task, flow.listener_cookie, flow.listeners);
+        let now = self.look(flow.destination)?;
+        (flow.task, flow.listener_cookie, flow.sharers, flow.listeners) = (now.task, now.cookie, now.sharers, now.who);
+        Ok(before != (flow.task, flow.listener_cookie, flow.listeners))
+    }
+
+    /// Who listens there now.
+    pub fn look(&self, to: OriginalDst) -> Result<Listens, Error> {
+        let found = self.shared.reached(&self.tables, to.0, self.netns);
+        let (listeners, who) = found.map_err(|error| Error::Map { map: map::LISTENERS, error })?;
+        let mut listeners = listeners.into_iter();
         let first = listeners.next();
-        let before = (flow.task, flow.listener_cookie);
-        flow.task = first.map(|listening| listening.row.owner).filter(|owner| owner.tgid != 0);
-        flow.listener_cookie = first.map_or(0, |listening| listening.cookie);
-        flow.sharers = listeners.map(|listening| (listening.row.owner, listening.cookie)).collect();
-        Ok(before != (flow.task, flow.listener_cookie))
+        Ok(Listens {
+            task: first.map(|listening| listening.row.owner).filter(|owner| owner.tgid != 0),
+            cookie: first.map_or(0, |listening| listening.cookie),
+            sharers: listeners.map(|listening| (listening.row.owner, listening.cookie)).collect(),
+            who,
+        })
     }
 
     fn next_id(&self) -> u64 {
@@ -233,7 +261,7 @@ impl Dialler {
     /// it is free.
     pub async fn dial(&self, to: SocketAddr, from: Option<SocketAddr>) -> Result<TcpStream, Error> {
         let failed = |error| Error::Dial { to, error };
-        let own = Own { kind: OWN_DIAL, pad: 0, client_port: 0, client: [0; 16] };
+        let own = Own { kind: OWN_DIAL, pad: 0, client_port: 0, client: [0; 16], listeners: 0 };
         let socket = self.own_socket(to, own, failed)?;
         if let Some(from) = from.filter(|from| from.is_ipv4() == to.is_ipv4()) {
             bind(&socket, from).map_err(failed)?;
@@ -244,11 +272,18 @@ impl Dialler {
 
     /// Connects to the local workload's own socket, which is shown `client` as its peer. No other program can make a
     /// connection that passes as this one. Closing it is a reset, until that is taken back. `opening`: what its first bytes
-    /// wait for.
-    pub async fn leg(&self, to: OriginalDst, client: SocketAddr, opening: Opening) -> Result<TcpStream, Error> {
+    /// wait for. `listeners`: [`Flow::listeners`]. It comes to them, or it is refused.
+    pub async fn leg(
+        &self,
+        to: OriginalDst,
+        client: SocketAddr,
+        listeners: u64,
+        opening: Opening,
+    ) -> Result<TcpStream, Error> {
         let OriginalDst(to) = to;
         let failed = |error| Error::Leg { to, error };
-        let own = Own { kind: OWN_LEG, pad: 0, client_port: client.port(), client: address(client.ip()) };
+        let (client, client_port) = (address(client.ip()), client.port());
+        let own = Own { kind: OWN_LEG, pad: 0, client_port, client, listeners };
         let socket = self.own_socket(to, own, failed)?;
         prepare(&socket, self.congestion).map_err(failed)?;
         if opening == Opening::Speaks {
@@ -329,7 +364,7 @@ fn listen(tables: &Tables, side: Side, ip: IpAddr) -> Result<std::net::TcpListen
         Side::Network => socket.set_tcp_nodelay(true),
     }
     .map_err(failed)?;
-    register(tables, &socket, &Own { kind: OWN_LISTENER, pad: 0, client_port: 0, client: [0; 16] })?;
+    register(tables, &socket, &Own { kind: OWN_LISTENER, pad: 0, client_port: 0, client: [0; 16], listeners: 0 })?;
     socket.bind(&at.into()).map_err(failed)?;
     socket.listen(BACKLOG).map_err(failed)?;
     // Accepted sockets inherit it, and those of an inbound door are bound to the workload's own address and port: without
@@ -338,10 +373,10 @@ fn listen(tables: &Tables, side: Side, ip: IpAddr) -> Result<std::net::TcpListen
     Ok(socket.into())
 }
 
-/// Tells the kernel programs that an agent has left in this network namespace, if there are any, that a socket is one of the
-/// agent's listeners: before it is bound. Where that cannot be told, it is a listener like any other.
+/// Tells the kernel programs that an agent has left in this network namespace, if there are any, that a socket is a listener
+/// which the agent will dial itself: before it is bound. Where that cannot be told, it is a listener like any other.
 pub fn claim_listener(socket: &impl AsFd) {
-    let own = Own { kind: OWN_LISTENER, pad: 0, client_port: 0, client: [0; 16] };
+    let own = Own { kind: OWN_TRIAL, pad: 0, client_port: 0, client: [0; 16], listeners: 0 };
     let claimed = host::netns().and_then(|(_, inode)| {
         let table = bpf::Table::<u64, Own>::open(&host::pins(inode).join(map::OWN));
         let table = table.map_err(|error| Error::Map { map: map::OWN, error })?;
@@ -358,9 +393,13 @@ fn register(tables: &Tables, socket: &impl AsFd, own: &Own) -> Result<(), Error>
 }
 
 fn claim(table: &bpf::Table<u64, Own>, socket: &impl AsFd, own: &Own) -> Result<(), Error> {
-    let cookie = rustix::net::sockopt::socket_cookie(socket)
-        .map_err(|error| Error::Host { what: "asking for the cookie of a socket".into(), error: error.into() })?;
+    let cookie = socket_cookie(socket)?;
     table.put(&cookie, own, bpf::ANY).map_err(map_error(map::OWN))
+}
+
+fn socket_cookie(socket: &impl AsFd) -> Result<u64, Error> {
+    rustix::net::sockopt::socket_cookie(socket)
+        .map_err(|error| Error::Host { what: "asking for the cookie of a socket".into(), error: error.into() })
 }
 
 /// Binds to an address as far as that is possible: a port that is taken is left to the kernel, and so is an address that

@@ -261,6 +261,11 @@ impl std::fmt::Display for Holder {
 }
 
 impl Error {
+    /// A connection to a workload was refused: nobody listens there, or others than were asked for.
+    pub fn is_refused(&self) -> bool {
+        matches!(self, Self::Leg { error, .. } if error.kind() == io::ErrorKind::ConnectionRefused)
+    }
+
     /// Who dialled the agent instead of a destination, and which of its addresses.
     pub fn stranger(&self) -> Option<(SocketAddr, SocketAddr)> {
         match self {

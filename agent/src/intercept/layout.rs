@@ -25,6 +25,8 @@ pub(super) fn running() -> TaskLayout {
 
 fn of(bytes: &[u8]) -> Option<TaskLayout> {
     let types = Types::read(bytes)?;
+    // A field of one bit: bit 24 and above of its offset are its size.
+    let ipv6_only = types.bits("sock_common", "skc_ipv6only")?;
     Some(TaskLayout {
         real_cred: types.offset("task_struct", "real_cred")?,
         tgid: types.offset("task_struct", "tgid")?,
@@ -36,6 +38,8 @@ fn of(bytes: &[u8]) -> Option<TaskLayout> {
         id: types.offset("kernfs_node", "id")?,
         skc_net: types.offset("sock_common", "skc_net")?,
         net_cookie: types.offset("net", "net_cookie")?,
+        ipv6_only: ipv6_only / 8,
+        ipv6_only_bit: ipv6_only % 8,
     })
 }
 
@@ -92,13 +96,18 @@ impl<'b> Types<'b> {
 
     /// Offset of a member in bytes, also inside of members without a name.
     fn offset(&self, structure: &str, member: &str) -> Option<u32> {
+        let bits = self.bits(structure, member)?;
+        (bits % 8 == 0).then_some(bits / 8)
+    }
+
+    /// The same in bits.
+    fn bits(&self, structure: &str, member: &str) -> Option<u32> {
         let is_named = |at: &usize| {
             self.info(*at).is_some_and(|(kind, ..)| kind == STRUCTURE)
                 && word_at(self.types, *at).and_then(|name| self.name(name)) == Some(structure.as_bytes())
         };
         let mut named = self.starts.iter().map(|at| *at as usize).filter(is_named);
-        let bits = named.find_map(|at| self.find(at, member, 0))?;
-        (bits % 8 == 0).then_some(bits / 8)
+        named.find_map(|at| self.find(at, member, 0))
     }
 
     fn find(&self, structure: usize, wanted: &str, depth: u32) -> Option<u32> {
@@ -140,6 +149,7 @@ mod tests {
         let layout = of(&bytes).unwrap();
         assert!(layout.real_cred > 0 && layout.tgid > 0 && layout.cgroups > 0 && layout.dfl_cgrp > 0, "{layout:?}");
         assert_eq!(layout.gid, layout.uid + 4);
+        assert!(layout.ipv6_only > 0 && layout.ipv6_only_bit < 8, "{layout:?}");
         // A prefix of it is no layout.
         assert_eq!(of(&bytes[..bytes.len() / 2]), None);
     }

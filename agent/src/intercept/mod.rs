@@ -33,7 +33,7 @@ mod work;
 pub use control::{Notice, OldConnection, Options, Programs};
 #[cfg(test)]
 pub(crate) use door::{Congestion, prepare};
-pub use door::{Dialler, Door, Doorway, Opening, claim_listener};
+pub use door::{Dialler, Door, Doorway, Listens, Opening, claim_listener};
 pub use error::{Error, Holder};
 pub use host::{Finding, findings, hold_against_host};
 pub use install::{KernelFacts, Outlook, Prepared};
@@ -132,4 +132,6 @@ pub struct Flow {
     pub cookie: u64,
     /// Inbound: cookie of the listening socket.
     pub listener_cookie: u64,
+    /// Inbound: who listened when it was looked at ([`wimsey_common::who_listens`]). The last leg is for them alone.
+    pub listeners: u64,
 }

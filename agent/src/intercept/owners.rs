@@ -30,19 +30,21 @@ pub(super) fn owners(inodes: &HashSet<u32>, cgroup2: &Path) -> HashMap<u32, Task
     oldest.into_iter().filter_map(|(inode, (_, pid))| Some((inode, task(pid, cgroup2)?))).collect()
 }
 
-/// For each of these sockets, the processes that have it: one for each different user, group and cgroup.
-pub(super) fn holders(inodes: &HashSet<u32>, cgroup2: &Path) -> HashMap<u32, Vec<Task>> {
+/// For each of these sockets, the processes that have it: one for each different user, group and cgroup. Only those that `may` are
+/// looked into: whoever cannot matter has descriptors as many as they like, and costs no time.
+pub(super) fn holders(inodes: &HashSet<u32>, cgroup2: &Path, may: &dyn Fn(&Task) -> bool) -> HashMap<u32, Vec<Task>> {
     let mut found: HashMap<u32, Vec<Task>> = HashMap::new();
+    let mut asked: HashMap<(u32, u32, u64), bool> = HashMap::new();
     if inodes.is_empty() {
         return found;
     }
     for pid in numbers(Path::new("/proc")) {
-        let mut held = sockets_of(pid);
-        held.retain(|inode| inodes.contains(inode));
-        if held.is_empty() {
+        let Some(task) = task(pid, cgroup2) else { continue };
+        if !*asked.entry((task.uid, task.gid, task.cgroup)).or_insert_with(|| may(&task)) {
             continue;
         }
-        let Some(task) = task(pid, cgroup2) else { continue };
+        let mut held = sockets_of(pid);
+        held.retain(|inode| inodes.contains(inode));
         for inode in held {
             let holders = found.entry(inode).or_default();
             let same = |other: &Task| (other.uid, other.gid, other.cgroup) == (task.uid, task.gid, task.cgroup);

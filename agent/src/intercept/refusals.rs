@@ -39,6 +39,8 @@ pub(super) struct Refusals {
 struct Passed {
     total: u64,
     at: u64,
+    /// Up to there an agent before may have been told, and has passed on what it has read. What it has not read comes as events.
+    told: u64,
 }
 
 impl Refusals {
@@ -47,7 +49,7 @@ impl Refusals {
         let mut refusals = Self { table: table.clone(), passed: HashMap::new() };
         for (key, row) in refusals.rows()? {
             // What it has not read of the ring buffer comes to this agent, and is passed on then.
-            refusals.passed.insert(key, Passed { total: row.told, at: row.told_at });
+            refusals.passed.insert(key, Passed { total: row.told, at: row.told_at, told: row.told });
         }
         Ok(refusals)
     }
@@ -63,6 +65,11 @@ impl Refusals {
         };
         let now = owners::now();
         let at = if event.task.at == 0 { now } else { event.task.at };
+        if self.passed.get(&key).is_some_and(|passed| event.total <= passed.told) {
+            // It was told to the agent before, which has not read it.
+            let ago = now.saturating_sub(at);
+            return Some(Refused { event: *event, count: event.repeats.into(), age: ago, last_age: ago });
+        }
         self.pass(key, event.total, event.total.saturating_sub(event.repeats.into()), at).map(|(count, since)| {
             Refused { event: *event, count, age: now.saturating_sub(since), last_age: now.saturating_sub(at) }
         })
@@ -94,7 +101,7 @@ impl Refusals {
     fn pass(&mut self, key: RefusalKey, total: u64, before: u64, at: u64) -> Option<(u64, u64)> {
         let passed = self.passed.get(&key).copied();
         let count = total.checked_sub(passed.map_or(before, |passed| passed.total)).filter(|count| *count > 0)?;
-        self.passed.insert(key, Passed { total, at });
+        self.passed.insert(key, Passed { total, at, told: 0 });
         Some((count, if count == 1 { at } else { passed.map_or(at, |passed| passed.at) }))
     }
 

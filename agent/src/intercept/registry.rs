@@ -54,12 +54,17 @@ pub struct Held {
     pub ipv6_only: bool,
 }
 
-/// Looks who holds these listening sockets. It walks `/proc`, which takes milliseconds: not for a thread that others wait for.
-pub fn holders(cookies: &HashSet<u64>, cgroup2: &Path) -> Result<HashMap<u64, Held>, Error> {
+/// Looks who holds these listening sockets, of those who `may` matter. It walks `/proc`, which takes milliseconds: not for a thread
+/// that others wait for.
+pub fn holders(
+    cookies: &HashSet<u64>,
+    cgroup2: &Path,
+    may: &dyn Fn(&Task) -> bool,
+) -> Result<HashMap<u64, Held>, Error> {
     let listed: Vec<Listed> =
         diagnostics::sockets(diagnostics::LISTENING)?.into_iter().filter(|it| cookies.contains(&it.cookie)).collect();
     let inodes = listed.iter().map(|socket| socket.inode).collect();
-    let mut by_inode = owners::holders(&inodes, cgroup2);
+    let mut by_inode = owners::holders(&inodes, cgroup2, may);
     let held = |socket: &Listed| Held {
         holders: by_inode.remove(&socket.inode).unwrap_or_default(),
         ipv6_only: socket.ipv6_only,
@@ -118,7 +123,8 @@ impl Programs {
             key.device = socket.interface;
             key.ipv6_only = u16::from(socket.ipv6_only && key.address == [0; 16]);
             let (kind, mode) = (COMMAND_RECORD, LISTENER_UNDECIDED);
-            match self.commands.run(&Command { kind, mode, cookie: socket.cookie, key, owner }) {
+            let said = Command { kind, mode, cookie: socket.cookie, key, owner, asked: 0, generation: 0 };
+            match self.commands.run(&said) {
                 Ok(_) => {}
                 // Whoever has more than their share: the socket stays without a row, and so refused.
                 Err(Error::MapFull { .. }) => *full_of.entry(owner.uid).or_default() += 1,
@@ -158,14 +164,39 @@ impl Programs {
         self.set(listening.cookie, &listening.row, mode, owner, listening.row.key.ipv6_only != 0)
     }
 
+    /// The same, if the policy of that generation is in force still, and nobody who may be enrolled has asked for the socket's
+    /// name since it was read: who has it may be another by now.
+    pub fn judged(
+        &self,
+        listening: &Listening,
+        mode: u32,
+        owner: Option<Task>,
+        generation: u32,
+    ) -> Result<bool, Error> {
+        let command = self.command(listening.cookie, &listening.row, mode, owner, listening.row.key.ipv6_only != 0);
+        self.commands.run(&Command { generation, asked: listening.row.asked, ..command })
+    }
+
+    /// A listening socket as it is now, if it is there.
+    pub fn listener(&self, cookie: u64) -> Result<Option<Listening>, Error> {
+        let row = self.tables.sockets.get(&cookie).map_err(map_error(map::SOCKETS))?;
+        Ok(row.filter(|row| row.listens != 0).map(|row| Listening { cookie, row }))
+    }
+
     fn set(&self, cookie: u64, row: &Socket, mode: u32, owner: Option<Task>, ipv6_only: bool) -> Result<bool, Error> {
+        self.commands.run(&self.command(cookie, row, mode, owner, ipv6_only))
+    }
+
+    fn command(&self, cookie: u64, row: &Socket, mode: u32, owner: Option<Task>, ipv6_only: bool) -> Command {
         let key = ListenerKey { ipv6_only: u16::from(ipv6_only), ..row.key };
-        self.commands.run(&Command { kind: COMMAND_SET, mode, cookie, key, owner: owner.unwrap_or(NOBODY) })
+        let owner = owner.unwrap_or(NOBODY);
+        Command { kind: COMMAND_SET, mode, cookie, key, owner, asked: 0, generation: 0 }
     }
 
     fn forget(&self, cookie: u64) -> Result<bool, Error> {
         let key = ListenerKey { address: [0; 16], netns: 0, device: 0, port: 0, ipv6_only: 0 };
-        self.commands.run(&Command { kind: COMMAND_FORGET, mode: 0, cookie, key, owner: NOBODY })
+        let kind = COMMAND_FORGET;
+        self.commands.run(&Command { kind, mode: 0, cookie, key, owner: NOBODY, asked: 0, generation: 0 })
     }
 
     /// Where the unified hierarchy is mounted: what [`holders`] asks for.
@@ -212,7 +243,7 @@ impl Programs {
             facts.candidates(&facts.cgroup_set(path)).iter().chain(&everybody).any(|row| row.fits(task.uid, task.gid))
         };
         let cookies = left_alone.iter().map(|listening| listening.cookie).collect();
-        let held = holders(&cookies, &self.host.cgroup2)?;
+        let held = holders(&cookies, &self.host.cgroup2, &may_match)?;
         for listening in &left_alone {
             let holders = held.get(&listening.cookie).map(|held| held.holders.as_slice()).unwrap_or_default();
             let tasks = [listening.row.binder, listening.row.owner];
@@ -300,18 +331,23 @@ impl Shared {
 
     /// The sockets of which the kernel would choose one for a connection over loopback to this address: those that are bound
     /// to the address itself, else to the IPv4 wildcard, else to the IPv6 one; on any device, else on the loopback device.
-    pub fn reached(&self, tables: &Tables, local: SocketAddr, netns: u64) -> io::Result<Vec<Listening>> {
+    ///
+    /// With them comes who was there at all of these places before they were looked at, by [`who_listens`].
+    pub fn reached(&self, tables: &Tables, local: SocketAddr, netns: u64) -> io::Result<(Vec<Listening>, u64)> {
         const LOOPBACK_DEVICE: u32 = 1;
         let places = places(local, netns);
-        for device in [0, LOOPBACK_DEVICE] {
-            for key in places {
-                let found = self.at(tables, &ListenerKey { device, ..key })?;
-                if !found.is_empty() {
-                    return Ok(found);
-                }
+        let keys = [0, LOOPBACK_DEVICE].map(|device| places.map(|key| ListenerKey { device, ..key }));
+        let mut who = 0_u64;
+        for key in keys.iter().flatten() {
+            who = who.wrapping_add(tables.listeners.get(key)?.as_ref().map_or(0, who_listens));
+        }
+        for key in keys.iter().flatten() {
+            let found = self.at(tables, key)?;
+            if !found.is_empty() {
+                return Ok((found, who));
             }
         }
-        Ok(Vec::new())
+        Ok((Vec::new(), who))
     }
 }
 

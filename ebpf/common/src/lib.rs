@@ -17,7 +17,7 @@ pub use refusals::*;
 
 /// Version of the layouts below. It is part of the directory name under bpffs, so that an agent never adopts maps
 /// whose layout it does not know.
-pub const ABI: u32 = 2;
+pub const ABI: u32 = 3;
 
 /// Most data shards (threads with listeners of their own) that one agent can have.
 pub const MAX_SHARDS: usize = 64;
@@ -81,6 +81,10 @@ pub struct TaskLayout {
     pub skc_net: u32,
     /// `net.net_cookie`.
     pub net_cookie: u32,
+    /// The byte of `sock_common` in which `skc_ipv6only` is.
+    pub ipv6_only: u32,
+    /// Its bit there.
+    pub ipv6_only_bit: u32,
 }
 
 /// Every listening socket from before is recorded: where no row is found, nobody listens, or somebody whom nobody has
@@ -270,8 +274,8 @@ pub struct Task {
     pub comm: [u8; 16],
 }
 
-/// Value of `FLOWS` (by socket cookie) and `ORIGINS` (by [`TupleKey`]): where a connection that was turned to the agent
-/// wanted to go.
+/// Value of `FLOWS` (by cookie of the application's socket), `ORIGINS` (by [`TupleKey`]) and `ACCEPTED` (by cookie of the
+/// agent's end): where a connection that was turned to the agent wanted to go.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Origin {
@@ -330,14 +334,18 @@ pub struct Own {
     pub client_port: u16,
     /// For a leg: address of the true client, which the workload is shown.
     pub client: Address,
+    /// For a leg: who was found to listen where it goes, by [`who_listens`].
+    pub listeners: u64,
 }
 
 /// The agent's connection to a remote peer.
 pub const OWN_DIAL: u32 = 1;
 /// The agent's last leg to a local workload.
 pub const OWN_LEG: u32 = 2;
-/// One of the agent's listeners.
+/// One of the agent's listeners: for connections that the programs turn to it, and for nobody who dials it.
 pub const OWN_LISTENER: u32 = 3;
+/// A listener that the agent has made to dial it itself.
+pub const OWN_TRIAL: u32 = 4;
 
 /// Value of `LEGS` (by [`TupleKey`]): the true client behind a leg.
 #[repr(C)]
@@ -349,6 +357,8 @@ pub struct Leg {
     pub client_port: u16,
     /// Always zero.
     pub pad: [u16; 3],
+    /// As in [`Own`]: the leg is for them, and for nobody who listens there after them.
+    pub listeners: u64,
 }
 
 /// What the kernel did by itself, or learnt, on the way to the agent (ring buffer `EVENTS`).
@@ -422,8 +432,28 @@ pub const REASON_NEVER_ARRIVED: u32 = 10;
 pub const REASON_PROTOCOL: u32 = 11;
 /// An enrolled process in a network namespace without an agent dialled a mesh destination of this one.
 pub const REASON_NAMESPACE: u32 = 12;
+/// Somebody dialled the agent itself, or what listens where the agent did.
+pub const REASON_DIRECT: u32 = 13;
 /// The user has as many rows of a map of the kernel programs as one user may have.
 pub const REASON_QUOTA: u32 = 16;
+
+/// Every reason for which the programs refuse.
+pub const REASONS: [u32; 14] = [
+    REASON_NO_IDENTITY,
+    REASON_NOT_ALLOWED,
+    REASON_MAP_FULL,
+    REASON_GUARD,
+    REASON_UDP,
+    REASON_NO_AGENT,
+    REASON_NO_CONFIG,
+    REASON_UNDECIDED,
+    REASON_DEVICE,
+    REASON_NEVER_ARRIVED,
+    REASON_PROTOCOL,
+    REASON_NAMESPACE,
+    REASON_DIRECT,
+    REASON_QUOTA,
+];
 
 /// Indices into the per-CPU array `COUNTERS`, all counted in connections or packets since the maps were made.
 pub mod counter {
@@ -483,8 +513,10 @@ pub mod map {
     pub const VERDICTS: &str = "VERDICTS";
     /// `HashMap<u64, Origin>` by socket cookie.
     pub const FLOWS: &str = "FLOWS";
-    /// `LruHashMap<TupleKey, Origin>`.
+    /// `LruHashMap<TupleKey, Origin>`: connections to the agent that do not stand yet.
     pub const ORIGINS: &str = "ORIGINS";
+    /// `LruHashMap<u64, Origin>` by cookie of the agent's end: those that stand, and that it has not accepted yet.
+    pub const ACCEPTED: &str = "ACCEPTED";
     /// `HashMap<u64, Own>` by socket cookie.
     pub const OWN: &str = "OWN";
     /// `HashMap<TupleKey, Leg>`.
@@ -536,13 +568,13 @@ const _: () = {
     assert!(core::mem::size_of::<Task>() == 48);
     assert!(core::mem::size_of::<Origin>() == 112);
     assert!(core::mem::size_of::<TupleKey>() == 40);
-    assert!(core::mem::size_of::<Own>() == 24);
-    assert!(core::mem::size_of::<Leg>() == 24);
+    assert!(core::mem::size_of::<Own>() == 32);
+    assert!(core::mem::size_of::<Leg>() == 32);
     assert!(core::mem::size_of::<ListenerKey>() == 32);
     assert!(core::mem::size_of::<Listeners>() == 24);
     assert!(core::mem::size_of::<ProtectedKey>() == 24);
     assert!(core::mem::size_of::<Socket>() == 152);
-    assert!(core::mem::size_of::<Command>() == 96);
+    assert!(core::mem::size_of::<Command>() == 104);
     assert!(core::mem::size_of::<Event>() == 128);
     assert!(core::mem::size_of::<QuotaKey>() == 12);
     assert!(core::mem::size_of::<RefusalKey>() == 32);

@@ -71,6 +71,18 @@ pub const fn strictest(counts: u64) -> u32 {
     }
 }
 
+/// A number for who listens at one address, to be added up over all addresses where the kernel looks for the listener of a
+/// connection. The sum is another one as soon as somebody comes, goes or takes another's place. 0: nobody.
+#[must_use]
+pub const fn who_listens(row: &Listeners) -> u64 {
+    let counts = row.counts & !DYING;
+    let all = (counts & 0x1f_ffff) + (counts >> 21 & 0x1f_ffff) + (counts >> 42);
+    if all == 0 {
+        return 0;
+    }
+    (row.cookie ^ all << 40).wrapping_mul(0x9e37_79b9_7f4a_7c15).rotate_left(23)
+}
+
 /// A number by which a row of `LISTENERS` is known to belong to a key.
 #[must_use]
 pub const fn tag(key: &ListenerKey) -> u64 {
@@ -106,11 +118,13 @@ pub struct Socket {
     /// 1 while it listens.
     pub listens: u32,
     /// The real user id under which `QUOTAS` counts the row, or [`UNCHARGED`].
-    pub charged: u64,
+    pub charged: u32,
+    /// How often somebody who may be enrolled has asked for the name of the socket, until it was protected.
+    pub asked: u32,
 }
 
 /// The row of a listener of the agent itself, which is in nobody's share.
-pub const UNCHARGED: u64 = u64::MAX;
+pub const UNCHARGED: u32 = u32::MAX;
 
 /// Nobody concerned is enrolled: left alone. Never the result of a miss.
 pub const LISTENER_LEFT_ALONE: u32 = 1;
@@ -146,6 +160,10 @@ pub struct Command {
     pub key: ListenerKey,
     /// For whom it listens; all zero leaves that as it is.
     pub owner: Task,
+    /// For [`COMMAND_SET`]: [`Socket::asked`] when it was judged. If somebody has asked since, it is to be judged anew.
+    pub asked: u32,
+    /// Under which generation of the policy it was judged, or 0: it is so under any.
+    pub generation: u32,
 }
 
 /// Says what a socket is.
