@@ -10,9 +10,10 @@
 use crate::lock::lock;
 use crate::refusal::{Culprit, Refusal};
 use crate::spiffe::SpiffeId;
+use crate::units::network_of;
 use std::collections::HashMap;
 use std::fmt;
-use std::net::{IpAddr, Ipv6Addr};
+use std::net::IpAddr;
 use std::sync::{Arc, Mutex};
 
 /// Whoever answers for a connection.
@@ -31,13 +32,7 @@ pub enum Holder {
 impl Holder {
     /// The network of an address: its /24, or /64.
     pub fn network(of: IpAddr) -> Self {
-        Self::Network(match of.to_canonical() {
-            IpAddr::V4(ip) => {
-                let [a, b, c, _] = ip.octets();
-                [a, b, c, 0].into()
-            }
-            IpAddr::V6(ip) => Ipv6Addr::from_bits(ip.to_bits() & (u128::MAX << 64)).into(),
-        })
+        Self::Network(network_of(of))
     }
 }
 

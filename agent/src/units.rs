@@ -1,9 +1,11 @@
-//! Values with units, as the configuration and the policy write them: `"5s"`, `"1h30m"`.
+//! Values with units, as the configuration and the policy write them: `"5s"`, `"1h30m"`; and the unit in which strangers are
+//! counted.
 //!
 //! A string comes in, a checked value goes out, or an error that says what to write instead.
 //!
 //! *Invariant:* a number without a unit means nothing, so it is refused rather than guessed.
 
+use std::net::{IpAddr, Ipv6Addr};
 use std::time::Duration;
 
 /// Longest duration that can be written: ten years.
@@ -79,6 +81,17 @@ pub fn print(duration: Duration) -> String {
 /// Errors quote what was written, but never much of it.
 fn clip(text: &str) -> String {
     text.chars().take(20).collect()
+}
+
+/// The network that an address stands for where whoever has one has others beside: the first address of its /24, or /64.
+pub fn network_of(address: IpAddr) -> IpAddr {
+    match address.to_canonical() {
+        IpAddr::V4(ip) => {
+            let [a, b, c, _] = ip.octets();
+            [a, b, c, 0].into()
+        }
+        IpAddr::V6(ip) => Ipv6Addr::from_bits(ip.to_bits() & (u128::MAX << 64)).into(),
+    }
 }
 
 #[cfg(test)]

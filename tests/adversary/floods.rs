@@ -8,7 +8,9 @@ use lab::world::events;
 use lab::{Hand, Lab, Mesh, Settings, clock, enter, lab, or_skip, skip};
 use rustix::mount::{MountFlags, mount};
 use rustix::process::Signal;
+use std::io::Write;
 use std::net::TcpStream;
+use std::time::Instant;
 
 /// An attacker leaves more sockets behind than any table of the agent has rows.
 fn littered(lab: &Lab, how: &str, number: u32) {
@@ -191,5 +193,34 @@ fn silent_connections_take_no_place_that_others_need() {
     });
     assert!(out.is_some(), "a workload cannot dial out while strangers say nothing");
     drop(silent);
+    expect_alive(&mesh);
+}
+
+#[test]
+fn what_a_stranger_is_refused_again_and_again_is_counted_and_not_written_each_time() {
+    let lab = lab!();
+    let mesh = mesh!(lab, &policy(&lab, &[PORT]));
+    let web = web(&lab, "server", "web", "", &format!("0.0.0.0:{PORT}"));
+    let log = mesh.beta().directory().join("audit.jsonl");
+    let end = Instant::now() + clock::millis(2000);
+    let mut attempts = 0_u64;
+    lab.stranger.within(|| {
+        while Instant::now() < end {
+            if let Ok(mut stream) = TcpStream::connect(lab.beta.at(PORT)) {
+                let _refused = stream.write_all(b"STRANGER-flood\n");
+                attempts += 1;
+            }
+        }
+    });
+    assert!(attempts > 100, "{attempts}");
+    let counted = || {
+        let lines = mesh.beta().audit();
+        lines.iter().map(|line| line["count"].as_u64().unwrap_or(1)).sum::<u64>()
+    };
+    assert!(clock::until(clock::seconds(20), || (counted() == attempts).then_some(())).is_some(), "{}", counted());
+    let size = std::fs::metadata(&log).unwrap().len();
+    assert!(size < 100_000, "{size} bytes for {attempts} connections");
+    web.expect_no_stranger("in plaintext");
+    lab.expect_served(&mesh, lab.beta.at(PORT));
     expect_alive(&mesh);
 }

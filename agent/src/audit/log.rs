@@ -8,6 +8,7 @@
 //! *Invariant:* a line that was taken is written once and whole, or counted in [`Health::lost`].
 
 use super::Record;
+use super::repeats::Repeats;
 use crate::lock::lock;
 use std::cell::RefCell;
 use std::fs::{File, OpenOptions};
@@ -16,7 +17,7 @@ use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 /// Lines that may wait for the disk: about 40 MB at 600 bytes a line.
 const LINES: usize = 65_536;
@@ -113,6 +114,7 @@ pub struct Sender {
     queue: Arc<Queue>,
     health: Arc<Health>,
     refuse_when_failing: bool,
+    repeats: Arc<Mutex<Repeats>>,
 }
 
 thread_local! {
@@ -131,6 +133,20 @@ impl Sender {
         if !taken {
             self.health.lost.fetch_add(1, Ordering::Relaxed);
         }
+    }
+    /// The same for a refusal by this process. What repeats faster than anybody can read is counted, and handed over by
+    /// [`Sender::collect`].
+    pub fn send_refusal(&self, record: Record) {
+        let now = lock(&self.repeats).take(record, Instant::now());
+        now.iter().for_each(|record| self.send(record));
+    }
+    /// Hands over what was counted, where it has waited long enough. To be called every second or two.
+    pub fn collect(&self) {
+        self.hand_over(false);
+    }
+    fn hand_over(&self, all: bool) {
+        let due = lock(&self.repeats).due(Instant::now(), all);
+        due.iter().for_each(|record| self.send(record));
     }
     /// Must new connections be refused because nobody could be told about them (R108)?
     pub fn refuses(&self) -> bool {
@@ -158,7 +174,8 @@ impl Log {
     pub fn open(path: &Path, refuse_when_failing: bool) -> Result<Self, OpenError> {
         let file = open(path).map_err(|source| OpenError { path: path.to_owned(), source })?;
         let (queue, health) = (Arc::<Queue>::default(), Arc::<Health>::default());
-        let sender = Sender { queue: queue.clone(), health: health.clone(), refuse_when_failing };
+        let repeats = Arc::default();
+        let sender = Sender { queue: queue.clone(), health: health.clone(), refuse_when_failing, repeats };
         let writer = Writer { path: path.to_owned(), file, health, queue, batch: Vec::new(), start: 0 };
         let thread = std::thread::Builder::new()
             .name("wimsey-audit".into())
@@ -172,6 +189,7 @@ impl Log {
     }
     /// Writes out what is waiting and ends the thread. Lines sent later are counted as lost.
     pub fn close(mut self) {
+        self.sender.hand_over(true);
         self.sender.queue.tell(|waiting| waiting.stop = true);
         if let Some(thread) = self.thread.take() {
             let _ = thread.join();

@@ -7,6 +7,7 @@
 //! *Invariant:* no key, token or payload byte has a way into a record: its fields are identifiers, numbers and codes.
 
 mod log;
+mod repeats;
 
 pub use log::{Health, Log, OpenError, Sender};
 

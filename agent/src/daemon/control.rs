@@ -141,7 +141,7 @@ impl Control {
                     let _ = answer.send(self.answer(request));
                 }
                 Some(report) = self.listeners.report() => self.take(report),
-                _ = look.tick() => self.listeners.look_again(),
+                _ = look.tick() => self.look_again(),
                 Ok(()) = changes.changed() => self.revoke("the trust bundles changed"),
                 _ = hangup.recv() => self.reload(),
                 read = finished(&mut self.reading) => self.put_in_force(read),
@@ -178,6 +178,12 @@ impl Control {
                 self.troubles.note(work, &error);
             }
         }
+    }
+
+    /// What is done every two seconds.
+    fn look_again(&mut self) {
+        self.listeners.look_again();
+        self.shared.audit.collect();
     }
 
     /// Hears of what the kernel has counted and not told.
@@ -389,7 +395,7 @@ impl Control {
                 Some(Asked { request, answer }) = questions.recv() => drop(answer.send(self.answer(request))),
                 notice = self.programs.notice() => self.heed(notice),
                 Some(report) = self.listeners.report() => self.take(report),
-                _ = look.tick() => self.listeners.look_again(),
+                _ = look.tick() => self.look_again(),
                 () = come(self.refusals_due), if self.refusals_due.is_some() => self.collect_refusals(),
                 _ = tick.tick() => self.tidy(),
             }

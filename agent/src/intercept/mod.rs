@@ -48,7 +48,7 @@ use std::{fmt, net::SocketAddr};
 use wimsey_common::Task;
 
 /// Which way a connection goes, seen from this host's workload.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Direction {
     /// A local workload dialled.

@@ -159,8 +159,10 @@ impl<'a> Attempt<'a> {
         };
         if decision == Decision::Denied {
             self.shared.registry.count_refused(&record);
+            self.shared.audit.send_refusal(record);
+        } else {
+            self.shared.audit.send(&record);
         }
-        self.shared.audit.send(&record);
     }
 
     /// Refuses the flow that `socket` was accepted for: whoever is on it gets a reset. Without one, it is closed already.
