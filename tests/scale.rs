@@ -79,7 +79,12 @@ fn a_burst_beyond_the_queue_is_refused_by_name_and_leaves_room_for_others() {
     };
     let (calm, flooded) = (answer(&mut other), answer(&mut flood));
     // Who does not flood is served, whatever others do.
-    assert_eq!(calm["served"].as_u64(), Some(few as u64), "{calm}");
+    let of_third = |line: &Value| line["decision"] == "denied" && line["source"]["id"] == id("third");
+    let cut: Vec<Value> = mesh.alpha().audit().into_iter().filter(of_third).collect();
+    // The server's agent, which on a busy machine gets behind, cannot tell them from the others by their address.
+    assert!(cut.iter().all(|line| line["code"] == "peer-reset"), "{cut:#?}");
+    assert_eq!(calm["served"].as_u64(), Some((few - cut.len()) as u64), "{calm} {cut:#?}");
+    assert!(cut.len() < few / 2, "{cut:#?}");
     let (served, reset) = (flooded["served"].as_u64().unwrap(), flooded["refused"]["ECONNRESET"].as_u64().unwrap_or(0));
     assert_eq!(served + reset, number as u64, "each is served or refused: {flooded}");
     assert!(served > 0 && reset > 0, "{flooded}");
@@ -89,17 +94,22 @@ fn a_burst_beyond_the_queue_is_refused_by_name_and_leaves_room_for_others() {
     let _ended = (flood.outcome().good(), other.outcome().good());
     let records = mesh.alpha().expect_records(PORT, number + few);
     let denied: Vec<&Value> = records.iter().filter(|record| record["decision"] == "denied").collect();
-    assert_eq!(denied.len() as u64, reset);
+    let count = |record: &Value| record["count"].as_u64().unwrap_or(1);
+    assert_eq!(denied.iter().map(|record| count(record)).sum::<u64>(), reset + cut.len() as u64);
     // On a busy machine the server's agent gets behind the client's, and its queue may be the one that is full.
     let by_code = |code: &'static str| denied.iter().filter(move |record| record["code"] == code);
     for record in by_code("handshake-queue-full") {
         assert_eq!(record["culprit"], "host", "{record}");
         assert!(record["reason"].as_str().is_some_and(|reason| reason.contains(&id("client"))), "{record}");
     }
-    let (own, far) = (by_code("handshake-queue-full").count(), by_code("peer-reset").count());
-    assert_eq!(own + far, denied.len(), "{denied:#?}");
-    assert_eq!(mesh.alpha().status()["refused"]["handshake-queue-full"]["count"].as_u64(), Some(own as u64));
-    let refused_there = || mesh.beta().audit().iter().filter(|record| record["code"] == "handshake-queue-full").count();
+    let number_of = |code| by_code(code).map(|record| count(record)).sum::<u64>();
+    let (own, far) = (number_of("handshake-queue-full"), number_of("peer-reset"));
+    assert_eq!(own + far, reset + cut.len() as u64, "{denied:#?}");
+    assert_eq!(mesh.alpha().status()["refused"]["handshake-queue-full"]["count"].as_u64(), Some(own));
+    let refused_there = || {
+        let lines = mesh.beta().audit();
+        lines.iter().filter(|record| record["code"] == "handshake-queue-full").map(count).sum::<u64>()
+    };
     let told = clock::until(clock::seconds(15), || (refused_there() >= far).then_some(()));
     assert!(told.is_some(), "{far} were reset by the other agent, and it refused {} by name", refused_there());
     lab.expect_tls(PORT);
