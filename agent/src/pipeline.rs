@@ -551,7 +551,7 @@ impl<'a> Walk<'a> {
             let mut outcome = self.site.dialler.leg(flow.destination, flow.source, listeners, opening).await;
             for _ in 0..LEGS {
                 let Err(error) = &outcome else { break };
-                let Ok(now) = self.site.dialler.look(flow.destination) else { break };
+                let Ok(now) = self.site.dialler.look(flow.destination, true) else { break };
                 if !error.is_refused() || now.who == listeners || now.cookie == 0 {
                     break;
                 }

@@ -234,14 +234,14 @@ impl Dialler {
     /// somebody else, or more is known.
     pub fn look_again(&self, flow: &mut Flow) -> Result<bool, Error> {
         let before = (flow.task, flow.listener_cookie, flow.listeners);
-        let now = self.look(flow.destination)?;
+        let now = self.look(flow.destination, false)?;
         (flow.task, flow.listener_cookie, flow.sharers, flow.listeners) = (now.task, now.cookie, now.sharers, now.who);
         Ok(before != (flow.task, flow.listener_cookie, flow.listeners))
     }
 
-    /// Who listens there now.
-    pub fn look(&self, to: OriginalDst) -> Result<Listens, Error> {
-        let found = self.shared.reached(&self.tables, to.0, self.netns);
+    /// Who listens there now. `everywhere`: also on the loopback device, beside those on any device.
+    pub fn look(&self, to: OriginalDst, everywhere: bool) -> Result<Listens, Error> {
+        let found = self.shared.reached(&self.tables, to.0, self.netns, everywhere);
         let (listeners, who) = found.map_err(|error| Error::Map { map: map::LISTENERS, error })?;
         let mut listeners = listeners.into_iter();
         let first = listeners.next();

@@ -301,9 +301,8 @@ type AtOnce = (Listeners, Vec<Listening>);
 const REMEMBERED: usize = 1024;
 
 impl Shared {
-    /// The sockets that listen at exactly this address.
-    pub fn at(&self, tables: &Tables, key: &ListenerKey) -> io::Result<Vec<Listening>> {
-        let Some(row) = tables.listeners.get(key)? else { return Ok(Vec::new()) };
+    /// The sockets that listen at exactly this address, of which this is the row.
+    fn at(&self, tables: &Tables, key: &ListenerKey, row: Listeners) -> io::Result<Vec<Listening>> {
         if row.cookie == 0 {
             return Ok(Vec::new());
         }
@@ -332,22 +331,34 @@ impl Shared {
     /// The sockets of which the kernel would choose one for a connection over loopback to this address: those that are bound
     /// to the address itself, else to the IPv4 wildcard, else to the IPv6 one; on any device, else on the loopback device.
     ///
-    /// With them comes who was there at all of these places before they were looked at, by [`who_listens`].
-    pub fn reached(&self, tables: &Tables, local: SocketAddr, netns: u64) -> io::Result<(Vec<Listening>, u64)> {
+    /// With them comes who was there at these places before they were looked at, by [`who_listens`]. Sockets on the loopback
+    /// device are seldom, and count only where they are all there is, or where `everywhere` asks for them.
+    pub fn reached(
+        &self,
+        tables: &Tables,
+        local: SocketAddr,
+        netns: u64,
+        everywhere: bool,
+    ) -> io::Result<(Vec<Listening>, u64)> {
         const LOOPBACK_DEVICE: u32 = 1;
-        let places = places(local, netns);
-        let keys = [0, LOOPBACK_DEVICE].map(|device| places.map(|key| ListenerKey { device, ..key }));
-        let mut who = 0_u64;
-        for key in keys.iter().flatten() {
-            who = who.wrapping_add(tables.listeners.get(key)?.as_ref().map_or(0, who_listens));
-        }
-        for key in keys.iter().flatten() {
-            let found = self.at(tables, key)?;
-            if !found.is_empty() {
-                return Ok((found, who));
+        let (mut who, mut found) = (0_u64, Vec::new());
+        for device in [0, LOOPBACK_DEVICE] {
+            let mut rows = [None; 3];
+            for (place, row) in places(local, netns).iter().zip(&mut rows) {
+                let key = ListenerKey { device, ..*place };
+                *row = tables.listeners.get(&key)?.map(|row| (key, row));
+                who = who.wrapping_add(row.as_ref().map_or(0, |(_, row)| who_listens(row)));
+            }
+            for (key, row) in rows.into_iter().flatten() {
+                if found.is_empty() {
+                    found = self.at(tables, &key, row)?;
+                }
+            }
+            if !found.is_empty() && !everywhere {
+                break;
             }
         }
-        Ok((Vec::new(), who))
+        Ok((found, who))
     }
 }
 

@@ -347,7 +347,7 @@ fn a_protected_listener_is_reached_through_the_agent_and_sees_the_true_client() 
 /// A last leg to whoever listens there now.
 async fn leg(door: &Door, to: OriginalDst, client: SocketAddr, opening: Opening) -> Result<TcpStream, Error> {
     let dialler = door.dialler();
-    dialler.leg(to, client, dialler.look(to)?.who, opening).await
+    dialler.leg(to, client, dialler.look(to, false)?.who, opening).await
 }
 
 #[test]
