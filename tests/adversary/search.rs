@@ -1,5 +1,5 @@
 //! A random search: programs of socket calls by several users in several cgroups, while the agent dies, comes back and
-//! reloads, tables are filled and strangers speak to every port.
+//! reloads, tables are filled, strangers speak to every port and clients call on it through the mesh.
 //!
 //! Everything that is done comes from one number, which is printed. `ADVERSARY_SEED=1234` begins there again, and
 //! `ADVERSARY_SEED=1234:7` does the seventh round alone; how the kernel interleaves the processes is its own affair.
@@ -8,7 +8,7 @@
 //! the socket and made it listen.
 
 use crate::listeners::policy;
-use lab::hand::{ATTACKER, Hand, STRANGER, USER, WEB, last};
+use lab::hand::{ATTACKER, Hand, STRANGER, USER, WEB, last, listening};
 use lab::janitor::processes;
 use lab::{Lab, Mesh, clock, lab, or_skip, skip};
 use rustix::event::{PollFd, PollFlags};
@@ -142,7 +142,9 @@ fn part(lab: &Lab, chance: &mut Chance, name: &str, uid: u32) -> Vec<String> {
                 let how = chance.pick(&["shutdown", "close", "mptcp"]);
                 lines.push(format!("litter {} {how}", 200 + chance.below(2000)));
             }
-            (ATTACKER, 3..20) => lines.push(call(lab, chance)),
+            (ATTACKER, 3..16) => lines.push(call(lab, chance)),
+            (ATTACKER, 16..18) => lines.push("@forge".to_owned()),
+            (ATTACKER, 18..20) => lines.push("@squat".to_owned()),
             (0, 0..4) => lines.push(format!("setuid {}", chance.pick(&[WEB, WEB, USER, ATTACKER]))),
             (_, 20..55) => begin(lab, chance, &mut lines),
             (_, 55..60) => lines.push(format!("@move {}", chance.pick(&CGROUPS))),
@@ -221,10 +223,20 @@ fn dial(lab: &Lab, chance: &mut Chance) -> String {
     if chance.one_in(8) {
         line += "; opt m device:eth0";
     }
+    for (option, odds) in [("reset", 4), ("deferred", 4), ("reuseaddr", 2)] {
+        if chance.one_in(odds) {
+            line += &format!("; opt m {option}");
+        }
+    }
+    if chance.one_in(4) {
+        line += &format!("; bind m 0.0.0.0:{}", 5000 + chance.below(4));
+    }
     let marker = lab.marker();
-    line += &match chance.below(4) {
+    line += &match chance.below(6) {
         0 => format!("; fastopen m {to} {marker}"),
         1 => format!("; connect m {to}; disconnect m; connect m {to}; write m {marker}"),
+        2 => format!("; connect m {to}; sleep {}; write m {marker}", chance.below(400)),
+        3 => format!("; connect m {to}; opt m device:eth0; write m {marker}"),
         _ => format!("; connect m {to}; write m {marker}"),
     };
     if chance.one_in(2) {
@@ -295,6 +307,44 @@ fn wrong(event: &Value) -> bool {
     strict && own
 }
 
+/// What somebody says who dials the agent itself. Nobody hears it.
+const FORGED: &str = "FORGED-";
+
+/// Is this a client's byte that came to somebody who has nothing to do with a workload?
+fn astray(lab: &Lab, event: &Value) -> bool {
+    let whose = |key: &str| event[key] == ATTACKER;
+    let said = event["text"].as_str().is_some_and(|text| text.contains(lab.marker()));
+    said && whose("uid") && whose("bound") && whose("listened") && event["shared"] == false
+}
+
+/// Where the agent of beta listens, and with it whatever else is on that address.
+fn doors(lab: &Lab) -> Vec<SocketAddr> {
+    listening(&lab.beta)
+        .into_iter()
+        .filter(|at| at.ip() == Ipv4Addr::LOCALHOST && !PORTS.contains(&at.port()))
+        .collect()
+}
+
+/// A line that is not known before it is said.
+fn spelled(lab: &Lab, line: &str, before: &[SocketAddr]) -> String {
+    let each = |one: &dyn Fn(usize, &SocketAddr) -> String, at: &[SocketAddr]| {
+        at.iter().take(8).enumerate().map(|(index, at)| one(index, at)).collect::<Vec<_>>().join("; ")
+    };
+    match line {
+        "@forge" => each(
+            &|index, at| {
+                let bound = format!("bind f 0.0.0.0:{}", 5000 + index % 4);
+                format!("socket f 4; opt f reuseaddr; opt f reset; {bound}; connect f {at}; write f {FORGED}; close f")
+            },
+            &doors(lab),
+        ),
+        _ => each(
+            &|index, at| format!("socket q{index} 4; opt q{index} reuseaddr; bind q{index} {at}; listen q{index}"),
+            before,
+        ),
+    }
+}
+
 /// One round, from its script to its verdict: what went wrong, if something did.
 fn round(lab: &Lab, mesh: &Mesh<'_>, script: &Script, seen: &Seen) -> Result<(), String> {
     let done = AtomicBool::new(false);
@@ -321,6 +371,18 @@ fn round(lab: &Lab, mesh: &Mesh<'_>, script: &Script, seen: &Seen) -> Result<(),
             }
         });
     };
+    let before = doors(lab);
+    let call = || {
+        let mut caller = lab.puppet(&lab.alpha, "one", USER, "caller");
+        let mut number = 0_usize;
+        while !done.load(Ordering::Relaxed) {
+            let to = SocketAddr::new(lab.beta.v4.into(), PORTS[number % PORTS.len()]);
+            let line = format!("patience 40; socket k 4; connect k {to}; write k {}; close k", lab.marker());
+            let _ = caller.try_tell(&line, clock::seconds(20));
+            number += 1;
+        }
+        caller.end();
+    };
     let perform = |hand: &mut Hand, name: &str, lines: &[String]| {
         let _ = hand.try_tell(&format!("patience {}", clock::millis(300).as_millis()), clock::seconds(20));
         for line in lines.iter().take_while(|_| began.elapsed() < clock::seconds(8)) {
@@ -329,6 +391,10 @@ fn round(lab: &Lab, mesh: &Mesh<'_>, script: &Script, seen: &Seen) -> Result<(),
                 let file = lab.cgroup(cgroup).join("cgroup.procs");
                 let moved = std::fs::write(file, hand.pid().to_string());
                 note(name, &format!("{line}: {moved:?}"));
+                continue;
+            }
+            let line = &if line.starts_with('@') { spelled(lab, line, &before) } else { line.clone() };
+            if line.is_empty() {
                 continue;
             }
             let answer = match hand.try_tell(line, clock::seconds(20)) {
@@ -351,7 +417,8 @@ fn round(lab: &Lab, mesh: &Mesh<'_>, script: &Script, seen: &Seen) -> Result<(),
     let mut hands: Vec<Hand> =
         CAST.iter().map(|(name, uid, cgroup)| lab.puppet(&lab.beta, cgroup, *uid, name)).collect();
     let fate = std::thread::scope(|scope| {
-        let strangers = [scope.spawn(|| speak(&lab.stranger, false)), scope.spawn(|| speak(&lab.beta, true))];
+        let strangers =
+            [scope.spawn(|| speak(&lab.stranger, false)), scope.spawn(|| speak(&lab.beta, true)), scope.spawn(call)];
         let agent = scope.spawn(|| decide(mesh, &script.fate, &note));
         let mut parts = Vec::new();
         for ((hand, (name, ..)), lines) in hands.iter_mut().zip(CAST).zip(&script.lines) {
@@ -372,6 +439,11 @@ fn round(lab: &Lab, mesh: &Mesh<'_>, script: &Script, seen: &Seen) -> Result<(),
     };
     fate.map_err(|what| format!("{what}\nlast steps:\n{}", story()))?;
     for hand in &hands {
+        for event in hand.heard() {
+            if astray(lab, &event) {
+                return Err(format!("{} read what a client said: {event}\nlast steps:\n{}", hand.name(), story()));
+            }
+        }
         for event in hand.strangers() {
             if wrong(&event) {
                 return Err(format!("{} read what a stranger said: {event}\nlast steps:\n{}", hand.name(), story()));
@@ -527,6 +599,7 @@ fn search(lab: &Lab, seconds: u64) {
     ));
     assert!(!far.heard().is_empty() || !only.is_empty(), "no user was ever served: the search searches nothing");
     far.expect_no_stranger("on the other host");
+    far.expect_unheard(FORGED, "of somebody who dialled the agent itself");
     let wire = lab.wire();
     lab.expect_marker(&wire);
     if wire.lost > 0 {
