@@ -204,7 +204,7 @@ async fn again<'a>(
         Some(session) if session.speaks() => Opening::Speaks,
         _ => Opening::Waits,
     };
-    let leg = match walk.leg(&permit.parties().flow, &permit.parties().workload, opening).await {
+    let leg = match walk.leg(permit.parties(), opening).await {
         Ok(leg) => leg,
         Err(error) => {
             attempt.refuse(permit.into_parties().flow.socket, &error);
@@ -494,10 +494,7 @@ impl<'a> Walk<'a> {
             }
         }
         // Only now does the workload hear of it: whoever is not admitted cannot even make it accept.
-        let leg = match self
-            .leg(&session.permit().parties().flow, &session.permit().parties().workload, Opening::Waits)
-            .await
-        {
+        let leg = match self.leg(session.permit().parties(), Opening::Waits).await {
             Ok(leg) => leg,
             Err(error) => {
                 attempt.refuse(session.into_permit().into_parties().flow.socket, &error);
@@ -515,14 +512,14 @@ impl<'a> Walk<'a> {
 
     /// A connection from the network that is carried without TLS, by a permissive rule.
     async fn plaintext(&self, mut attempt: Attempt<'a>, parties: Parties, rule: Arc<Rule>) -> Option<Made<'a>> {
-        let Parties { flow, workload, .. } = parties;
-        let leg = match self.leg(&flow, &workload, Opening::Waits).await {
+        let leg = match self.leg(&parties, Opening::Waits).await {
             Ok(leg) => leg,
             Err(error) => {
-                attempt.refuse(flow.socket, &error);
+                attempt.refuse(parties.flow.socket, &error);
                 return None;
             }
         };
+        let Parties { flow, workload, .. } = parties;
         attempt.method = Method::Plaintext;
         match Pipe::plain(leg, flow.socket) {
             Ok(pipe) => {
@@ -545,30 +542,38 @@ impl<'a> Walk<'a> {
     }
 
     /// Connects to those who were found to listen. Where somebody has come or gone since, it is asked again who they are.
-    async fn leg(&self, flow: &Flow, workload: &Workload, opening: Opening) -> Result<TcpStream, Error> {
-        let mut listeners = flow.listeners;
+    async fn leg(&self, parties: &Parties, opening: Opening) -> Result<TcpStream, Error> {
+        let Parties { flow, workload, .. } = parties;
         let connected = async {
-            let mut outcome = self.site.dialler.leg(flow.destination, flow.source, listeners, opening).await;
-            for _ in 0..LEGS {
-                let Err(error) = &outcome else { break };
-                let Ok(now) = self.site.dialler.look(flow.destination, true) else { break };
-                if !error.is_refused() || now.who == listeners || now.cookie == 0 {
-                    break;
-                }
-                match Box::pin(self.shared.identities.is_still(workload, &now, &*self.policy)).await {
-                    Ok(()) => {}
-                    // Gone again.
-                    Err(error) if error.is_passing() => break,
-                    Err(error) => return Err(Error::Identify(error)),
-                }
-                listeners = now.who;
-                outcome = self.site.dialler.leg(flow.destination, flow.source, listeners, opening).await;
+            let (mut listeners, mut left) = (flow.listeners, LEGS);
+            loop {
+                let outcome = self.site.dialler.leg(flow.destination, flow.source, listeners, opening).await;
+                let refused = outcome.as_ref().is_err_and(|error| error.is_refused());
+                let others = match refused && left > 0 {
+                    true => Box::pin(self.others(flow, workload, listeners)).await?,
+                    false => None,
+                };
+                let Some(others) = others else { return outcome.map_err(Error::Intercept) };
+                (listeners, left) = (others, left - 1);
             }
-            outcome.map_err(Error::Intercept)
         };
         match tokio::time::timeout(self.shared.config.timeouts.dial, connected).await {
             Ok(outcome) => outcome,
             Err(_) => Err(Error::DialTimeout(self.shared.config.timeouts.dial)),
+        }
+    }
+
+    /// Others who listen now, if they are the same workload.
+    async fn others(&self, flow: &Flow, workload: &Workload, before: u64) -> Result<Option<u64>, Error> {
+        let Ok(now) = self.site.dialler.look(flow.destination, true) else { return Ok(None) };
+        if now.who == before || now.cookie == 0 {
+            return Ok(None);
+        }
+        match self.shared.identities.is_still(workload, &now, &*self.policy).await {
+            Ok(()) => Ok(Some(now.who)),
+            // Gone again.
+            Err(error) if error.is_passing() => Ok(None),
+            Err(error) => Err(Error::Identify(error)),
         }
     }
 

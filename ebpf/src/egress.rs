@@ -24,8 +24,6 @@ use core::ptr::{addr_of, addr_of_mut};
 use wimsey_common::*;
 
 const ECONNREFUSED: i32 = 111;
-/// Index of the loopback device, in every network namespace.
-const LOOPBACK_DEVICE: u32 = 1;
 /// Longer than one `connect()` takes from one program to the next, in nanoseconds.
 const ONE_CALL: u64 = 100_000_000;
 

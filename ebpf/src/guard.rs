@@ -19,8 +19,6 @@ use wimsey_common::*;
 
 /// Id of the root of the unified hierarchy.
 const ROOT_CGROUP: u64 = 1;
-/// Index of the loopback device, in every network namespace.
-const LOOPBACK_DEVICE: u32 = 1;
 const ETH_P_IP: u16 = 0x0800;
 const ETH_P_IPV6: u16 = 0x86dd;
 

@@ -5,6 +5,7 @@
 //! *Invariant:* every record that comes in comes out, by itself or in the count of another.
 
 use super::{Decision, Direction, Record};
+use crate::spiffe::SpiffeId;
 use crate::units::network_of;
 use std::collections::HashMap;
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
@@ -28,7 +29,7 @@ struct Kind {
     /// Outbound, the user; inbound, the network of the peer.
     who: (Option<u32>, IpAddr),
     /// An identity that was proved or attested on either side.
-    ids: [Option<String>; 2],
+    ids: [Option<SpiffeId>; 2],
     destination: SocketAddr,
 }
 
@@ -114,7 +115,7 @@ impl Kind {
             (Some(process), Direction::Outbound) => (Some(process.uid), NOWHERE.ip()),
             _ => (None, network_of(record.source.address.ip())),
         };
-        let ids = [&record.source.id, &record.destination.id].map(|id| id.as_ref().map(ToString::to_string));
+        let ids = [&record.source.id, &record.destination.id].map(Clone::clone);
         let (direction, code, destination) = (record.direction, record.code, record.destination.address);
         Self { direction, code, who, ids, destination }
     }

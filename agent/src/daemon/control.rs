@@ -25,6 +25,7 @@ use time::OffsetDateTime;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 use tokio::sync::{mpsc, watch};
 use tokio::task::JoinError;
+use tokio::time::{Interval, MissedTickBehavior};
 
 /// How often what nobody announces is looked for.
 const TICK: Duration = Duration::from_secs(10);
@@ -123,9 +124,7 @@ impl Control {
         let provider = self.provider.clone();
         let maintenance = tokio::task::spawn_local(async move { provider.maintain().await });
         let mut changes = self.provider.changes();
-        let mut tick = tokio::time::interval(TICK);
-        let mut look = tokio::time::interval(LOOK);
-        look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+        let mut rounds = Rounds::new();
         self.look_at_listeners();
         self.look_for_old_connections();
         ready();
@@ -135,29 +134,36 @@ impl Control {
         }
         loop {
             tokio::select! {
-                notice = self.programs.notice() => self.heed(notice),
+                next = next(&mut self.programs, &mut self.listeners, &mut rounds, self.refusals_due) => self.act(next),
                 Some(Asked { request, answer }) = questions.recv() => {
                     // Whoever asked may have gone away.
                     let _ = answer.send(self.answer(request));
                 }
-                Some(report) = self.listeners.report() => self.take(report),
-                _ = look.tick() => self.look_again(),
                 Ok(()) = changes.changed() => self.revoke("the trust bundles changed"),
                 _ = hangup.recv() => self.reload(),
                 read = finished(&mut self.reading) => self.put_in_force(read),
-                () = come(self.refusals_due), if self.refusals_due.is_some() => self.collect_refusals(),
-                _ = tick.tick() => self.tidy(),
                 _ = stop(&mut terminate, &mut interrupt) => break,
             }
             self.listeners.judge(self.shared.identities.attestor(), &self.shared.policy, &self.programs);
         }
-        self.drain(closing, shards, &mut questions, [&mut terminate, &mut interrupt]).await;
+        self.drain(closing, shards, &mut questions, &mut rounds, [&mut terminate, &mut interrupt]).await;
         self.tell_the_rest();
         admin.abort();
         maintenance.abort();
         // Somebody else's socket by now, if it cannot be removed.
         let _ = std::fs::remove_file(&socket);
         Ok(())
+    }
+
+    /// Does what is done as long as the agent runs, draining or not.
+    fn act(&mut self, next: Next) {
+        match next {
+            Next::Notice(notice) => self.heed(notice),
+            Next::Report(report) => self.take(report),
+            Next::Look => self.look_again(),
+            Next::Refusals => self.collect_refusals(),
+            Next::Tidy => self.tidy(),
+        }
     }
 
     /// Acts on what the kernel programs tell.
@@ -373,6 +379,7 @@ impl Control {
         closing: watch::Sender<bool>,
         shards: &[JoinHandle<()>],
         questions: &mut mpsc::Receiver<Asked>,
+        rounds: &mut Rounds,
         [terminate, interrupt]: [&mut Signal; 2],
     ) {
         self.draining = true;
@@ -383,9 +390,6 @@ impl Control {
         let over = all_over(shards);
         let time_is_up = tokio::time::sleep(patience);
         tokio::pin!(over, time_is_up);
-        let mut tick = tokio::time::interval(TICK);
-        let mut look = tokio::time::interval(LOOK);
-        look.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         // Whoever listens is judged until the end: what the agent has left alone stays so when it is gone.
         loop {
             tokio::select! {
@@ -393,17 +397,52 @@ impl Control {
                 () = &mut time_is_up => break,
                 _ = stop(terminate, interrupt) => break,
                 Some(Asked { request, answer }) = questions.recv() => drop(answer.send(self.answer(request))),
-                notice = self.programs.notice() => self.heed(notice),
-                Some(report) = self.listeners.report() => self.take(report),
-                _ = look.tick() => self.look_again(),
-                () = come(self.refusals_due), if self.refusals_due.is_some() => self.collect_refusals(),
-                _ = tick.tick() => self.tidy(),
+                next = next(&mut self.programs, &mut self.listeners, rounds, self.refusals_due) => self.act(next),
             }
             self.listeners.judge(self.shared.identities.attestor(), &self.shared.policy, &self.programs);
         }
         tracing::info!(open = self.shared.registry.open_count(), "the time to drain is over");
         self.shared.registry.stop_all(Stop::Drained);
         let _ = tokio::time::timeout(LAST_WORDS, over).await;
+    }
+}
+
+/// What is done as long as the agent runs, draining or not.
+enum Next {
+    Notice(Notice),
+    Report(Report),
+    Look,
+    Refusals,
+    Tidy,
+}
+
+/// What comes again and again.
+struct Rounds {
+    look: Interval,
+    tick: Interval,
+}
+
+impl Rounds {
+    fn new() -> Self {
+        let mut look = tokio::time::interval(LOOK);
+        look.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        Self { look, tick: tokio::time::interval(TICK) }
+    }
+}
+
+/// Waits for the next of it. Cancel safe.
+async fn next(
+    programs: &mut Programs,
+    listeners: &mut Listeners,
+    rounds: &mut Rounds,
+    refusals_due: Option<Instant>,
+) -> Next {
+    tokio::select! {
+        notice = programs.notice() => Next::Notice(notice),
+        Some(report) = listeners.report() => Next::Report(report),
+        _ = rounds.look.tick() => Next::Look,
+        () = come(refusals_due) => Next::Refusals,
+        _ = rounds.tick.tick() => Next::Tidy,
     }
 }
 

@@ -137,13 +137,13 @@ impl Identities {
     }
 
     async fn local(&self, flow: &Flow, registry: &dyn Registry) -> Result<(Workload, Facts, Arc<Credential>), Error> {
-        let Attested { workload, facts } = match (flow.direction, &flow.task) {
-            (Direction::Outbound, Some(task)) => self.attestor.dialler(task, registry).await?,
+        let (workload, facts) = match (flow.direction, &flow.task) {
+            (Direction::Outbound, Some(task)) => known(self.attestor.dialler(task, registry).await?)?,
             (Direction::Outbound, None) => return Err(Error::NoRecord),
-            (Direction::Inbound, task) => self.attestor.owner(task.as_ref(), flow.listener_cookie, registry).await?,
+            (Direction::Inbound, task) => {
+                self.listener(task.as_ref(), flow.listener_cookie, &flow.sharers, registry).await?
+            }
         };
-        let Some(workload) = workload else { return Err(Error::Unknown(Box::new(facts))) };
-        self.check_sharers(&workload, &flow.sharers, registry).await?;
         let credential = match self.provider.ready(&workload) {
             Some(credential) => credential,
             None => self.provider.obtain(&workload).await?,
@@ -155,28 +155,38 @@ impl Identities {
 impl Identities {
     /// Is whoever listens now this workload, all of them?
     pub async fn is_still(&self, workload: &Workload, now: &Listens, registry: &dyn Registry) -> Result<(), Error> {
-        let Attested { workload: found, facts } = self.attestor.owner(now.task.as_ref(), now.cookie, registry).await?;
-        match found {
-            Some(found) if found.id == workload.id => self.check_sharers(workload, &now.sharers, registry).await,
-            Some(_) => Err(Error::Shared { id: workload.id.clone(), other: Box::new(facts) }),
-            None => Err(Error::Unknown(Box::new(facts))),
+        let (found, facts) = self.listener(now.task.as_ref(), now.cookie, &now.sharers, registry).await?;
+        if found.id == workload.id {
+            return Ok(());
         }
+        Err(Error::Shared { id: workload.id.clone(), other: Box::new(facts) })
     }
 
-    async fn check_sharers(
+    /// Whose is a listening socket, with all that share its address?
+    async fn listener(
         &self,
-        workload: &Workload,
+        task: Option<&Task>,
+        cookie: u64,
         sharers: &[(Task, u64)],
         registry: &dyn Registry,
-    ) -> Result<(), Error> {
+    ) -> Result<(Workload, Facts), Error> {
+        let (workload, facts) = known(self.attestor.owner(task, cookie, registry).await?)?;
         for (task, cookie) in sharers {
             let task = Some(task).filter(|task| task.tgid != 0);
             let other = self.attestor.owner(task, *cookie, registry).await?;
             if other.workload.as_ref().map(|other| &other.id) != Some(&workload.id) {
-                return Err(Error::Shared { id: workload.id.clone(), other: Box::new(other.facts) });
+                return Err(Error::Shared { id: workload.id, other: Box::new(other.facts) });
             }
         }
-        Ok(())
+        Ok((workload, facts))
+    }
+}
+
+/// Who was attested, if that is a workload.
+fn known(Attested { workload, facts }: Attested) -> Result<(Workload, Facts), Error> {
+    match workload {
+        Some(workload) => Ok((workload, facts)),
+        None => Err(Error::Unknown(Box::new(facts))),
     }
 }
 

@@ -306,9 +306,8 @@ impl Shared {
         if row.cookie == 0 {
             return Ok(Vec::new());
         }
-        let alone = [LISTENER_LEFT_ALONE, LISTENER_UNDECIDED, LISTENER_PROTECTED];
         let listens = |found: &Socket| found.listens != 0 && found.key == *key;
-        if alone.iter().map(|mode| counted(row.counts, *mode)).sum::<u64>() == 1
+        if all_counted(row.counts) == 1
             && let Some(found) = tables.sockets.get(&row.cookie)?.filter(listens)
         {
             return Ok(vec![Listening { cookie: row.cookie, row: found }]);
@@ -340,7 +339,6 @@ impl Shared {
         netns: u64,
         everywhere: bool,
     ) -> io::Result<(Vec<Listening>, u64)> {
-        const LOOPBACK_DEVICE: u32 = 1;
         let (mut who, mut found) = (0_u64, Vec::new());
         for device in [0, LOOPBACK_DEVICE] {
             let mut rows = [None; 3];

@@ -19,6 +19,9 @@ pub use refusals::*;
 /// whose layout it does not know.
 pub const ABI: u32 = 3;
 
+/// Index of the loopback device, in every network namespace.
+pub const LOOPBACK_DEVICE: u32 = 1;
+
 /// Most data shards (threads with listeners of their own) that one agent can have.
 pub const MAX_SHARDS: usize = 64;
 

@@ -56,6 +56,13 @@ pub const fn counted(counts: u64, mode: u32) -> u64 {
     }
 }
 
+/// How many sockets a row counts, whatever they are.
+#[must_use]
+pub const fn all_counted(counts: u64) -> u64 {
+    let counts = counts & !DYING;
+    (counts & 0x1f_ffff) + (counts >> 21 & 0x1f_ffff) + (counts >> 42)
+}
+
 /// The strictest mode that a row counts, or 0.
 #[must_use]
 pub const fn strictest(counts: u64) -> u32 {
@@ -75,8 +82,7 @@ pub const fn strictest(counts: u64) -> u32 {
 /// connection. The sum is another one as soon as somebody comes, goes or takes another's place. 0: nobody.
 #[must_use]
 pub const fn who_listens(row: &Listeners) -> u64 {
-    let counts = row.counts & !DYING;
-    let all = (counts & 0x1f_ffff) + (counts >> 21 & 0x1f_ffff) + (counts >> 42);
+    let all = all_counted(row.counts);
     if all == 0 {
         return 0;
     }

@@ -239,9 +239,21 @@ impl lane::Lane for Stuck {
     }
 }
 
+/// No patience with what is stuck.
+const IMPATIENT: Limits = Limits { idle: None, stall: Duration::from_millis(300) };
+
+/// A relay that never gets a byte out is given up. Its sockets are closed with it.
+async fn given_up(own: TcpStream, network: TcpStream) -> Progress {
+    let progress = Progress::default();
+    let flow = async {
+        Flow::new(own, network, Stuck, Start::default()).run(&IMPATIENT, std::pin::pin!(pending()), &progress).await
+    };
+    assert_eq!(timeout(patience(5), flow).await.expect("given up"), CloseReason::Stalled);
+    progress
+}
+
 #[tokio::test]
 async fn one_direction_that_is_stuck_is_given_up_though_the_other_moves() {
-    let limits = Limits { idle: None, stall: Duration::from_millis(300) };
     let (mut left, own) = program().await;
     let (network, mut right) = pair().await;
     left.write_all(b"never sent").await.unwrap();
@@ -250,31 +262,20 @@ async fn one_direction_that_is_stuck_is_given_up_though_the_other_moves() {
             sleep(Duration::from_millis(50)).await;
         }
     });
-    let progress = Progress::default();
-    // The sockets are closed with the flow.
-    let flow = async {
-        Flow::new(own, network, Stuck, Start::default()).run(&limits, std::pin::pin!(pending()), &progress).await
-    };
-    assert_eq!(timeout(patience(5), flow).await.expect("given up"), CloseReason::Stalled);
+    let progress = given_up(own, network).await;
     assert!(progress.received() > 2, "the other direction did not move");
     trickle.await.unwrap();
 }
 
 #[tokio::test]
 async fn one_direction_that_is_stuck_is_given_up_though_the_other_never_rests() {
-    let limits = Limits { idle: None, stall: Duration::from_millis(300) };
     let (mut left, own) = program().await;
     let (network, mut right) = pair().await;
     left.write_all(b"never sent").await.unwrap();
     let (mut read, _write) = left.into_split();
     let reading = tokio::spawn(async move { while read.read(&mut [0; 65_536]).await.is_ok_and(|taken| taken > 0) {} });
     let flood = tokio::spawn(async move { while right.write_all(&[7; 65_536]).await.is_ok() {} });
-    let progress = Progress::default();
-    // The sockets are closed with the flow.
-    let flow = async {
-        Flow::new(own, network, Stuck, Start::default()).run(&limits, std::pin::pin!(pending()), &progress).await
-    };
-    assert_eq!(timeout(patience(5), flow).await.expect("given up"), CloseReason::Stalled);
+    let progress = given_up(own, network).await;
     assert!(progress.received() > 2, "the other direction did not move");
     flood.await.unwrap();
     reading.await.unwrap();
@@ -282,16 +283,11 @@ async fn one_direction_that_is_stuck_is_given_up_though_the_other_never_rests() 
 
 #[tokio::test]
 async fn a_kernel_that_has_room_and_takes_nothing_is_given_up_and_a_slow_reader_is_not() {
-    let limits = Limits { idle: None, stall: Duration::from_millis(300) };
+    let limits = IMPATIENT;
     let (mut left, own) = program().await;
     let (network, _right) = pair().await;
     left.write_all(b"never sent").await.unwrap();
-    let progress = Progress::default();
-    // The sockets are closed with the flow.
-    let flow = async {
-        Flow::new(own, network, Stuck, Start::default()).run(&limits, std::pin::pin!(pending()), &progress).await
-    };
-    assert_eq!(timeout(patience(5), flow).await.expect("given up"), CloseReason::Stalled);
+    given_up(own, network).await;
     assert!(is_reset(&mut left).await);
 
     let (left, own) = program().await;
