@@ -1,6 +1,7 @@
 //! Very many connections: bursts of them, and how little they cost while they do nothing. A test program of its own, since
 //! it measures memory of the whole machine: its tests run one after the other.
 
+use lab::agent::attempts;
 use lab::policy::{PORT, id};
 use lab::{Agent, Lab, Mesh, Policy, Program, Settings, clock, lab, or_skip, skip};
 use serde_json::Value;
@@ -94,21 +95,20 @@ fn a_burst_beyond_the_queue_is_refused_by_name_and_leaves_room_for_others() {
     let _ended = (flood.outcome().good(), other.outcome().good());
     let records = mesh.alpha().expect_records(PORT, number + few);
     let denied: Vec<&Value> = records.iter().filter(|record| record["decision"] == "denied").collect();
-    let count = |record: &Value| record["count"].as_u64().unwrap_or(1);
-    assert_eq!(denied.iter().map(|record| count(record)).sum::<u64>(), reset + cut.len() as u64);
+    assert_eq!(attempts(denied.iter().copied()), reset + cut.len() as u64);
     // On a busy machine the server's agent gets behind the client's, and its queue may be the one that is full.
     let by_code = |code: &'static str| denied.iter().filter(move |record| record["code"] == code);
     for record in by_code("handshake-queue-full") {
         assert_eq!(record["culprit"], "host", "{record}");
         assert!(record["reason"].as_str().is_some_and(|reason| reason.contains(&id("client"))), "{record}");
     }
-    let number_of = |code| by_code(code).map(|record| count(record)).sum::<u64>();
+    let number_of = |code| attempts(by_code(code).copied());
     let (own, far) = (number_of("handshake-queue-full"), number_of("peer-reset"));
     assert_eq!(own + far, reset + cut.len() as u64, "{denied:#?}");
     assert_eq!(mesh.alpha().status()["refused"]["handshake-queue-full"]["count"].as_u64(), Some(own));
     let refused_there = || {
         let lines = mesh.beta().audit();
-        lines.iter().filter(|record| record["code"] == "handshake-queue-full").map(count).sum::<u64>()
+        attempts(lines.iter().filter(|record| record["code"] == "handshake-queue-full"))
     };
     let told = clock::until(clock::seconds(15), || (refused_there() >= far).then_some(()));
     assert!(told.is_some(), "{far} were reset by the other agent, and it refused {} by name", refused_there());

@@ -1,6 +1,7 @@
 //! Who dials, and as whom: handed sockets, fresh cgroups, devices, other namespaces, other protocols.
 
 use crate::listeners::{policy, settle, web};
+use lab::agent::attempts as attempts_of;
 use lab::hand::{ATTACKER, Hand, USER, expect_alive, listening};
 use lab::policy::{PORT, id};
 use lab::world::pick;
@@ -324,8 +325,7 @@ fn whoever_dials_the_agent_itself_is_refused_and_counted_not_written_each_time()
     assert!(attempts > 100);
     let counted = || {
         let lines = mesh.alpha().audit();
-        let mine = lines.iter().filter(|line| line["code"] == "dialled-the-agent");
-        mine.map(|line| line["count"].as_u64().unwrap_or(1)).sum::<u64>()
+        attempts_of(lines.iter().filter(|line| line["code"] == "dialled-the-agent"))
     };
     assert!(clock::until(clock::seconds(15), || (counted() == attempts).then_some(())).is_some(), "{}", counted());
     assert!(size() - before < 50_000, "{} bytes for {attempts} dials", size() - before);

@@ -1,6 +1,7 @@
 //! Full tables, full logs and full counters.
 
 use crate::listeners::{policy, settle, web};
+use lab::agent::attempts as attempts_of;
 use lab::hand::{ATTACKER, USER, WEB, expect_alive};
 use lab::janitor::{Item, keep};
 use lab::policy::PORT;
@@ -104,8 +105,8 @@ fn refused_in_a_loop(lab: &Lab, mesh: &Mesh<'_>, log: &std::path::Path) {
     assert!(size < 1 << 20, "{attempts} refusals of one kind made {size} bytes of log");
     // Each of them is counted somewhere.
     let counted = || -> u64 {
-        let mine = mesh.alpha().audit().into_iter().filter(|line| line["process"]["uid"] == ATTACKER);
-        mine.map(|line| line["count"].as_u64().unwrap_or(1)).sum()
+        let lines = mesh.alpha().audit();
+        attempts_of(lines.iter().filter(|line| line["process"]["uid"] == ATTACKER))
     };
     let all = clock::until(clock::seconds(20), || (counted() >= attempts).then_some(()));
     assert!(all.is_some(), "{attempts} attempts, of which the log counts {}", counted());
@@ -213,10 +214,7 @@ fn what_a_stranger_is_refused_again_and_again_is_counted_and_not_written_each_ti
         }
     });
     assert!(attempts > 100, "{attempts}");
-    let counted = || {
-        let lines = mesh.beta().audit();
-        lines.iter().map(|line| line["count"].as_u64().unwrap_or(1)).sum::<u64>()
-    };
+    let counted = || attempts_of(&mesh.beta().audit());
     assert!(clock::until(clock::seconds(20), || (counted() == attempts).then_some(())).is_some(), "{}", counted());
     let size = std::fs::metadata(&log).unwrap().len();
     assert!(size < 100_000, "{size} bytes for {attempts} connections");

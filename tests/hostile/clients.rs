@@ -1,5 +1,6 @@
 //! Clients of a protected server that should not get in.
 
+use lab::agent::attempts;
 use lab::policy::{PORT, id};
 use lab::stranger::{self, Attempt, Break, Tls};
 use lab::{Lab, Mint, Policy, Program, Settings, Skip, Svid, Terms, clock, lab, or_skip};
@@ -366,8 +367,7 @@ fn many_strangers_at_once_do_not_keep_proper_clients_out() {
     assert_eq!(held.len(), number);
     lab.expect_echo(&lab.alpha, "client", lab.beta.at(PORT), &[]);
     // All of them are cut off, and each is in a line.
-    let count = |record: &serde_json::Value| record["count"].as_u64().unwrap_or(1);
-    let told = || mesh.beta().records_for(PORT).iter().map(count).sum::<u64>();
+    let told = || attempts(&mesh.beta().records_for(PORT));
     let all = clock::until(clock::seconds(20), || (told() > number as u64).then_some(()));
     assert!(all.is_some(), "{} of {number} are told", told());
     drop(held);

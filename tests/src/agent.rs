@@ -313,8 +313,6 @@ impl<'a> Agent<'a> {
     /// refuses again and again is one line with a count.
     #[track_caller]
     pub fn expect_records(&self, port: u16, number: usize) -> Vec<Value> {
-        let attempts =
-            |records: &[Value]| records.iter().map(|record| record["count"].as_u64().unwrap_or(1)).sum::<u64>();
         let number = number as u64;
         let enough = clock::until(clock::seconds(20), || (attempts(&self.records_for(port)) >= number).then_some(()));
         let records = self.records_for(port);
@@ -326,6 +324,11 @@ impl<'a> Agent<'a> {
         );
         records
     }
+}
+
+/// For how many attempts these audit lines stand.
+pub fn attempts<'a>(records: impl IntoIterator<Item = &'a Value>) -> u64 {
+    records.into_iter().map(|record| record["count"].as_u64().unwrap_or(1)).sum()
 }
 
 impl Drop for Agent<'_> {
