@@ -58,11 +58,13 @@ pub fn bound(sock: *mut bpf_sock, address: Address) -> i32 {
     let found = if own { LISTENER_LEFT_ALONE } else { protection(config, &mut binder, who) };
     let noted = remember(sock, binder);
     // Whoever is left alone has a row when they listen: until then they are nobody to be found. Where there is no memory for
-    // the note (nor ever is, on an x86 processor without `cmpxchg16b`, since Linux 7.0), the row is all that tells.
-    if found == LISTENER_LEFT_ALONE && !own && noted {
+    // the note (nor ever is, on an x86 processor without `cmpxchg16b`, since Linux 7.0), the row is all that tells, and it
+    // counts nowhere: a workload may be who listens.
+    let nobody = found == LISTENER_LEFT_ALONE && !own;
+    if nobody && noted {
         return ALLOW;
     }
-    let counted = if key.port == 0 { 0 } else { found };
+    let counted = if key.port == 0 || nobody { 0 } else { found };
     let charged = if own { UNCHARGED } else { binder.uid };
     let row = Socket { binder, owner: binder, key, mode: 0, bound: found, listens: 0, charged, asked: 0 };
     // Whoever dials an address finds there whose it is.
@@ -73,7 +75,7 @@ pub fn bound(sock: *mut bpf_sock, address: Address) -> i32 {
     forget(cookie);
     count(counter::UNRECORDED);
     // Nobody's socket without note and row is undecided once it listens.
-    if own || found == LISTENER_LEFT_ALONE { ALLOW } else { REFUSE }
+    if own || nobody { ALLOW } else { REFUSE }
 }
 
 /// The map as the helpers take it: aya's own functions know no other context than that of a connect.

@@ -2,7 +2,7 @@
 
 use lab::hand::{ATTACKER, Hand, USER, WEB, expect_alive, knock};
 use lab::policy::PORT;
-use lab::{Host, Lab, Mesh, Policy, clock, lab};
+use lab::{Host, Lab, Mesh, Policy, Skip, clock, lab, or_skip};
 use rustix::process::Signal;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -329,15 +329,31 @@ fn a_server_that_is_killed_and_started_again_on_a_loaded_machine_has_an_owner() 
     expect_alive(&mesh);
 }
 
-/// Root binds and web listens, in a loop, while an attacker listens for IPv6 only on the same port.
-fn beside_an_ipv6_listener(lab: &Lab) {
-    let mut attacker = lab.puppet(&lab.beta, "nobody", ATTACKER, "attacker");
-    attacker.must(&format!("socket s 6; opt s v6only; bind s [::]:{PORT}; listen s"));
+/// Root binds and web listens, in a loop.
+fn bound_by_root(lab: &Lab, when: &str) {
     let mut web = lab.puppet(&lab.beta, "server", 0, "web");
     let millis = clock::millis(4000).as_millis();
     let flapped = besieged(lab, PORT, || web.must(&format!("flap 0.0.0.0:{PORT} {millis} as {WEB}")));
     assert!(flapped["listens"].as_u64() > Some(50), "{flapped}");
-    web.expect_no_stranger("root binds, web listens, and somebody listens for IPv6 only");
+    web.expect_no_stranger(when);
+}
+
+/// The same while an attacker listens for IPv6 only on the same port.
+fn beside_an_ipv6_listener(lab: &Lab) {
+    let mut attacker = lab.puppet(&lab.beta, "nobody", ATTACKER, "attacker");
+    attacker.must(&format!("socket s 6; opt s v6only; bind s [::]:{PORT}; listen s"));
+    bound_by_root(lab, "root binds, web listens, and somebody listens for IPv6 only");
+}
+
+#[test]
+fn a_socket_on_which_no_note_can_be_made_is_never_open_for_a_moment() {
+    let lab = lab!();
+    // A limit of the network namespace since Linux 6.9; before, of the host.
+    let limited = lab.beta.sysctl("net/core/optmem_max", "1");
+    or_skip!(limited.map_err(|_| Skip::because("no room for options by network namespace")));
+    let mesh = mesh!(lab, &policy(&lab, &[PORT]));
+    bound_by_root(&lab, "root binds and web listens, and no note tells who bound");
+    expect_alive(&mesh);
 }
 
 #[test]
@@ -364,7 +380,7 @@ fn the_last_leg_reaches_only_those_who_were_found_to_listen() {
     let mut attacker = lab.puppet(&lab.beta, "nobody", ATTACKER, "attacker");
     let mut users: Vec<Hand> =
         (0..2).map(|index| lab.puppet(&lab.alpha, "one", USER, &format!("user-{index}"))).collect();
-    let millis = clock::millis(6000).as_millis();
+    let (millis, patience) = (clock::millis(6000).as_millis(), clock::millis(30).as_millis());
     let flap = |hand: &mut Hand| {
         let end = Instant::now() + clock::millis(6000);
         // The port is the other's now and then.
@@ -384,7 +400,9 @@ fn the_last_leg_reaches_only_those_who_were_found_to_listen() {
                         break;
                     }
                     let (to, marker) = (lab.beta.at(PORT), lab.marker());
-                    user.tell(&format!("patience 30; socket u 4; connect u {to}; write u {marker}-{number}; close u"));
+                    user.tell(&format!(
+                        "patience {patience}; socket u 4; connect u {to}; write u {marker}-{number}; close u"
+                    ));
                 }
             });
         }

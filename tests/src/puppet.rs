@@ -324,7 +324,13 @@ impl Puppet {
             if listener.is_some() {
                 real_user(uid)?;
             }
-            socket.bind(&at.into())?;
+            // What the last one has left in the kernel takes a moment to go.
+            while let Err(error) = socket.bind(&at.into()) {
+                if error.kind() != io::ErrorKind::AddrInUse || Instant::now() >= end {
+                    return Err(error);
+                }
+                std::thread::sleep(Duration::from_millis(1));
+            }
             listener.map_or(Ok(()), real_user)?;
             Ok(Known { socket, bound: Some(uid), listened: Some(listener.unwrap_or(uid)), shared: false })
         };
