@@ -98,7 +98,12 @@ pub struct PolicyStatus {
     pub generation: u32,
     /// RFC 3339.
     pub loaded: String,
-    /// Why the last reload was refused; absent when what is on disk was taken.
+    /// Reloads since the start that were taken or refused. Signals that come while what is on disk is being read make it be
+    /// read once more.
+    pub reloads: u64,
+    /// What is on disk is being read: it is not decided yet what the last signal leads to.
+    pub reading: bool,
+    /// Why the last of the reloads was refused; absent when what was on disk was taken.
     pub refused: Option<String>,
     /// Numbers of registration entries and destinations.
     pub workloads: usize,

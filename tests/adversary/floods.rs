@@ -1,6 +1,6 @@
 //! Full tables, full logs and full counters.
 
-use crate::listeners::{policy, settle, web};
+use crate::listeners::{policy, web};
 use lab::agent::attempts as attempts_of;
 use lab::hand::{ATTACKER, USER, WEB, expect_alive};
 use lab::janitor::{Item, keep};
@@ -8,7 +8,6 @@ use lab::policy::PORT;
 use lab::world::events;
 use lab::{Hand, Lab, Mesh, Settings, clock, enter, lab, or_skip, skip};
 use rustix::mount::{MountFlags, mount};
-use rustix::process::Signal;
 use std::io::Write;
 use std::net::TcpStream;
 use std::time::Instant;
@@ -24,8 +23,7 @@ fn littered(lab: &Lab, how: &str, number: u32) {
     web.expect_no_stranger("after tables were filled");
     expect_alive(&mesh);
     lab.expect_served(&mesh, lab.beta.at(PORT));
-    mesh.beta().signal(Signal::HUP);
-    settle();
+    mesh.beta().read_again().unwrap();
     expect_alive(&mesh);
     mesh.beta().kill();
     lab.assail(PORT, 1);

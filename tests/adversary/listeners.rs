@@ -3,7 +3,6 @@
 use lab::hand::{ATTACKER, Hand, USER, WEB, expect_alive, knock};
 use lab::policy::PORT;
 use lab::{Host, Lab, Mesh, Policy, Skip, clock, lab, or_skip};
-use rustix::process::Signal;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -40,8 +39,7 @@ pub fn settle() {
 fn expect_closed_for_good(lab: &Lab, mesh: &Mesh<'_>, port: u16, web: &Hand) {
     lab.assail(port, 2);
     web.expect_no_stranger("at once");
-    mesh.beta().signal(Signal::HUP);
-    settle();
+    mesh.beta().read_again().unwrap();
     lab.assail(port, 1);
     web.expect_no_stranger("after a reload");
     mesh.beta().terminate().unwrap();

@@ -253,12 +253,7 @@ fn a_broken_policy_is_not_taken_and_status_says_so() {
     ];
     for text in &broken {
         let generation = mesh.alpha().status()["policy"]["generation"].clone();
-        mesh.alpha().post(text);
-        let told = clock::until(clock::seconds(10), || {
-            let status = mesh.alpha().status();
-            status["policy"]["refused"].as_str().map(str::to_owned)
-        });
-        let told = told.unwrap_or_else(|| panic!("status is silent about: {text}"));
+        let told = mesh.alpha().reload_text(text).expect_err(text);
         assert!(told.contains("lab.toml"), "the file is not named: {told}");
         assert_eq!(mesh.alpha().status()["policy"]["generation"], generation);
         lab.expect_echo(&lab.alpha, "client", lab.beta.at(PORT), &[]);

@@ -146,10 +146,8 @@ fn a_policy_that_anybody_can_write_is_not_taken_on_reload() {
     let mesh = or_skip!(lab.only_mesh(&Policy::standard(&lab)));
     let _server = lab.serve_echo(&lab.beta, "server", &[lab.beta.at(PORT)]);
     mode(&mesh.alpha().directory().join("policies/lab.toml"), 0o666);
-    mesh.alpha().signal(rustix::process::Signal::HUP);
-    let told =
-        clock::until(clock::seconds(10), || mesh.alpha().status()["policy"]["refused"].as_str().map(str::to_owned));
-    assert!(told.is_some_and(|text| text.contains("lab.toml")), "{:#}", mesh.alpha().status());
+    let told = mesh.alpha().read_again().unwrap_err();
+    assert!(told.contains("lab.toml"), "{told}");
     lab.expect_echo(&lab.alpha, "client", lab.beta.at(PORT), &[]);
     lab.expect_tls(PORT);
 }
@@ -393,10 +391,8 @@ fn a_reload_with_a_list_that_is_not_understood_leaves_trust_and_policy_as_they_w
     for odd in unusual(&good, "X509 CRL", "CRL") {
         std::fs::write(&list, format!("# of the lab\n{odd}")).unwrap();
         // A policy that would be taken, but for the list.
-        mesh.alpha().post(Policy::without_rules(&lab).workload("third").text());
-        let told =
-            clock::until(clock::seconds(10), || mesh.alpha().status()["policy"]["refused"].as_str().map(str::to_owned));
-        assert!(told.is_some_and(|text| text.contains("crl.pem:2: ")), "{:#}", mesh.alpha().status());
+        let told = mesh.alpha().reload_text(Policy::without_rules(&lab).workload("third").text()).expect_err(&odd);
+        assert!(told.contains("crl.pem:2: "), "{told}");
         assert_eq!(in_force(), before);
         std::fs::write(&list, &good).unwrap();
     }

@@ -230,22 +230,50 @@ impl<'a> Agent<'a> {
     /// Writes the policy and tells the agent, without waiting for what it makes of it.
     #[track_caller]
     pub fn post(&self, policy: &str) {
+        self.write_policy(policy);
+        self.signal(Signal::HUP);
+    }
+
+    #[track_caller]
+    fn write_policy(&self, policy: &str) {
         if let Err(error) = std::fs::write(self.directory.join("policies/lab.toml"), policy) {
             panic!("write policy: {error}");
         }
+    }
+
+    /// Has it read again what is on disk, and waits until that is decided.
+    ///
+    /// # Errors
+    /// Why it was refused.
+    #[track_caller]
+    pub fn read_again(&self) -> std::result::Result<(), String> {
+        let policy = || self.status()["policy"].clone();
+        let before = policy()["reloads"].as_u64();
         self.signal(Signal::HUP);
+        let decided = clock::until(clock::seconds(20), || {
+            let now = policy();
+            (now["reloads"].as_u64() > before && now["reading"] == false).then_some(now)
+        });
+        let Some(now) = decided else { panic!("the reload was not decided: {:#}\n{}", policy(), self.log()) };
+        now["refused"].as_str().map_or(Ok(()), |why| Err(why.to_owned()))
     }
 
     /// Puts another policy in force and waits until it is.
     #[track_caller]
     pub fn reload(&self, policy: &Policy) {
-        let before = self.status()["policy"]["generation"].clone();
-        self.post(policy.text());
-        let done = clock::until(clock::seconds(20), || {
-            let status = self.status();
-            (status["policy"]["generation"] != before && status["policy"]["refused"].is_null()).then_some(())
-        });
-        assert!(done.is_some(), "the reload was not taken: {:#}\n{}", self.status(), self.log());
+        if let Err(why) = self.reload_text(policy.text()) {
+            panic!("the reload was not taken: {why}\n{}", self.log());
+        }
+    }
+
+    /// Puts these words in the place of its policy, and waits until the reload is decided.
+    ///
+    /// # Errors
+    /// Why it was refused.
+    #[track_caller]
+    pub fn reload_text(&self, policy: &str) -> std::result::Result<(), String> {
+        self.write_policy(policy);
+        self.read_again()
     }
 
     /// Sends it a signal.

@@ -124,12 +124,13 @@ fn write_status(out: &mut String, status: &Status) -> std::fmt::Result {
     let policy = &status.policy;
     writeln!(
         out,
-        "policy     generation {} from {}, loaded {}: {} workloads, {} destinations",
+        "policy     generation {} from {}, loaded {}: {} workloads, {} destinations{}",
         policy.generation,
         policy.directory.display(),
         policy.loaded,
         policy.workloads,
-        policy.destinations
+        policy.destinations,
+        if policy.reading { "; what is on disk now is being read" } else { "" }
     )?;
     if let Some(refused) = &policy.refused {
         writeln!(out, "           the last reload was REFUSED, the policy above stays in force:")?;

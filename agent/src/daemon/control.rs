@@ -56,7 +56,9 @@ pub(super) struct Control {
     pub(super) settled: Settled,
     pub(super) started: OffsetDateTime,
     pub(super) policy_loaded: OffsetDateTime,
-    /// Why the last reload was refused.
+    /// Reloads that were taken or refused.
+    pub(super) reloads: u64,
+    /// Why the last of them was refused.
     pub(super) reload_refused: Option<String>,
     /// What is on disk is being read for a reload.
     reading: Option<tokio::task::JoinHandle<Read>>,
@@ -98,6 +100,7 @@ impl Control {
             settled,
             started: now,
             policy_loaded: now,
+            reloads: 0,
             reload_refused: None,
             reading: None,
             read_again: false,
@@ -283,6 +286,10 @@ impl Control {
         }));
     }
 
+    pub(super) fn is_reading(&self) -> bool {
+        self.reading.is_some()
+    }
+
     /// Puts what was read in force. Connections that are still allowed do not notice.
     fn put_in_force(&mut self, read: Result<Read, JoinError>) {
         self.reading = None;
@@ -300,6 +307,7 @@ impl Control {
 
     /// Says what came of a reload, and looks with the eyes of the new policy.
     fn reloaded(&mut self, done: Result<(), Error>) {
+        self.reloads += 1;
         self.reload_refused = done.err().map(|error| error.to_string());
         if let Some(why) = &self.reload_refused {
             tracing::error!("reload refused, what was in force stays in force:\n{why}");

@@ -89,6 +89,8 @@ pub(super) fn status(control: &Control) -> Status {
             directory: shared.config.policy_dir.clone(),
             generation: control.programs.generation(),
             loaded: text(control.policy_loaded),
+            reloads: control.reloads,
+            reading: control.is_reading(),
             refused: control.reload_refused.clone(),
             workloads: policy.workloads().len(),
             destinations: policy.destinations(),
