@@ -4,7 +4,7 @@ use crate::listeners::{policy, settle, web, with_web};
 use lab::hand::{ATTACKER, Hand, USER, WEB, expect_alive, knock};
 use lab::janitor::processes;
 use lab::policy::PORT;
-use lab::{Lab, clock, enter, lab, or_skip, skip};
+use lab::{Lab, Settings, clock, enter, lab, or_skip, skip};
 use rustix::process::Signal;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -153,6 +153,16 @@ fn replace(lab: &Lab, path: &Path) {
     std::fs::rename(copied(lab, "new"), path).unwrap();
 }
 
+/// Status says within a moment why web is refused, by one of these words.
+fn expect_status(mesh: &lab::Mesh<'_>, words: &[&str]) {
+    let says = || {
+        let status = mesh.beta().status().to_string();
+        words.iter().any(|word| status.contains(word)).then_some(())
+    };
+    let told = clock::until(clock::seconds(4), says);
+    assert!(told.is_some(), "status does not say why ({words:?}): {:#}", mesh.beta().status());
+}
+
 #[test]
 fn a_workload_whose_file_was_replaced_stays_protected_and_status_says_why() {
     let lab = lab!();
@@ -177,8 +187,7 @@ fn a_workload_whose_file_was_replaced_stays_protected_and_status_says_why() {
     settle();
     lab.assail(8098, 2);
     web.expect_no_stranger("on another port, a moment later");
-    let status = mesh.beta().status().to_string();
-    assert!(status.contains("deleted") || status.contains("replaced"), "status does not say why: {status}");
+    expect_status(&mesh, &["deleted", "replaced"]);
     lab.expect_served_or_told(&mesh, lab.beta.at(PORT));
     expect_alive(&mesh);
 }
@@ -196,8 +205,7 @@ fn a_program_that_only_the_kernel_takes_for_a_workload_refuses_and_status_says_w
     settle();
     lab.assail(PORT, 2);
     other.expect_no_stranger("a moment later");
-    let status = mesh.beta().status().to_string();
-    assert!(status.contains("unix:path"), "status does not say which selector does not hold: {status}");
+    expect_status(&mesh, &["unix:path"]);
     expect_alive(&mesh);
 }
 
@@ -246,7 +254,8 @@ fn a_name_that_is_asked_for_while_a_socket_is_looked_at_counts() {
 #[test]
 fn while_an_agent_drains_listening_sockets_are_judged() {
     let lab = lab!();
-    let mesh = mesh!(lab, &policy(&lab, &[PORT, PORT + 1]));
+    let patient = Settings { tables: "[timeouts]\ndrain = \"10m\"\n".to_owned(), ..Settings::default() };
+    let mesh = mesh!(lab, &policy(&lab, &[PORT, PORT + 1]), &patient);
     let _web = web(&lab, "server", "web", "", &format!("0.0.0.0:{PORT}"));
     let mut manager = lab.puppet(&lab.beta, "one", 0, "manager");
     manager.must(&format!("serve off; socket t 4; bind t 0.0.0.0:{}; listen t", PORT + 1));

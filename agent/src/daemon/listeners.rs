@@ -25,6 +25,8 @@ pub(super) struct Listeners {
     known: HashMap<u64, Known>,
     /// Sockets that are to be judged next.
     waiting: HashSet<u64>,
+    /// Sockets that could not be judged, and are looked at again in a moment.
+    missed: HashSet<u64>,
     /// A walk through the processes is under way.
     walking: bool,
     reports: (mpsc::UnboundedSender<Report>, mpsc::UnboundedReceiver<Report>),
@@ -54,7 +56,8 @@ pub(super) struct Finding {
 pub(super) enum Report {
     /// As it was when it was read, what it was found to be, and by the policy of which generation.
     Judged(Box<(Listening, Finding, u32)>),
-    Walked,
+    /// The walk is over, or could not be made; these were not found.
+    Walked(Vec<u64>, Result<(), intercept::Error>),
 }
 
 impl Listeners {
@@ -62,6 +65,7 @@ impl Listeners {
         Self {
             known: HashMap::new(),
             waiting: HashSet::new(),
+            missed: HashSet::new(),
             walking: false,
             reports: mpsc::unbounded_channel(),
             hierarchy: hierarchy.into(),
@@ -91,10 +95,10 @@ impl Listeners {
         self.known.remove(&cookie);
     }
 
-    /// What was left alone is looked at again: somebody may have been given it.
+    /// What is nobody's in particular is looked at again: somebody may have been given it, or be known by now.
     pub(super) fn look_again(&mut self) {
-        let left_alone = self.known.iter().filter(|(_, known)| known.is_left_alone());
-        self.waiting.extend(left_alone.map(|(cookie, _)| *cookie));
+        let unsettled = self.known.iter().filter(|(_, known)| !known.is_settled());
+        self.waiting.extend(unsettled.map(|(cookie, _)| *cookie).chain(self.missed.drain()));
     }
 
     /// The next report. Cancel safe.
@@ -110,9 +114,13 @@ impl Listeners {
         self.walking = true;
         let waiting = std::mem::take(&mut self.waiting);
         // As they are before anybody looks at them: what happens meanwhile is seen by that.
-        let now = |cookie: &u64| programs.listener(*cookie).ok().flatten();
-        let known = waiting.iter().filter(|cookie| self.known.contains_key(cookie));
-        let listening: Vec<Listening> = known.filter_map(now).collect();
+        let (mut listening, mut missed) = (Vec::new(), Vec::new());
+        for cookie in waiting.iter().filter(|cookie| self.known.contains_key(cookie)) {
+            match programs.listener(*cookie) {
+                Ok(row) => listening.extend(row),
+                Err(_) => missed.push(*cookie),
+            }
+        }
         let (policy, generation) = (policy.load_full(), programs.generation());
         let (attestor, hierarchy, report) = (attestor.clone(), self.hierarchy.clone(), self.reports.0.clone());
         tokio::task::spawn_local(async move {
@@ -121,30 +129,42 @@ impl Listeners {
                 intercept::holders(&waiting, &hierarchy, &|task| who.0.may_be_enrolled(task, &who.1))
             });
             let walk = walk.await;
-            match walk.map_err(std::io::Error::other) {
-                Ok(Ok(held)) => {
+            let ended = |error| {
+                let what = "who holds the listening sockets cannot be found out".into();
+                intercept::Error::Host { what, error: std::io::Error::other(error) }
+            };
+            let walked = match walk.unwrap_or_else(|error| Err(ended(error))) {
+                Ok(held) => {
                     for listening in listening {
-                        // One that is on no list is gone.
-                        let Some(held) = held.get(&listening.cookie) else { continue };
+                        // One that is on no list is gone, or stood behind one that went while the kernel told of it
+                        // (`tcp_diag_dump` in net/ipv4/tcp_diag.c counts its way back).
+                        let Some(held) = held.get(&listening.cookie) else {
+                            missed.push(listening.cookie);
+                            continue;
+                        };
                         let finding = judge(&attestor, &policy, &listening, held).await;
                         let _ = report.send(Report::Judged(Box::new((listening, finding, generation))));
                     }
+                    Ok(())
                 }
-                Ok(Err(error)) => tracing::error!(%error, "who holds the listening sockets cannot be found out"),
-                Err(error) => tracing::error!(%error, "who holds the listening sockets cannot be found out"),
-            }
+                Err(error) => {
+                    missed.extend(listening.iter().map(|listening| listening.cookie));
+                    Err(error)
+                }
+            };
             tokio::time::sleep(GATHER).await;
             // The loop outlives all reports but those that nobody needs any more.
-            let _ = report.send(Report::Walked);
+            let _ = report.send(Report::Walked(missed, walked));
         });
     }
 
     /// Takes a report, and tells the kernel what a socket was found to be.
     pub(super) fn take(&mut self, report: Report, programs: &Programs) -> Result<(), intercept::Error> {
         let (listening, finding, generation) = match report {
-            Report::Walked => {
+            Report::Walked(missed, walked) => {
                 self.walking = false;
-                return Ok(());
+                self.missed.extend(missed.iter().filter(|cookie| self.known.contains_key(cookie)));
+                return walked;
             }
             Report::Judged(judged) => *judged,
         };
@@ -178,6 +198,11 @@ impl Listeners {
 }
 
 impl Known {
+    /// It is somebody's, and not for want of knowing better.
+    fn is_settled(&self) -> bool {
+        self.finding.as_ref().is_some_and(|finding| finding.id.is_some() && finding.why.is_none())
+    }
+
     fn is_left_alone(&self) -> bool {
         self.finding.as_ref().is_some_and(|finding| finding.mode == LISTENER_LEFT_ALONE)
     }

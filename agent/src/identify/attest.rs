@@ -135,6 +135,11 @@ pub enum AttestError {
     /// It started another program while it was looked at.
     #[error("{0} started another program while it was attested")]
     Exec(Box<Facts>),
+    /// The agent knows of no listening socket.
+    #[error(
+        "no listening socket is known there: the server has just ended, or the tables have no room for it (see `wimsey status`)"
+    )]
+    NoListener,
     /// Nobody holds the listening socket.
     #[error("no process can be found that holds the listening socket (cookie {cookie}){detail}")]
     NoOwner {
@@ -164,7 +169,7 @@ pub enum AttestError {
 impl AttestError {
     /// May it be over in a moment? What was looked for had just ended, and something may be about to take its place.
     pub fn is_passing(&self) -> bool {
-        matches!(self, Self::NoOwner { .. } | Self::Died(_) | Self::Reused(_) | Self::Exec(_))
+        matches!(self, Self::NoListener | Self::NoOwner { .. } | Self::Died(_) | Self::Reused(_) | Self::Exec(_))
     }
 }
 
@@ -184,6 +189,7 @@ impl Refusal for AttestError {
             AttestError::Moved { .. } => "cgroup-moved",
             AttestError::IdsChanged { .. } => "ids-changed",
             AttestError::Exec(_) => "process-exec",
+            AttestError::NoListener => "no-listener",
             AttestError::NoOwner { .. } => "listener-without-owner",
             AttestError::Ambiguous { .. } => "ambiguous-entries",
             AttestError::Unreadable { .. } => "process-unreadable",
@@ -328,6 +334,9 @@ impl Attestor {
     }
 
     async fn unrecorded(&self, cookie: u64, registry: &dyn Registry) -> Result<Attested, AttestError> {
+        if cookie == 0 {
+            return Err(AttestError::NoListener);
+        }
         let process = self.find(cookie).await.ok_or_else(|| AttestError::NoOwner { cookie, detail: String::new() })?;
         let mut facts = Facts {
             pid: process.pid(),
@@ -898,8 +907,8 @@ mod tests {
             let attested = attestor.owner(None, cookie, &registry).await.unwrap();
             assert_eq!((attested.facts.pid, attested.workload.is_some()), (std::process::id(), true));
         }
-        for nobody in [0, u64::MAX] {
-            assert_eq!(attestor.owner(None, nobody, &registry).await.unwrap_err().code(), "listener-without-owner");
+        for (nobody, code) in [(0, "no-listener"), (u64::MAX, "listener-without-owner")] {
+            assert_eq!(attestor.owner(None, nobody, &registry).await.unwrap_err().code(), code);
         }
     }
 

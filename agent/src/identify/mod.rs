@@ -425,7 +425,7 @@ mod tests {
         let outbound = identify(flow(Direction::Outbound, None).await, &policy, &bench.identities).await.unwrap_err();
         assert_eq!(outbound.code(), "no-origin");
         let inbound = identify(flow(Direction::Inbound, None).await, &policy, &bench.identities).await.unwrap_err();
-        assert_eq!((inbound.code(), inbound.error.is_unknown()), ("listener-without-owner", false));
+        assert_eq!((inbound.code(), inbound.error.is_unknown()), ("no-listener", false));
     }
 
     #[tokio::test]

@@ -24,16 +24,32 @@ use crate::policy::{KernelCandidate, KernelPolicy, Policy};
 use aya::maps::lpm_trie::Key;
 use classes::{Placement, Room};
 use plan::{Plan, Step, differences};
+use rustix::thread::{MembarrierCommand, membarrier};
 use std::{
     cmp::Ordering,
     collections::HashSet,
     net::{IpAddr, SocketAddr, UdpSocket},
     sync::Arc,
+    time::Duration,
 };
 use wimsey_common::*;
 
+/// Longer than any kernel program takes, also one that has to wait for the processor.
+const A_PROGRAM: Duration = Duration::from_millis(50);
+
 /// The number of this network namespace in the keys of destinations. One agent serves one.
 pub(super) const NAMESPACE: u32 = 1;
+
+/// Returns when no kernel program is under way any more that was at the call, and may have read the number of an epoch that is
+/// over: to it, rows that are gone would say that nobody is enrolled.
+fn let_programs_end() {
+    // Programs run in read-side sections of RCU (`bpf_prog_run_array_cg` in kernel/bpf/cgroup.c), and this waits for them all
+    // (`synchronize_rcu` in kernel/sched/membarrier.c), but where processors have no clock tick, or there is one only.
+    let waits = std::thread::available_parallelism().is_ok_and(|processors| processors.get() > 1);
+    if membarrier(MembarrierCommand::Global).is_err() || !waits {
+        std::thread::sleep(A_PROGRAM);
+    }
+}
 
 /// What a policy tells the kernel programs. [`Policy`] is one.
 pub trait KernelFacts: Send + Sync {
@@ -387,6 +403,7 @@ impl Programs {
 
     /// Removes what an epoch had: what is known of it, and after a start all that is there.
     fn remove_epoch(&self, epoch: u32, rows: &Rows, classes: &Classes) -> Result<(), Error> {
+        let_programs_end();
         if rows.destinations.is_empty() && rows.candidates.is_empty() {
             return sweep(&self.tables, |of| of != epoch);
         }

@@ -245,9 +245,10 @@ impl Programs {
         let cookies = left_alone.iter().map(|listening| listening.cookie).collect();
         let held = holders(&cookies, &self.host.cgroup2, &may_match)?;
         for listening in &left_alone {
-            let holders = held.get(&listening.cookie).map(|held| held.holders.as_slice()).unwrap_or_default();
             let tasks = [listening.row.binder, listening.row.owner];
-            if tasks.iter().chain(holders).any(may_match) {
+            // One that the kernel has not told of may be anybody's.
+            let held = held.get(&listening.cookie);
+            if held.is_none_or(|held| tasks.iter().chain(&held.holders).any(may_match)) {
                 self.set_listener_mode(listening, LISTENER_UNDECIDED, None)?;
             }
         }

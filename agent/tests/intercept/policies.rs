@@ -160,6 +160,31 @@ fn one_changed_rule_is_in_force_at_once_and_a_restarted_agent_writes_only_what_d
     drop(server);
 }
 
+#[test]
+fn while_it_changes_who_is_who_nobody_falls_between_two_policies() {
+    let mut world = world!();
+    let name = name(&world);
+    let text = |number: u32| {
+        let other = format!("[[workload]]\nid = \"spiffe://td/other\"\nselectors = [\"unix:uid:{number}\"]\n");
+        format!("{MESH}{other}[[workload]]\nid = \"spiffe://td/in\"\nselectors = [\"cgroup:/{name}\"]\n")
+    };
+    world.programs().install(Arc::new(policy(&text(1)))).unwrap();
+    let _server = std::net::TcpListener::bind("10.77.0.2:81").unwrap();
+    // What a workload dials beside the mesh follows its policy, and this one has no rule for it.
+    let mut clients: Vec<_> = (0..6).map(|_| world.client("dial-for 10.77.0.2:81 6000")).collect();
+    let began = Instant::now();
+    let mut changes = 0;
+    while began.elapsed() < Duration::from_millis(5500) {
+        changes += 1;
+        world.programs().install(Arc::new(policy(&text(70_000 + changes)))).unwrap();
+    }
+    for client in &mut clients {
+        let ends = client.line();
+        assert!(ends.starts_with("EPERM: ") && !ends.contains(','), "{changes} changes: {ends}");
+    }
+    assert!(changes > 20, "{changes}");
+}
+
 fn resident() -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap();
     let line = status.lines().find(|line| line.starts_with("VmRSS:")).unwrap();

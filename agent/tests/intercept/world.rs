@@ -15,7 +15,7 @@ use std::{
         Arc,
         atomic::{AtomicU32, Ordering},
     },
-    time::Duration,
+    time::{Duration, Instant},
 };
 use wimsey::{
     intercept::{Door, Error, KernelFacts, Notice, Options, Programs, Refused},
@@ -456,6 +456,7 @@ pub fn play(script: &str) {
                 stream = Some(accepted);
                 said
             }
+            ["dial-for", to, millis] => dials(to.parse().unwrap(), Duration::from_millis(millis.parse().unwrap())),
             ["close"] => {
                 stream = None;
                 listener = None;
@@ -471,6 +472,16 @@ pub fn play(script: &str) {
     }
     // Keeps its sockets until it is told, or killed.
     let _ = std::io::stdin().read(&mut [0]);
+}
+
+/// How many connections to an address ended how, within so long.
+fn dials(to: SocketAddr, long: Duration) -> String {
+    let mut ends: std::collections::BTreeMap<String, u32> = std::collections::BTreeMap::new();
+    let end = Instant::now() + long;
+    while Instant::now() < end {
+        *ends.entry(connect(to, &[], &mut None)).or_default() += 1;
+    }
+    ends.into_iter().map(|(end, count)| format!("{end}: {count}")).collect::<Vec<_>>().join(", ")
 }
 
 fn connect(to: SocketAddr, how: &[&str], stream: &mut Option<TcpStream>) -> String {
