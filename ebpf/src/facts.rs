@@ -25,6 +25,7 @@ pub const IPPROTO_UDPLITE: u32 = 136;
 /// A socket that was opened as multipath TCP and, having one path only, is TCP on the wire.
 pub const IPPROTO_MPTCP: u32 = 262;
 pub const TCP_SYN_SENT: u32 = 2;
+pub const TCP_SYN_RECV: u32 = 3;
 pub const TCP_CLOSE: u32 = 7;
 pub const TCP_LISTEN: u32 = 10;
 
@@ -160,8 +161,17 @@ pub fn choose(family: u32, four: u32, six: Address) -> Address {
 #[inline(always)]
 pub unsafe fn near_end(ctx: *mut bpf_sock_addr) -> (Address, u16) {
     // SAFETY: promised by the caller; `sk` is never null in these programs.
+    unsafe { own_end((*ctx).__bindgen_anon_1.sk) }
+}
+
+/// The socket's own end.
+///
+/// # Safety
+/// `sk` is a socket that the verifier knows not to be null.
+#[inline(always)]
+pub unsafe fn own_end(sk: *mut bpf_sock) -> (Address, u16) {
+    // SAFETY: promised by the caller.
     unsafe {
-        let sk: *mut bpf_sock = (*ctx).__bindgen_anon_1.sk;
         let four = word(addr_of!((*sk).src_ip4));
         let six = words(addr_of!((*sk).src_ip6));
         (choose(word(addr_of!((*sk).family)), four, six), word(addr_of!((*sk).src_port)) as u16)

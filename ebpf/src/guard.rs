@@ -1,14 +1,17 @@
 //! The egress guard: what slipped past the hooks of `connect()` and `sendmsg()` does not leave the host.
 //!
-//! *Invariant:* a SYN to a mesh destination leaves only from a socket of the agent, and what is not TCP leaves an enrolled
-//! workload for one only as UDP, by a rule.
+//! What counts is where a packet goes next, as its header says, beside what its socket is connected to: the two differ where it is
+//! routed by its source, or its destination is translated.
+//!
+//! *Invariant:* a SYN to a mesh destination leaves only from a socket of the agent, none goes to a socket that waits for the
+//! agent or for a workload, and what is not TCP leaves an enrolled workload for a mesh destination only as UDP, by a rule.
 
 use crate::{
     ALLOW, REFUSE,
     egress::{may_send, turned_to},
     facts::*,
-    maps::{FOREIGN, LAYOUT, OWN},
-    tell::{self, count},
+    maps::{FOREIGN, LAYOUT, LEGS, ORIGINS, OWN},
+    tell::{self, NOWHERE, count},
 };
 use aya_ebpf::{
     bindings::{__sk_buff, bpf_sock},
@@ -36,7 +39,11 @@ pub fn guard(skb: *mut __sk_buff) -> i32 {
     }
     // SAFETY: as above. What is no whole socket (a handshake, the end of a connection) is TCP.
     unsafe {
-        if word(addr_of!((*sk).state)) != TCP_SYN_SENT {
+        let state = word(addr_of!((*sk).state));
+        if state == TCP_SYN_RECV {
+            return answer(skb);
+        }
+        if state != TCP_SYN_SENT {
             let full = bpf_sk_fullsock(sk);
             if full.is_null() || is_tcp(word(addr_of!((*full).protocol))) {
                 return ALLOW;
@@ -45,6 +52,17 @@ pub fn guard(skb: *mut __sk_buff) -> i32 {
         }
     }
     syn(skb)
+}
+
+/// The answer of a socket that has sent a SYN and met another, or of one that was opened by a SYN with data.
+#[inline(never)]
+fn answer(skb: *mut __sk_buff) -> i32 {
+    let Some(config) = config() else { return ALLOW };
+    if !crosses(skb, config) {
+        return ALLOW;
+    }
+    count(counter::GUARD_DROPPED);
+    REFUSE
 }
 
 /// A SYN: not inlined, so that what it needs of the stack is not taken from [`beside_tcp`].
@@ -56,19 +74,21 @@ fn syn(skb: *mut __sk_buff) -> i32 {
     if sk.is_null() {
         return ALLOW;
     }
+    let mut event = tell::event(EVENT_REFUSED, REASON_GUARD, IPPROTO_TCP);
     // SAFETY: a socket that the verifier knows not to be null.
-    let (address, port) = unsafe { far_end(sk) };
+    (event.destination, event.destination_port) = unsafe { far_end(sk) };
     // SAFETY: fields and a helper that this hook may use. What was turned to the agent goes to it over loopback, or nowhere: the
     // socket may have been bound to a device after its `connect()`, which with fast open sends nothing.
-    if is_loopback(&address) && unsafe { word(addr_of!((*skb).ifindex)) } != LOOPBACK_DEVICE {
-        return if turned_to(unsafe { bpf_get_socket_cookie(skb.cast()) }, &address, port).is_some() {
-            REFUSE
-        } else {
-            ALLOW
-        };
+    if is_loopback(&event.destination) && unsafe { word(addr_of!((*skb).ifindex)) } != LOOPBACK_DEVICE {
+        let cookie = unsafe { bpf_get_socket_cookie(skb.cast()) };
+        let turned = turned_to(cookie, &event.destination, event.destination_port).is_some();
+        return if turned { REFUSE } else { ALLOW };
     }
-    let Some(found) = destination(config, &address, port) else { return ALLOW };
-    if found.mode != MODE_MESH {
+    let mut found = mesh(config, &event.destination, event.destination_port);
+    if found == 0 {
+        found = next_hop(skb, config, &mut event);
+    }
+    if found == 0 && !crosses(skb, config) {
         return ALLOW;
     }
     // SAFETY: the helper takes the context; rows are never changed in place.
@@ -77,20 +97,76 @@ fn syn(skb: *mut __sk_buff) -> i32 {
         return ALLOW;
     }
     // A policy may name the agent's own address, as in 127.0.0.1 with any port.
-    if turned_to(cookie, &address, port).is_some() {
+    if turned_to(cookie, &event.destination, event.destination_port).is_some() {
         return ALLOW;
     }
     count(counter::GUARD_DROPPED);
-    let mut event = tell::event(EVENT_REFUSED, REASON_GUARD, IPPROTO_TCP);
     event.cookie = cookie;
-    event.destination = address;
-    event.destination_port = port;
-    event.destination_id = found.target as u32;
+    event.destination_id = found as u32;
     // Whoever has the socket: no task may be on its way here with the packet.
     // SAFETY: the helper takes the context.
     event.task.uid = unsafe { bpf_get_socket_uid(skb) };
     tell::refused(&mut event);
     REFUSE
+}
+
+/// The number of the mesh destination there, below a bit that says that there is one; or 0.
+#[inline(always)]
+fn mesh(config: &Config, address: &Address, port: u16) -> u64 {
+    match destination(config, address, port) {
+        Some(found) if found.mode == MODE_MESH => IS_MESH | found.target as u32 as u64,
+        _ => 0,
+    }
+}
+
+const IS_MESH: u64 = 1 << 32;
+
+/// Where a packet goes next, if that is not what its socket is connected to. Where its port cannot be told, any port of a mesh
+/// destination may be meant.
+#[inline(never)]
+fn next_hop(skb: *mut __sk_buff, config: &Config, event: &mut Event) -> u64 {
+    let mut next = NOWHERE;
+    let Some(ipv6) = header(skb, &mut next) else { return 0 };
+    if split(&next) == split(&event.destination) {
+        return 0;
+    }
+    let port = port_of(skb, ipv6, IPPROTO_TCP);
+    let found = match port {
+        0 if is_mesh_address(config, &next) => IS_MESH,
+        0 => 0,
+        port => mesh(config, &next, port),
+    };
+    if found != 0 {
+        (event.destination, event.destination_port) = (next, port);
+    }
+    found
+}
+
+/// Would this packet come to a socket that has sent a SYN itself, to the agent or from it to a workload? The kernel joins two that
+/// have to one connection, and asks nobody who listens (RFC 9293, 3.5: simultaneous open).
+#[inline(never)]
+fn crosses(skb: *mut __sk_buff, config: &Config) -> bool {
+    // SAFETY: fields of the context that this hook may read; the verifier insists on the null checks.
+    unsafe {
+        let sk: *mut bpf_sock = (*skb).__bindgen_anon_2.sk;
+        if sk.is_null() {
+            return false;
+        }
+        let ((near, near_port), (far, far_port)) = (own_end(sk), far_end(sk));
+        let waiting = TupleKey {
+            source: far,
+            destination: near,
+            source_port: far_port,
+            destination_port: near_port,
+            pad: 0,
+        };
+        if LEGS.get(&waiting).is_none() && ORIGINS.get(&waiting).is_none() {
+            return false;
+        }
+        // The same addresses in another network namespace are others.
+        let namespace = LAYOUT.get(0).map_or(0, |layout| namespace_of(sk, layout));
+        namespace == 0 || namespace == config.netns_cookie
+    }
 }
 
 /// A packet of a socket that is not TCP: of an enrolled workload, it reaches a mesh destination as UDP by a rule, and in no
@@ -99,27 +175,16 @@ fn syn(skb: *mut __sk_buff) -> i32 {
 fn beside_tcp(skb: *mut __sk_buff, protocol: u32) -> i32 {
     let Some(config) = config() else { return ALLOW };
     let mut event = tell::event(EVENT_REFUSED, REASON_PROTOCOL, protocol);
-    let mut ipv6 = false;
-    // SAFETY: helpers and fields that this hook may use; each load is of as many bytes as there is room for.
-    unsafe {
-        match u16::from_be(word(addr_of!((*skb).protocol)) as u16) {
-            ETH_P_IP => {
-                let mut to = 0_u32;
-                if bpf_skb_load_bytes(skb.cast(), 16, addr_of_mut!(to).cast(), 4) != 0 {
-                    return ALLOW;
-                }
-                event.destination = mapped(to);
-            }
-            ETH_P_IPV6 => {
-                ipv6 = true;
-                if bpf_skb_load_bytes(skb.cast(), 24, addr_of_mut!(event.destination).cast(), 16) != 0 {
-                    return ALLOW;
-                }
-            }
-            _ => return ALLOW,
+    let Some(ipv6) = header(skb, &mut event.destination) else { return ALLOW };
+    let mut routed = false;
+    if !is_mesh_address(config, &event.destination) {
+        // It may go there by another host.
+        routed = connected(skb, &mut event.destination);
+        if !routed || !is_mesh_address(config, &event.destination) {
+            return ALLOW;
         }
     }
-    let Some(layout) = LAYOUT.get(0).filter(|_| is_mesh_address(config, &event.destination)) else { return ALLOW };
+    let Some(layout) = LAYOUT.get(0) else { return ALLOW };
     // SAFETY: helpers that this hook may use. Who made the socket is all that is known of a packet.
     unsafe {
         let namespace = namespace_of((*skb).__bindgen_anon_2.sk, layout);
@@ -150,11 +215,14 @@ fn beside_tcp(skb: *mut __sk_buff, protocol: u32) -> i32 {
     if protocol == IPPROTO_UDP || protocol == IPPROTO_UDPLITE {
         event.reason = REASON_UDP;
         event.protocol = IPPROTO_UDP;
-        event.destination_port = udp_port(skb, ipv6);
-        let Some(found) = destination(config, &event.destination, event.destination_port) else { return ALLOW };
-        event.destination_id = found.target as u32;
-        if may_send(config, found, event.destination_port, &subject) {
-            return ALLOW;
+        event.destination_port = port_of(skb, ipv6, protocol);
+        // Where the port is not told, it may be any: no rule allows that.
+        if event.destination_port != 0 {
+            let Some(found) = destination(config, &event.destination, event.destination_port) else { return ALLOW };
+            event.destination_id = found.target as u32;
+            if !routed && may_send(config, found, event.destination_port, &subject) {
+                return ALLOW;
+            }
         }
         count(counter::UDP_REFUSED);
     } else {
@@ -164,18 +232,62 @@ fn beside_tcp(skb: *mut __sk_buff, protocol: u32) -> i32 {
     REFUSE
 }
 
-/// The destination port of a UDP packet, or 0 where its header is not in its usual place (fragments, extension headers).
+/// Where a packet goes, as its header says, and whether that is by IPv6. None for what is no IP, or cannot be read.
 #[inline(always)]
-fn udp_port(skb: *mut __sk_buff, ipv6: bool) -> u16 {
+fn header(skb: *mut __sk_buff, to: &mut Address) -> Option<bool> {
+    // SAFETY: helpers and fields that this hook may use; each load is of as many bytes as there is room for.
+    unsafe {
+        match u16::from_be(word(addr_of!((*skb).protocol)) as u16) {
+            ETH_P_IP => {
+                let mut four = 0_u32;
+                if bpf_skb_load_bytes(skb.cast(), 16, addr_of_mut!(four).cast(), 4) != 0 {
+                    return None;
+                }
+                *to = mapped(four);
+                Some(false)
+            }
+            ETH_P_IPV6 if bpf_skb_load_bytes(skb.cast(), 24, to.as_mut_ptr().cast(), 16) == 0 => Some(true),
+            _ => None,
+        }
+    }
+}
+
+/// The address that the socket of a packet is connected to. False where it is not connected.
+#[inline(never)]
+fn connected(skb: *mut __sk_buff, to: &mut Address) -> bool {
+    // SAFETY: fields of the context that this hook may read; the verifier insists on the null checks.
+    unsafe {
+        let sk: *mut bpf_sock = (*skb).__bindgen_anon_2.sk;
+        if sk.is_null() {
+            return false;
+        }
+        let full = bpf_sk_fullsock(sk);
+        if full.is_null() {
+            return false;
+        }
+        let (address, port) = far_end(full);
+        *to = address;
+        port != 0
+    }
+}
+
+/// The destination port of a packet of this protocol, or 0 where its header is not in its usual place: fragments, extension
+/// headers, a routing header.
+#[inline(always)]
+fn port_of(skb: *mut __sk_buff, ipv6: bool, protocol: u32) -> u16 {
     let mut first = 0_u8;
+    let mut next = 0_u8;
     let mut port = 0_u16;
     // SAFETY: each load is of as many bytes as there is room for.
     unsafe {
-        if bpf_skb_load_bytes(skb.cast(), 0, addr_of_mut!(first).cast(), 1) != 0 {
+        if bpf_skb_load_bytes(skb.cast(), 0, addr_of_mut!(first).cast(), 1) != 0
+            || bpf_skb_load_bytes(skb.cast(), if ipv6 { 6 } else { 9 }, addr_of_mut!(next).cast(), 1) != 0
+            || next as u32 != protocol
+        {
             return 0;
         }
-        let header = if ipv6 { 40 } else { (first as u32 & 15) * 4 };
-        if bpf_skb_load_bytes(skb.cast(), header + 2, addr_of_mut!(port).cast(), 2) != 0 {
+        let at = if ipv6 { 40 } else { (first as u32 & 15) * 4 };
+        if bpf_skb_load_bytes(skb.cast(), at + 2, addr_of_mut!(port).cast(), 2) != 0 {
             return 0;
         }
     }

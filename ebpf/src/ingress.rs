@@ -66,8 +66,9 @@ pub fn event(ops: *mut bpf_sock_ops) {
                 (word(args), word(args.add(1)))
             };
             if before == TCP_LISTEN {
-                // SAFETY: the helper takes the context.
-                registry::closed(unsafe { bpf_get_socket_cookie(ops.cast()) });
+                // SAFETY: the helper takes the context; a field that this hook may read.
+                let (cookie, sk) = unsafe { (bpf_get_socket_cookie(ops.cast()), (*ops).__bindgen_anon_2.sk) };
+                registry::listens_no_more(cookie, sk);
             } else if state == TCP_CLOSE {
                 // Before the port is given back, so that nobody else can have these addresses while the row is there.
                 let _ = LEGS.remove(&tuple(ops));
@@ -220,8 +221,9 @@ pub fn steer(ctx: &SkLookupContext) -> u32 {
     let (mode, listeners) = protection(config, &local, local_port, ipv6, device);
     // SAFETY: rows are never changed in place.
     if let Some(leg) = unsafe { LEGS.get(&leg) } {
-        // The leg is for those who were found to listen, and for nobody who came after them.
-        if leg.listeners != 0 && leg.listeners == listeners {
+        // The leg is for those who were found to listen, and for nobody who came after them or may in this moment.
+        let bound = bound_only(config, &local, local_port, ipv6);
+        if leg.listeners != 0 && leg.listeners == listeners.wrapping_add(bound) {
             count(counter::LEGS_ADMITTED);
             return SK_PASS;
         }
@@ -308,6 +310,25 @@ fn protection(config: &Config, local: &Address, port: u16, ipv6: bool, device: u
         return (LISTENER_PROTECTED, found.listeners);
     }
     (strictest(found.counts), found.listeners)
+}
+
+/// Who is bound where the kernel would look and may begin to listen there: the sum of [`who_listens`].
+#[inline(always)]
+fn bound_only(config: &Config, local: &Address, port: u16, ipv6: bool) -> u64 {
+    let mut key = ListenerKey { address: *local, netns: config.netns_cookie, device: BOUND_ONLY, port, ipv6_only: 0 };
+    let mut found = Found { counts: 0, listeners: 0 };
+    ingress_counts(&key, 0, &mut found);
+    if !ipv6 {
+        key.address = mapped(0);
+        ingress_counts(&key, 0, &mut found);
+    }
+    key.address = [0; 16];
+    ingress_counts(&key, 0, &mut found);
+    if ipv6 {
+        key.ipv6_only = 1;
+        ingress_counts(&key, 0, &mut found);
+    }
+    found.listeners
 }
 
 /// Who is bound where the kernel would look.

@@ -74,6 +74,11 @@ fn true_self(ctx: *mut bpf_sock_addr) -> Option<(Address, u16)> {
         if word(addr_of!((*sk).state)) == TCP_LISTEN {
             // Whoever is given a listening socket asks for its name.
             registry::held(bpf_get_socket_cookie(ctx.cast()));
+            if word(addr_of!((*sk).protocol)) == IPPROTO_MPTCP {
+                // What the kernel looks up is a socket inside of this one, with a cookie of its own.
+                let (address, port) = near_end(ctx);
+                registry::held_at(address, port, word(addr_of!((*sk).bound_dev_if)));
+            }
             return None;
         }
         let (peer, peer_port) = far_end(sk);

@@ -31,7 +31,7 @@ use wimsey_common::*;
 pub fn bound(sock: *mut bpf_sock, address: Address) -> i32 {
     let Some(config) = recording() else { return ALLOW };
     // SAFETY: helpers and fields that this hook may use.
-    let (cookie, key) = unsafe {
+    let (cookie, mut key) = unsafe {
         if !is_tcp(word(addr_of!((*sock).protocol))) || bpf_get_netns_cookie(sock.cast()) != config.netns_cookie {
             return ALLOW;
         }
@@ -41,7 +41,7 @@ pub fn bound(sock: *mut bpf_sock, address: Address) -> i32 {
             // Not shown to this hook. Until it listens the socket counts on every device.
             device: 0,
             port: word(addr_of!((*sock).src_port)) as u16,
-            ipv6_only: 0,
+            ipv6_only: (address == [0; 16] && flags(sock) & NO_IPV4 != 0) as u16,
         };
         (bpf_get_socket_cookie(sock.cast()), key)
     };
@@ -57,25 +57,44 @@ pub fn bound(sock: *mut bpf_sock, address: Address) -> i32 {
     let who = workload(config, binder.uid, binder.gid, binder.cgroup);
     let found = if own { LISTENER_LEFT_ALONE } else { protection(config, &mut binder, who) };
     let noted = remember(sock, binder);
-    // Whoever is left alone has a row when they listen: until then they are nobody to be found. Where there is no memory for
-    // the note (nor ever is, on an x86 processor without `cmpxchg16b`, since Linux 7.0), the row is all that tells, and it
-    // counts nowhere: a workload may be who listens.
+    // Whoever is left alone has a row when they listen: until then they are nobody to be found, but for those whom the kernel
+    // may choose in the place of somebody else. Where there is no memory for the note (nor ever is, on an x86 processor
+    // without `cmpxchg16b`, since Linux 7.0), the row is all that tells, and it counts nowhere: a workload may be who listens.
     let nobody = found == LISTENER_LEFT_ALONE && !own;
-    if nobody && noted {
+    let shares = nobody && noted && flags(sock) & MAY_SHARE != 0;
+    if nobody && noted && !shares {
         return ALLOW;
     }
-    let counted = if key.port == 0 || nobody { 0 } else { found };
+    if shares {
+        key.device = BOUND_ONLY;
+    }
+    let counted = if key.port == 0 || (nobody && !shares) { 0 } else { found };
     let charged = if own { UNCHARGED } else { binder.uid };
     let row = Socket { binder, owner: binder, key, mode: 0, bound: found, listens: 0, charged, asked: 0 };
     // Whoever dials an address finds there whose it is.
-    let shown = if own { cookie } else { 0 };
+    let shown = if own || shares { cookie } else { 0 };
     if enter(cookie, &row) && shift(cookie, counted, shown) {
         return ALLOW;
     }
     forget(cookie);
     count(counter::UNRECORDED);
     // Nobody's socket without note and row is undecided once it listens.
-    if own || nobody { ALLOW } else { REFUSE }
+    if own || (nobody && !shares) { ALLOW } else { REFUSE }
+}
+
+/// It is an IPv6 socket that takes no IPv4.
+const NO_IPV4: u32 = 1;
+/// It may share its address with others.
+const MAY_SHARE: u32 = 2;
+
+/// What a socket was told before it was bound. Where the layout is not known: that it may share its address; whether it takes
+/// IPv4 is then found out by the agent.
+#[inline(never)]
+fn flags(sk: *mut bpf_sock) -> u32 {
+    let Some(layout) = LAYOUT.get(0).filter(|layout| layout.ipv6_only != 0) else { return MAY_SHARE };
+    let (byte, bit) = (byte_of(sk, layout.ipv6_only) as u32, layout.ipv6_only_bit & 7);
+    let shares = byte & ((1 << bit) - 1) != 0;
+    (byte >> bit & 1) * NO_IPV4 + shares as u32 * MAY_SHARE
 }
 
 /// The map as the helpers take it: aya's own functions know no other context than that of a connect.
@@ -112,7 +131,7 @@ pub fn listening(ops: *mut bpf_sock_ops, address: Address, port: u16) -> bool {
     if netns != config.netns_cookie || unsafe { OWN.get(&cookie) }.is_some() {
         return false;
     }
-    let ipv6_only = (address == [0; 16] && takes_no_ipv4(sk)) as u16;
+    let ipv6_only = (address == [0; 16] && flags(sk) & NO_IPV4 != 0) as u16;
     let key = ListenerKey { address, netns, device, port, ipv6_only };
     let bound = LISTENER_UNDECIDED;
     let mut row = Socket { binder: NOBODY, owner: running(), key, mode: 0, bound, listens: 1, charged: 0, asked: 0 };
@@ -137,13 +156,6 @@ pub fn listening(ops: *mut bpf_sock_ops, address: Address, port: u16) -> bool {
     true
 }
 
-/// Is this an IPv6 socket that takes no IPv4? Where the layout is not known, it is found out by the agent.
-#[inline(always)]
-fn takes_no_ipv4(sk: *mut bpf_sock) -> bool {
-    let Some(layout) = LAYOUT.get(0).filter(|layout| layout.ipv6_only != 0) else { return false };
-    byte_of(sk, layout.ipv6_only) >> layout.ipv6_only_bit & 1 != 0
-}
-
 /// Says in its row who bound a socket that begins to listen, and what they are: nobody, and undecided, where it was not
 /// recorded. Whoever had no row, since they were nobody's workload or since the socket has listened before, is judged anew:
 /// another policy may be in force.
@@ -153,18 +165,19 @@ fn bound_by(config: &Config, cookie: u64, sk: *mut bpf_sock, row: &mut Socket) {
     if let Some(before) = unsafe { SOCKETS.get(&cookie) } {
         row.binder = before.binder;
         row.bound = before.bound;
-        return;
-    }
-    if sk.is_null() {
-        return;
-    }
-    // SAFETY: a full socket, as sock_ops gives it; the verifier insists on the null check.
-    let noted = unsafe { bpf_sk_storage_get(binders(), sk.cast(), null_mut(), 0).cast::<Task>().as_ref() };
-    if let Some(noted) = noted {
+        if before.bound != LISTENER_LEFT_ALONE {
+            return;
+        }
+    } else if !sk.is_null() {
+        // SAFETY: a full socket, as sock_ops gives it; the verifier insists on the null check.
+        let noted = unsafe { bpf_sk_storage_get(binders(), sk.cast(), null_mut(), 0).cast::<Task>().as_ref() };
+        let Some(noted) = noted else { return };
         row.binder = *noted;
-        let who = recorded(config, noted.uid, noted.gid, noted.cgroup);
-        row.bound = protection(config, &mut row.binder, who);
+    } else {
+        return;
     }
+    let who = recorded(config, row.binder.uid, row.binder.gid, row.binder.cgroup);
+    row.bound = protection(config, &mut row.binder, who);
 }
 
 /// Makes a row for a socket that has none, where its user may have one more. It counts nowhere yet. False where there is no
@@ -246,6 +259,44 @@ pub fn closed(cookie: u64) {
         registry_told(cookie, EVENT_CLOSED);
     }
     forget(cookie);
+}
+
+/// A socket has left LISTEN. It may have been shut down and be bound still: then it may listen again without a bind, and counts
+/// until it is closed as it did from the bind on.
+#[inline(always)]
+pub fn listens_no_more(cookie: u64, sk: *mut bpf_sock) {
+    // In a close, the mark that nothing more is received or sent comes first (`__tcp_close` in net/ipv4/tcp.c).
+    let layout = LAYOUT.get(0).filter(|layout| layout.shutdown != 0);
+    let closing = sk.is_null() || layout.is_none_or(|layout| byte_of(sk, layout.shutdown) & SHUTDOWN_MASK == SHUTDOWN_MASK);
+    if closing {
+        return closed(cookie);
+    }
+    registry_told(cookie, EVENT_CLOSED);
+    registry_retire(cookie);
+}
+
+const SHUTDOWN_MASK: u8 = 3;
+
+#[inline(never)]
+#[unsafe(no_mangle)]
+pub extern "C" fn registry_retire(cookie: u64) -> u32 {
+    let Some(row) = SOCKETS.get_ptr_mut(&cookie) else { return 0 };
+    // SAFETY: a row that the verifier has seen to be there; its mode is taken in one step, and while it is 0 nobody counts it.
+    unsafe {
+        let (counted, key) = (swap(addr_of_mut!((*row).mode), 0) as u32, (*row).key);
+        let mut kept = key;
+        let (device, mode, shown) = match counted {
+            LISTENER_PROTECTED => (0, LISTENER_PROTECTED, 0),
+            _ => (BOUND_ONLY, LISTENER_LEFT_ALONE, cookie),
+        };
+        kept.device = device;
+        let added = add(&kept, unit(mode), shown);
+        (*row).listens = 0;
+        (*row).key.device = device;
+        addr_of_mut!((*row).mode).write_volatile(if added { mode as u64 } else { 0 });
+        take(&key, unit(counted));
+    }
+    1
 }
 
 /// Removes a socket, and takes it from the count of its address.
@@ -374,6 +425,22 @@ pub fn held(cookie: u64) {
     // Undecided: the agent looks who holds it.
     if shift(cookie, LISTENER_UNDECIDED, 0) {
         registry_told(cookie, EVENT_HELD);
+    }
+}
+
+/// The same of the socket that has begun to listen last at an address.
+#[inline(always)]
+pub fn held_at(address: Address, port: u16, device: u32) {
+    let Some(config) = recording() else { return };
+    let mut key = ListenerKey { address, netns: config.netns_cookie, device, port, ipv6_only: 0 };
+    // SAFETY: a word that is read once.
+    if let Some(row) = unsafe { LISTENERS.get(&key) } {
+        held(row.cookie);
+    }
+    key.ipv6_only = 1;
+    // SAFETY: as above.
+    if let Some(row) = unsafe { LISTENERS.get(&key) } {
+        held(row.cookie);
     }
 }
 

@@ -2,10 +2,10 @@
 
 use crate::listeners::{policy, settle, web};
 use lab::agent::attempts as attempts_of;
-use lab::hand::{ATTACKER, Hand, USER, expect_alive, listening};
+use lab::hand::{ATTACKER, Hand, USER, WEB, expect_alive, listening};
 use lab::policy::{PORT, id};
 use lab::world::pick;
-use lab::{Host, Lab, Mesh, Skip, clock, lab};
+use lab::{Host, Lab, Mesh, Settings, Skip, clock, lab};
 use rustix::process::Signal;
 use serde_json::Value;
 use std::collections::BTreeMap;
@@ -394,6 +394,83 @@ fn a_connection_that_was_put_off_does_not_go_to_whoever_has_the_port_of_the_agen
         mesh.alpha().terminate().unwrap();
         mesh.alpha().start().unwrap();
     });
+}
+
+#[test]
+fn a_syn_that_waits_for_an_agent_that_dies_meets_nobody_else() {
+    let lab = lab!();
+    lab.alpha.sysctl("net/core/somaxconn", "8").unwrap();
+    let mesh = mesh!(lab, &policy(&lab, &[PORT]));
+    let _web = web(&lab, "server", "web", "", &format!("0.0.0.0:{PORT}"));
+    let mut user = lab.puppet(&lab.alpha, "one", USER, "user");
+    let mut attacker = lab.puppet(&lab.alpha, "nobody", ATTACKER, "attacker");
+    mesh.alpha().signal(Signal::STOP);
+    user.must("patience 10");
+    // More than the agent's queues have room for, so that some wait for an answer.
+    let all: Vec<String> = (0..60).map(|number| format!("u{number}")).collect();
+    for name in &all {
+        user.must(&format!("socket {name} 4"));
+        user.tell(&format!("connect {name} {}", lab.beta.at(PORT)));
+    }
+    mesh.alpha().kill();
+    let crossed = attacker.tell(&format!("cross {}", clock::millis(2500).as_millis()));
+    assert!(crossed["steps"][0]["tries"].as_u64() > Some(0), "nobody waited: {crossed}");
+    for name in &all {
+        user.tell(&format!("write {name} {}", lab.marker()));
+    }
+    attacker.tell("sleep 100");
+    attacker.expect_unheard(lab.marker(), "in the place of an agent that is gone");
+    lab.expect_no_plaintext();
+}
+
+#[test]
+fn a_last_leg_that_waits_for_its_workload_meets_nobody_else() {
+    let lab = lab!();
+    let settings = Settings { tables: "[sessions]\nreuse = false\n".to_owned(), ..Settings::default() };
+    let mesh = mesh!(lab, &policy(&lab, &[PORT]), &settings);
+    let mut busy = lab.puppet(&lab.beta, "server", WEB, "busy");
+    busy.must(&format!("serve off; socket s 4; opt s reuseaddr; bind s 0.0.0.0:{PORT}; listen s 1"));
+    let mut attacker = lab.puppet(&lab.beta, "nobody", ATTACKER, "attacker");
+    let mut user = lab.puppet(&lab.alpha, "one", USER, "user");
+    for number in 0..8 {
+        user.must(&format!("socket u{number} 4"));
+        user.tell(&format!("connect u{number} {}; write u{number} {}", lab.beta.at(PORT), lab.marker()));
+    }
+    settle();
+    let crossed = std::thread::scope(|scope| {
+        let crossing = scope.spawn(|| attacker.tell(&format!("cross {}", clock::millis(2500).as_millis())));
+        std::thread::sleep(clock::millis(100));
+        busy.end();
+        crossing.join().unwrap()
+    });
+    assert!(crossed["steps"][0]["tries"].as_u64() > Some(0), "no leg waited: {crossed}");
+    attacker.tell("sleep 100");
+    attacker.expect_unheard(lab.marker(), "in the place of a workload that is gone");
+    expect_alive(&mesh);
+}
+
+#[test]
+fn a_packet_that_is_routed_by_its_source_carries_nothing_past_the_guard() {
+    let lab = lab!();
+    for host in [&lab.alpha, &lab.beta] {
+        host.sysctl("net/ipv4/tcp_fastopen", "1543").unwrap();
+    }
+    let mesh = mesh!(lab, &policy(&lab, &[PORT]));
+    lab.capture_many();
+    let (via, to, marker) = (lab.beta.v6, lab.stranger.at6(PORT), lab.marker());
+    let mut user = lab.puppet(&lab.alpha, "one", USER, "user");
+    let mut other = lab.puppet(&lab.alpha, "nobody", ATTACKER, "other");
+    user.must(&format!("socket d 6 udp; opt d via:{via}"));
+    user.tell(&format!("send-to d {to} {marker}"));
+    user.tell(&format!("socket e 6 udp; connect e {to}; opt e via:{via}; write e {marker}"));
+    for hand in [&mut user, &mut other] {
+        hand.must(&format!("socket t 6; opt t via:{via}"));
+        hand.tell(&format!("fastopen t {to} {marker}"));
+    }
+    settle();
+    assert!(mesh.alpha().status()["kernel"]["guard-dropped"].as_u64() > Some(0), "{:#}", mesh.alpha().status());
+    lab.expect_no_plaintext();
+    expect_alive(&mesh);
 }
 
 #[test]

@@ -92,6 +92,24 @@ fn a_socket_that_a_manager_listens_on_and_hands_to_a_workload_is_protected() {
 }
 
 #[test]
+fn a_multipath_listener_whose_name_a_workload_asks_for_is_protected() {
+    let lab = lab!();
+    let mesh = mesh!(lab, &policy(&lab, &[PORT]));
+    let mut manager = lab.puppet(&lab.beta, "one", 0, "manager");
+    let mut web = lab.puppet(&lab.beta, "server", WEB, "web");
+    for number in 0..8 {
+        let port = 9000 + number;
+        manager.must(&format!("serve off; socket s 4 mptcp; bind s 0.0.0.0:{port}; listen s"));
+        settle();
+        manager.must("give s web; close s");
+        web.must(&format!("take s{number}; name s{number}"));
+        lab.stranger.within(|| knock(lab.beta.at(port)));
+    }
+    web.expect_no_stranger("after it asked for the name");
+    expect_alive(&mesh);
+}
+
+#[test]
 fn what_a_workload_bound_is_its_own_when_whoever_is_left_with_it_listens_again() {
     let lab = lab!();
     let mesh = mesh!(lab, &policy(&lab, &[PORT]));

@@ -376,6 +376,26 @@ fn the_last_leg_reaches_only_those_who_were_found_to_listen() {
     let mesh = mesh!(lab, &policy(&lab, &[PORT]));
     let mut web = lab.puppet(&lab.beta, "server", WEB, "web");
     let mut attacker = lab.puppet(&lab.beta, "nobody", ATTACKER, "attacker");
+    legs(&lab, &mesh, &mut web, &mut attacker, "");
+    let heard = web.heard().iter().filter(|it| it["text"].as_str().is_some_and(|it| it.contains(lab.marker()))).count();
+    assert!(heard > 0, "web was never reached");
+}
+
+#[test]
+fn whoever_shares_a_port_and_listens_now_and_then_hears_no_client() {
+    let lab = lab!();
+    let selectors = [format!("unix:uid:{WEB}"), format!("cgroup:{}/server", lab.cgroup_path())];
+    let mesh = mesh!(lab, &with_web(&lab, &[&selectors[0], &selectors[1]], &[PORT]));
+    let mut web = lab.puppet(&lab.beta, "server", WEB, "web");
+    let mut joiner = lab.puppet(&lab.beta, "elsewhere", WEB, "joiner");
+    legs(&lab, &mesh, &mut web, &mut joiner, " shared");
+    joiner.end();
+    web.must(&format!("socket s 4; opt s reuseaddr; bind s 0.0.0.0:{PORT}; listen s"));
+    lab.expect_served(&mesh, lab.beta.at(PORT));
+}
+
+/// Web and somebody else come and go on one port, while clients of web say something.
+fn legs(lab: &Lab, mesh: &Mesh<'_>, web: &mut Hand, attacker: &mut Hand, how: &str) {
     let mut users: Vec<Hand> =
         (0..2).map(|index| lab.puppet(&lab.alpha, "one", USER, &format!("user-{index}"))).collect();
     let (millis, patience) = (clock::millis(6000).as_millis(), clock::millis(30).as_millis());
@@ -383,15 +403,14 @@ fn the_last_leg_reaches_only_those_who_were_found_to_listen() {
         let end = Instant::now() + clock::millis(6000);
         // The port is the other's now and then.
         while Instant::now() < end {
-            hand.tell(&format!("flap 0.0.0.0:{PORT} {}", millis / 20));
+            hand.tell(&format!("flap 0.0.0.0:{PORT} {}{how}", millis / 20));
         }
     };
     std::thread::scope(|scope| {
-        scope.spawn(|| flap(&mut web));
-        scope.spawn(|| flap(&mut attacker));
+        scope.spawn(|| flap(web));
+        scope.spawn(|| flap(attacker));
         let end = Instant::now() + clock::millis(6000);
         for user in &mut users {
-            let lab = &lab;
             scope.spawn(move || {
                 for number in 0_u32.. {
                     if Instant::now() >= end {
@@ -406,7 +425,21 @@ fn the_last_leg_reaches_only_those_who_were_found_to_listen() {
         }
     });
     attacker.expect_unheard(lab.marker(), "what was meant for web");
-    let heard = web.heard().iter().filter(|it| it["text"].as_str().is_some_and(|it| it.contains(lab.marker()))).count();
-    assert!(heard > 0, "web was never reached");
+    expect_alive(mesh);
+}
+
+#[test]
+fn a_socket_that_is_bound_for_ipv6_only_closes_no_ipv4_port() {
+    let lab = lab!();
+    let mesh = mesh!(lab, &policy(&lab, &[PORT]));
+    let at = format!("0.0.0.0:{}", PORT + 9);
+    let mut other = lab.puppet(&lab.beta, "nobody", ATTACKER, "other");
+    other.must(&format!("socket o 4; bind o {at}; listen o"));
+    settle();
+    let mut user = lab.puppet(&lab.beta, "one", USER, "user");
+    user.must(&format!("socket s 6; opt s v6only; bind s [::]:{}", PORT + 9));
+    for from in [&lab.stranger, &lab.beta] {
+        assert!(from.within(|| knock(lab.beta.at(PORT + 9))).connected, "what is nobody's is left alone");
+    }
     expect_alive(&mesh);
 }

@@ -27,10 +27,10 @@ use std::str::FromStr;
 use std::time::{Duration, Instant};
 
 /// What a puppet understands.
-pub const COMMANDS: &str = "socket S 4|6 [tcp|mptcp|sctp|dccp|udp|icmp|ping] opt S reuseport|reuseaddr|v6only|dual|reset|deferred|device:NAME
-  bind S ADDRESS listen S shutdown S rd|wr|both close S dup S T give S PUPPET take T [MS] name S connect S ADDRESS disconnect S
+pub const COMMANDS: &str = "socket S 4|6 [tcp|mptcp|sctp|dccp|udp|icmp|ping] opt S reuseport|reuseaddr|v6only|dual|reset|deferred|device:NAME|via:IPV6
+  bind S ADDRESS listen S [BACKLOG] shutdown S rd|wr|both close S dup S T give S PUPPET take T [MS] name S connect S ADDRESS disconnect S
   write S TEXT send-to S ADDRESS TEXT fastopen S ADDRESS TEXT read S fork MS setuid UID cgroup DIR mkdir DIR serve on|off
-  litter N shutdown|close|mptcp|bound|mptcp-bound hold N [BASE] flap ADDRESS MS [again|as UID] dials ADDRESS MS hoard N ADDRESS patience MS sleep MS";
+  litter N shutdown|close|mptcp|bound|mptcp-bound hold N [BASE] flap ADDRESS MS [again|shared|as UID] dials ADDRESS MS cross MS hoard N ADDRESS patience MS sleep MS";
 
 /// Connections that a puppet has open at most; the oldest goes first.
 const CONNECTIONS: usize = 64;
@@ -204,7 +204,7 @@ impl Puppet {
             "listen" => {
                 let known = self.known(name)?;
                 let again = known.socket.is_listener()?;
-                known.socket.listen(1024)?;
+                known.socket.listen(word(2).map_or(Ok(1024), |_| parse(word(2), "a backlog"))?)?;
                 // To listen twice changes nothing.
                 if !again {
                     known.listened = Some(uid);
@@ -264,8 +264,9 @@ impl Puppet {
             "litter" => drop(litter(0, parse(word(1), "a number")?, word(2).unwrap_or("shutdown"))?),
             "flap" => {
                 let listener = if word(3) == Some("as") { Some(parse(word(4), "a user")?) } else { None };
-                return self.flap(address(1)?, parse(word(2), "milliseconds")?, word(3) == Some("again"), listener);
+                return self.flap(address(1)?, parse(word(2), "milliseconds")?, word(3).unwrap_or_default(), listener);
             }
+            "cross" => return self.cross(parse(word(1), "milliseconds")?),
             "dials" => return dials(address(1)?, parse(word(2), "milliseconds")?),
             "hold" => {
                 self.hoard.extend(litter(
@@ -315,12 +316,13 @@ impl Puppet {
 
     /// Listens, hears for a moment who is there, closes, and again: with a new socket each time, or with the same one. `listener`:
     /// who listens, where somebody else has bound.
-    fn flap(&mut self, at: SocketAddr, millis: u64, again: bool, listener: Option<u32>) -> io::Result<Value> {
+    fn flap(&mut self, at: SocketAddr, millis: u64, how: &str, listener: Option<u32>) -> io::Result<Value> {
         let uid = geteuid().as_raw();
         let end = Instant::now() + Duration::from_millis(millis);
         let fresh = || -> io::Result<Known> {
             let socket = make(at.is_ipv6(), "tcp")?;
             socket.set_reuse_address(true)?;
+            socket.set_reuse_port(how == "shared")?;
             if listener.is_some() {
                 real_user(uid)?;
             }
@@ -344,7 +346,7 @@ impl Puppet {
                 self.hear();
             }
             same = self.sockets.remove("flap").ok_or_else(|| io::Error::other("the socket is gone"))?;
-            if again {
+            if how == "again" {
                 same.socket.shutdown(Shutdown::Read)?;
             } else {
                 drop(same);
@@ -352,6 +354,32 @@ impl Puppet {
             }
         }
         Ok(json!({ "listens": listens }))
+    }
+
+    /// For so long: for every socket of the host that waits for an answer to its SYN, dials from where it dialled to where it is,
+    /// so that the kernel may join the two (simultaneous open). What is said there is heard like that of a client.
+    fn cross(&mut self, millis: u64) -> io::Result<Value> {
+        let end = Instant::now() + Duration::from_millis(millis);
+        let (mut tries, mut joined) = (0, 0);
+        while Instant::now() < end {
+            for (waits, dialled) in waiting()? {
+                tries += 1;
+                let stream = make(false, "tcp")?;
+                stream.set_reuse_address(true)?;
+                if stream.bind(&dialled.into()).is_err()
+                    || connect(&stream, &waits.into(), Duration::from_millis(100)).is_err()
+                {
+                    continue;
+                }
+                joined += 1;
+                let uid = geteuid().as_raw();
+                let from = "cross".to_owned();
+                let (bound, listened) = (Some(uid), None);
+                self.accepted.push(Accepted { stream, from, bound, listened, shared: false, uid, peer: Some(waits) });
+            }
+            self.hear();
+        }
+        Ok(json!({ "tries": tries, "joined": joined }))
     }
 
     /// Makes and keeps sockets, each of which has dialled the address in vain: a thousand from each address and port, of
@@ -413,6 +441,23 @@ impl Accepted {
     }
 }
 
+/// Both ends of the IPv4 sockets of this network namespace that have sent a SYN and wait, as every user can read them.
+fn waiting() -> io::Result<Vec<(SocketAddr, SocketAddr)>> {
+    const SYN_SENT: &str = "02";
+    let table = std::fs::read_to_string("/proc/thread-self/net/tcp")?;
+    let end = |text: &str| {
+        let (address, port) = text.split_once(':')?;
+        let address = u32::from_str_radix(address, 16).ok()?.to_ne_bytes();
+        Some(SocketAddr::new(Ipv4Addr::from(address).into(), u16::from_str_radix(port, 16).ok()?))
+    };
+    let row = |line: &str| {
+        let mut fields = line.split_whitespace().skip(1);
+        let (own, far, state) = (fields.next()?, fields.next()?, fields.next()?);
+        if state == SYN_SENT { Some((end(own)?, end(far)?)) } else { None }
+    };
+    Ok(table.lines().filter_map(row).collect())
+}
+
 fn told(error: &io::Error) -> String {
     if error.raw_os_error().is_some() { dial::name(error) } else { error.to_string() }
 }
@@ -453,9 +498,10 @@ fn option(socket: &Socket, option: &str) -> io::Result<()> {
             sys::set_number(socket.as_fd(), libc::IPPROTO_TCP, libc::TCP_FASTOPEN_NO_COOKIE, 1)?;
             sys::set_number(socket.as_fd(), libc::IPPROTO_TCP, libc::TCP_FASTOPEN_CONNECT, 1)
         }
-        device => match device.strip_prefix("device:") {
-            Some(device) => socket.bind_device(Some(device.as_bytes())),
-            None => Err(io::Error::other(format!("no option is called {option}"))),
+        other => match other.split_once(':') {
+            Some(("device", device)) => socket.bind_device(Some(device.as_bytes())),
+            Some(("via", hop)) => sys::set_route(socket.as_fd(), parse(Some(hop), "an IPv6 address")?),
+            _ => Err(io::Error::other(format!("no option is called {option}"))),
         },
     }
 }

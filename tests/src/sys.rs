@@ -3,6 +3,7 @@
 
 use socket2::SockAddr;
 use std::io;
+use std::net::Ipv6Addr;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
 /// Asks for data in the SYN by a plain `connect` and `write` (`TCP_FASTOPEN_CONNECT`).
@@ -43,6 +44,29 @@ pub fn set_fixed_tls(socket: BorrowedFd<'_>) -> io::Result<()> {
         }
     }
     Ok(())
+}
+
+/// Sends what a socket sends by another host first, which its header names as the destination (`IPV6_RTHDR`, a segment routing
+/// header, RFC 8754): the one kind that needs no right.
+pub fn set_route(socket: BorrowedFd<'_>, hop: Ipv6Addr) -> io::Result<()> {
+    const SEGMENT_ROUTING: u8 = 4;
+    // Next header, length in units of eight bytes beyond the first, type, segments left, last entry, flags, tag. The kernel puts the
+    // destination of the socket into the first segment.
+    let mut header = vec![0, 4, SEGMENT_ROUTING, 1, 1, 0, 0, 0];
+    header.extend(Ipv6Addr::UNSPECIFIED.octets());
+    header.extend(hop.octets());
+    // SAFETY: the pointer and the length are those of a vector that lives across the call.
+    // JUSTIFICATION: neither rustix nor socket2 knows this option.
+    let result = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            libc::IPPROTO_IPV6,
+            libc::IPV6_RTHDR,
+            header.as_ptr().cast(),
+            header.len() as libc::socklen_t,
+        )
+    };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
 }
 
 /// `sendto` with `MSG_FASTOPEN`: connects and puts the first bytes into the SYN.

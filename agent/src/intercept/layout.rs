@@ -40,6 +40,7 @@ fn of(bytes: &[u8]) -> Option<TaskLayout> {
         net_cookie: types.offset("net", "net_cookie")?,
         ipv6_only: ipv6_only / 8,
         ipv6_only_bit: ipv6_only % 8,
+        shutdown: types.offset("sock", "sk_shutdown")?,
     })
 }
 

@@ -307,7 +307,7 @@ impl Shared {
         if row.cookie == 0 {
             return Ok(Vec::new());
         }
-        let listens = |found: &Socket| found.listens != 0 && found.key == *key;
+        let listens = |found: &Socket| (found.listens != 0) == (key.device != BOUND_ONLY) && found.key == *key;
         if all_counted(row.counts) == 1
             && let Some(found) = tables.sockets.get(&row.cookie)?.filter(listens)
         {
@@ -329,7 +329,8 @@ impl Shared {
     }
 
     /// The sockets of which the kernel would choose one for a connection over loopback to this address: those that are bound
-    /// to the address itself, else to the IPv4 wildcard, else to the IPv6 one; on any device, else on the loopback device.
+    /// to the address itself, else to the IPv4 wildcard, else to the IPv6 one; on any device, else on the loopback device. After
+    /// them those that may begin to listen there in this moment.
     ///
     /// With them comes who was there at these places before they were looked at, by [`who_listens`]. Sockets on the loopback
     /// device are seldom, and count only where they are all there is, or where `everywhere` asks for them.
@@ -355,6 +356,19 @@ impl Shared {
             }
             if !found.is_empty() && !everywhere {
                 break;
+            }
+        }
+        for place in places(local, netns) {
+            let key = ListenerKey { device: BOUND_ONLY, ..place };
+            let Some(row) = tables.listeners.get(&key)? else { continue };
+            who = who.wrapping_add(who_listens(&row));
+            if let Some(first) =
+                found.first().filter(|first| ListenerKey { device: BOUND_ONLY, ..first.row.key } == key)
+            {
+                let user = first.row.binder;
+                let beside = self.at(tables, &key, row)?;
+                // Only a socket of the same user may listen beside another (`inet_csk_bind_conflict`).
+                found.extend(beside.into_iter().filter(|it| user.tgid == 0 || it.row.binder.uid == user.uid));
             }
         }
         Ok((found, who))

@@ -17,7 +17,7 @@ pub use refusals::*;
 
 /// Version of the layouts below. It is part of the directory name under bpffs, so that an agent never adopts maps
 /// whose layout it does not know.
-pub const ABI: u32 = 3;
+pub const ABI: u32 = 4;
 
 /// Index of the loopback device, in every network namespace.
 pub const LOOPBACK_DEVICE: u32 = 1;
@@ -86,8 +86,10 @@ pub struct TaskLayout {
     pub net_cookie: u32,
     /// The byte of `sock_common` in which `skc_ipv6only` is.
     pub ipv6_only: u32,
-    /// Its bit there.
+    /// Its bit there. Those before it are `skc_reuse` and `skc_reuseport`.
     pub ipv6_only_bit: u32,
+    /// `sock.sk_shutdown`.
+    pub shutdown: u32,
 }
 
 /// Every listening socket from before is recorded: where no row is found, nobody listens, or somebody whom nobody has

@@ -11,13 +11,18 @@ pub struct ListenerKey {
     pub address: Address,
     /// Cookie of the network namespace.
     pub netns: u64,
-    /// Index of the device that the socket is bound to (`SO_BINDTODEVICE`, the scope of a link-local address), or 0.
+    /// Index of the device that the socket is bound to (`SO_BINDTODEVICE`, the scope of a link-local address), or 0; or
+    /// [`BOUND_ONLY`].
     pub device: u32,
     /// Port.
     pub port: u16,
     /// 1 for an IPv6 socket that takes no IPv4, as far as that is known, else 0.
     pub ipv6_only: u16,
 }
+
+/// [`ListenerKey::device`] for sockets of nobody's that are bound, do not listen, and may share their address with others that do
+/// (`SO_REUSEADDR`, `SO_REUSEPORT`). The kernel may choose one of them a moment before the programs hear that it listens.
+pub const BOUND_ONLY: u32 = u32::MAX;
 
 /// Value of `LISTENERS`: how many sockets are bound to one address, by their protection. The strictest that is there counts.
 #[repr(C)]
