@@ -147,7 +147,8 @@ pub fn listening(ops: *mut bpf_sock_ops, address: Address, port: u16) -> bool {
     }
     let mut mode = if row.bound > who { row.bound } else { who };
     let may_become_anybody = root_listens || row.binder.uid == 0;
-    if mode == LISTENER_LEFT_ALONE && may_become_anybody && config.flags & FLAG_ENTRIES_BY_USER != 0 {
+    let by_user = may_become_anybody && config.flags & FLAG_ENTRIES_BY_USER != 0;
+    if mode == LISTENER_LEFT_ALONE && (by_user || config.flags & FLAG_ALL_UNDECIDED != 0) {
         mode = LISTENER_UNDECIDED;
     }
     enter(cookie, &row);

@@ -1,8 +1,10 @@
 //! Who binds, joins, leaves and dies.
 
 use lab::hand::{ATTACKER, Hand, USER, WEB, expect_alive, knock};
+use lab::janitor::processes;
 use lab::policy::PORT;
-use lab::{Host, Lab, Mesh, Policy, Skip, clock, lab, or_skip};
+use lab::{Host, Lab, Mesh, Policy, Skip, clock, enter, lab, or_skip, skip};
+use rustix::process::Signal;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -324,6 +326,43 @@ fn a_server_that_is_killed_and_started_again_on_a_loaded_machine_has_an_owner() 
     let lines = mesh.beta().records_for(PORT);
     let lost = lines.iter().find(|line| line["code"] == "listener-without-owner");
     assert!(lost.is_none(), "the owner was there all the time: {}", lost.unwrap());
+    expect_alive(&mesh);
+}
+
+#[test]
+fn when_a_policy_is_in_force_no_listener_that_it_enrols_is_open() {
+    let lab = lab!();
+    let mesh = mesh!(lab, &with_web(&lab, &["unix:uid:4444"], &[PORT]));
+    // Somebody enrolled has so many descriptors that it takes long to find out what they hold.
+    let place = enter::Place { user: Some((USER, USER)), files: Some(20_000), ..lab.place(&lab.beta, "one") };
+    let mut holder = Hand::start(&lab, place, &or_skip!(skip::lab_app()), "holder");
+    holder.try_tell(&format!("hold {} 0", clock::count(15_000)), clock::seconds(240)).unwrap();
+    for _ in 0..20 {
+        holder.must("fork 60000");
+    }
+    let mut web = lab.puppet(&lab.beta, "server", WEB, "web");
+    let ports = 9000..9000 + u16::try_from(clock::count(200)).unwrap_or(200).max(40);
+    std::thread::scope(|scope| {
+        let (web, ports) = (&mut web, ports.clone());
+        scope.spawn(move || {
+            for port in ports {
+                web.must(&format!("socket s{port} 4; bind s{port} 0.0.0.0:{port}; listen s{port}"));
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        });
+        std::thread::sleep(Duration::from_millis(200));
+        mesh.beta().reload(&policy(&lab, &[PORT]));
+        for port in 9000..9010 {
+            lab.stranger.within(|| knock(lab.beta.at(port)));
+        }
+    });
+    for port in ports {
+        lab.stranger.within(|| knock(lab.beta.at(port)));
+    }
+    web.expect_no_stranger("by a policy that is in force");
+    for pid in processes(&lab.cgroup("one")) {
+        let _: Result<(), _> = rustix::process::kill_process(pid, Signal::KILL);
+    }
     expect_alive(&mesh);
 }
 

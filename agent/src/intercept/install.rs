@@ -17,10 +17,14 @@ use super::{
     Error, Programs,
     cgroups::Cgroup,
     error::During,
+    registry::{Cleared, left_alone},
     tables::{Tables, address, map_error},
     work::Work,
 };
-use crate::policy::{KernelCandidate, KernelPolicy, Policy};
+use crate::{
+    policy::{KernelCandidate, KernelPolicy, Policy},
+    sys::bpf,
+};
 use aya::maps::lpm_trie::Key;
 use classes::{Placement, Room};
 use plan::{Plan, Step, differences};
@@ -29,6 +33,7 @@ use std::{
     cmp::Ordering,
     collections::HashSet,
     net::{IpAddr, SocketAddr, UdpSocket},
+    path::PathBuf,
     sync::Arc,
     time::Duration,
 };
@@ -230,6 +235,8 @@ pub struct Outlook {
     epoch: u32,
     cgroups: Vec<Cgroup>,
     room: Room,
+    /// Where sockets are looked for, and the cgroups of their holders.
+    sockets: Option<(Tables, PathBuf)>,
 }
 
 /// A policy as rows, ready to be installed.
@@ -248,6 +255,8 @@ struct Anew {
     steps: [Step; 2],
     classes: Classes,
     placement: Placement,
+    /// Listening sockets that the policy leaves alone as the one before does.
+    cleared: Cleared,
 }
 
 impl std::fmt::Debug for Prepared {
@@ -277,10 +286,16 @@ impl Outlook {
     pub fn prepare(self, facts: Arc<dyn KernelFacts>) -> Prepared {
         let mut sources = Sources::default();
         let rows = Arc::new(Rows::of(facts.as_ref(), |to| sources.source_for(to)));
-        self.against(facts, rows)
+        let cleared = match &self.sockets {
+            Some((tables, cgroup2)) if self.epoch != 0 && rows.who != self.in_force.who => {
+                Cleared::look(tables, &self.cgroups, cgroup2, facts.as_ref())
+            }
+            _ => Cleared::default(),
+        };
+        self.against(facts, rows, cleared)
     }
 
-    fn against(self, facts: Arc<dyn KernelFacts>, rows: Arc<Rows>) -> Prepared {
+    fn against(self, facts: Arc<dyn KernelFacts>, rows: Arc<Rows>, cleared: Cleared) -> Prepared {
         let anew = (self.epoch == 0 || rows.who != self.in_force.who).then(|| {
             let epoch = self.epoch.checked_add(1).unwrap_or(1);
             let mut classes = Classes { wanted: rows.flags & FLAG_CGROUP_CLASSES != 0, ..Classes::default() };
@@ -288,7 +303,7 @@ impl Outlook {
             for cgroup in &self.cgroups {
                 classes.place(facts.as_ref(), epoch, cgroup, self.room, &mut placement);
             }
-            Anew { epoch, steps: Plan::anew(&rows, epoch), classes, placement }
+            Anew { epoch, steps: Plan::anew(&rows, epoch), classes, placement, cleared }
         });
         let differing = Plan::differing(&self.in_force, &rows, self.epoch);
         Prepared { facts, rows, against: (self.in_force, self.epoch), differing, anew }
@@ -310,7 +325,13 @@ impl Programs {
         // The root first: what is above has a row before what is below, should there be room for some only.
         let mut cgroups = self.cgroups.all();
         cgroups.sort_unstable_by(|one, other| one.path.cmp(&other.path));
-        Ok(Outlook { in_force: Arc::clone(&self.rows), epoch: self.epoch, cgroups, room: self.room() })
+        Ok(Outlook {
+            in_force: Arc::clone(&self.rows),
+            epoch: self.epoch,
+            cgroups,
+            room: self.room(),
+            sockets: Some((self.tables.clone(), self.host.cgroup2.clone())),
+        })
     }
 
     /// Puts a prepared policy in force and gives its generation, as [`Programs::install`] does.
@@ -321,7 +342,7 @@ impl Programs {
             prepared
         } else {
             // Another policy has been installed since.
-            self.outlook()?.against(prepared.facts, prepared.rows)
+            self.outlook()?.against(prepared.facts, prepared.rows, Cleared::default())
         };
         let Prepared { facts, rows, differing, anew, .. } = prepared;
         self.fits(&rows, anew.is_some())?;
@@ -331,10 +352,11 @@ impl Programs {
         let complete = std::mem::replace(&mut self.complete, true);
         let after = self.config(generation, epoch, rows.flags);
         let changes = if anew.is_some() { Vec::new() } else { self.classes.changes(facts.as_ref()) };
-        let mut classes = None;
+        let (mut classes, mut cleared) = (None, None);
         let anew = anew.map(|mut anew| {
             self.update_placement(facts.as_ref(), &mut anew);
             classes = Some(anew.classes);
+            cleared = Some(anew.cleared);
             (anew.steps, anew.placement)
         });
         let plan = Plan::new(before, after, differing, changes.clone(), anew);
@@ -342,10 +364,11 @@ impl Programs {
         // Listeners from before, and those that the new policy may see with other eyes, are refused until they are judged.
         let protected: HashSet<ProtectedKey> = rows.protected.iter().copied().collect();
         let done = self.protect(&protected).and_then(|new| {
-            let looked = self.listeners().and_then(|_| self.raise(facts.as_ref()));
+            let looked = cleared.map_or(Ok(()), |cleared| self.raise(before, &cleared));
             looked.and_then(|()| plan.carry_out(&self.tables)).inspect_err(|_| self.unprotect_again(&new))
         });
         if let Err(error) = done {
+            self.leave_undecided(before, false);
             self.complete = complete;
             return Err(error);
         }
@@ -363,6 +386,28 @@ impl Programs {
             tracing::warn!(%error, "rows of the policy before could not be removed from the kernel maps");
         }
         Ok(generation)
+    }
+
+    /// Before it changes who is who: every listener that was left alone is undecided until it is judged anew, but for those that
+    /// are `cleared`; and so is whoever begins to listen from here on.
+    fn raise(&mut self, before: Option<Config>, cleared: &Cleared) -> Result<(), Error> {
+        self.leave_undecided(before, true);
+        self.listeners()?;
+        for listening in left_alone(&self.tables)?.iter().filter(|listening| !cleared.holds(listening)) {
+            self.set_listener_mode(listening, LISTENER_UNDECIDED, None)?;
+        }
+        Ok(())
+    }
+
+    /// Has the programs leave alone nobody who begins to listen, or ends that. What is in force stays so otherwise.
+    fn leave_undecided(&self, in_force: Option<Config>, on: bool) {
+        let Some(config) = in_force else { return };
+        let flags = config.flags & !FLAG_ALL_UNDECIDED | if on { FLAG_ALL_UNDECIDED } else { 0 };
+        if let Err(error) = self.tables.config.put(&0, &Config { flags, ..config }, bpf::ANY) {
+            tracing::warn!(%error, "the programs cannot be told that who is who is about to change");
+        } else if on {
+            let_programs_end();
+        }
     }
 
     /// Is there room for this policy?

@@ -73,6 +73,61 @@ pub fn holders(
     Ok(listed.iter().map(|socket| (socket.cookie, held(socket))).collect())
 }
 
+/// Every listening socket that is left alone.
+pub(super) fn left_alone(tables: &Tables) -> Result<Vec<Listening>, Error> {
+    let full = map_error(map::SOCKETS);
+    let mut found = Vec::new();
+    for cookie in tables.sockets.keys().map_err(&full)? {
+        let row = tables.sockets.get(&cookie).map_err(&full)?;
+        let row = row.filter(|row| row.listens != 0 && row.mode == u64::from(LISTENER_LEFT_ALONE));
+        found.extend(row.map(|row| Listening { cookie, row }));
+    }
+    found.retain(|listening| !matches!(tables.own.get(&listening.cookie), Ok(Some(_))));
+    Ok(found)
+}
+
+/// Listening sockets that were left alone, and of whose binder, listener and holders no entry of a policy to come matches any. It
+/// takes as long as a walk through all processes.
+#[derive(Debug, Default)]
+pub(super) struct Cleared(HashMap<u64, u32>);
+
+impl Cleared {
+    pub fn look(tables: &Tables, cgroups: &[Cgroup], cgroup2: &Path, facts: &dyn KernelFacts) -> Self {
+        let looked = left_alone(tables).and_then(|left_alone| {
+            let cookies = left_alone.iter().map(|listening| listening.cookie).collect();
+            let paths: HashMap<u64, &str> = cgroups.iter().map(|cgroup| (cgroup.id, cgroup.path.as_str())).collect();
+            let everybody = facts.candidates(&[]);
+            let may_match = |task: &Task| {
+                if task.tgid == 0 {
+                    return false;
+                }
+                let Some(path) = paths.get(&task.cgroup) else { return true };
+                let of_cgroup = facts.candidates(&facts.cgroup_set(path));
+                of_cgroup.iter().chain(&everybody).any(|row| row.fits(task.uid, task.gid))
+            };
+            let held = holders(&cookies, cgroup2, &may_match)?;
+            let nobodies = left_alone.iter().filter(|listening| {
+                let tasks = [listening.row.binder, listening.row.owner];
+                // One that the kernel has not told of may be anybody's.
+                let held = held.get(&listening.cookie);
+                held.is_some_and(|held| !tasks.iter().chain(&held.holders).any(may_match))
+            });
+            Ok(nobodies.map(|listening| (listening.cookie, listening.row.asked)).collect())
+        });
+        // Without it, all are undecided for a moment.
+        Self(
+            looked
+                .inspect_err(|error| tracing::warn!(%error, "all listeners are to be judged anew"))
+                .unwrap_or_default(),
+        )
+    }
+
+    /// Is it one of them, and has nobody asked for its name since?
+    pub fn holds(&self, listening: &Listening) -> bool {
+        self.0.get(&listening.cookie) == Some(&listening.row.asked)
+    }
+}
+
 /// The program `registry`, by which the agent says what a socket is.
 #[derive(Clone, Debug)]
 pub(super) struct Commands(Arc<OwnedFd>);
@@ -213,46 +268,6 @@ impl Programs {
 
     pub(super) fn somebody_closed(&mut self, event: &Event) {
         self.notices.push_back(Notice::Closed(event.cookie));
-    }
-
-    /// Before a policy is in force: every listener that was left alone, and of whose binder, listener or holders some entry of
-    /// that policy may match one, is undecided until it is judged anew.
-    pub(super) fn raise(&self, facts: &dyn KernelFacts) -> Result<(), Error> {
-        let full = map_error(map::SOCKETS);
-        let mut left_alone = Vec::new();
-        for cookie in self.tables.sockets.keys().map_err(&full)? {
-            match self.tables.sockets.get(&cookie).map_err(&full)? {
-                Some(row) if row.listens != 0 && row.mode == u64::from(LISTENER_LEFT_ALONE) => {
-                    left_alone.push(Listening { cookie, row });
-                }
-                _ => {}
-            }
-        }
-        left_alone.retain(|listening| !matches!(self.tables.own.get(&listening.cookie), Ok(Some(_))));
-        if left_alone.is_empty() {
-            return Ok(());
-        }
-        let paths: HashMap<u64, String> =
-            self.cgroups.all().into_iter().map(|Cgroup { path, id }| (id, path)).collect();
-        let everybody = facts.candidates(&[]);
-        let may_match = |task: &Task| {
-            if task.tgid == 0 {
-                return false;
-            }
-            let Some(path) = paths.get(&task.cgroup) else { return true };
-            facts.candidates(&facts.cgroup_set(path)).iter().chain(&everybody).any(|row| row.fits(task.uid, task.gid))
-        };
-        let cookies = left_alone.iter().map(|listening| listening.cookie).collect();
-        let held = holders(&cookies, &self.host.cgroup2, &may_match)?;
-        for listening in &left_alone {
-            let tasks = [listening.row.binder, listening.row.owner];
-            // One that the kernel has not told of may be anybody's.
-            let held = held.get(&listening.cookie);
-            if held.is_none_or(|held| tasks.iter().chain(&held.holders).any(may_match)) {
-                self.set_listener_mode(listening, LISTENER_UNDECIDED, None)?;
-            }
-        }
-        Ok(())
     }
 
     /// Protects these addresses, whoever listens there. Gives those that are new.

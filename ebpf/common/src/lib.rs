@@ -95,6 +95,8 @@ pub struct TaskLayout {
 /// Every listening socket from before is recorded: where no row is found, nobody listens, or somebody whom nobody has
 /// recorded, who is refused.
 pub const FLAG_REGISTRY_COMPLETE: u32 = 4;
+/// Who is who is about to change: nobody who begins to listen is left alone before the agent has judged them.
+pub const FLAG_ALL_UNDECIDED: u32 = 32;
 /// Policy protects addresses whoever listens there.
 pub const FLAG_PROTECTED_ADDRESSES: u32 = 8;
 /// Some registration entry has no cgroup selector, so that whoever may change their user can become a workload.

@@ -221,7 +221,13 @@ struct InForce {
 impl InForce {
     /// The steps to a policy, and what is in force after them.
     fn plan(&self, policy: Policy) -> (Plan, InForce) {
-        let outlook = Outlook { in_force: Arc::clone(&self.rows), epoch: self.epoch, cgroups: cgroups(), room: ROOM };
+        let outlook = Outlook {
+            in_force: Arc::clone(&self.rows),
+            epoch: self.epoch,
+            cgroups: cgroups(),
+            room: ROOM,
+            sockets: None,
+        };
         let facts: Arc<dyn KernelFacts> = Arc::new(policy);
         let Prepared { facts, rows, differing, anew, .. } = outlook.prepare(facts);
         let epoch = anew.as_ref().map_or(self.epoch, |anew| anew.epoch);
@@ -350,7 +356,8 @@ fn one_changed_rule_is_one_row() {
     };
     let (_, in_force) = InForce::default().plan(text.policy().unwrap());
     let more = Text { allows: vec![(0, 1, false), (1, 0, false)], ..text };
-    let outlook = Outlook { in_force: in_force.rows, epoch: in_force.epoch, cgroups: cgroups(), room: ROOM };
+    let outlook =
+        Outlook { in_force: in_force.rows, epoch: in_force.epoch, cgroups: cgroups(), room: ROOM, sockets: None };
     assert_eq!(outlook.prepare(Arc::new(more.policy().unwrap())).changes(), 1);
 }
 
