@@ -142,15 +142,16 @@ fn part(lab: &Lab, chance: &mut Chance, name: &str, uid: u32) -> Vec<String> {
                 let how = chance.pick(&["shutdown", "close", "mptcp"]);
                 lines.push(format!("litter {} {how}", 200 + chance.below(2000)));
             }
-            (ATTACKER, 3..16) => lines.push(call(lab, chance)),
+            (ATTACKER, 3..14) => lines.push(call(lab, chance)),
+            (ATTACKER, 14..16) => lines.push(format!("cross {}", 20 + chance.below(150))),
             (ATTACKER, 16..18) => lines.push("@forge".to_owned()),
             (ATTACKER, 18..20) => lines.push("@squat".to_owned()),
             (0, 0..4) => lines.push(format!("setuid {}", chance.pick(&[WEB, WEB, USER, ATTACKER]))),
             (_, 20..55) => begin(lab, chance, &mut lines),
             (_, 55..60) => lines.push(format!("@move {}", chance.pick(&CGROUPS))),
             (WEB, 60..63) => {
-                let again = if chance.one_in(3) { " again" } else { "" };
-                lines.push(format!("flap {} {}{again}", address(lab, chance).1, 50 + chance.below(250)));
+                let how = chance.pick(&["", "", " again", " shared"]);
+                lines.push(format!("flap {} {}{how}", address(lab, chance).1, 50 + chance.below(250)));
             }
             (WEB, 63..64) => lines.push("serve off".to_owned()),
             (WEB, 64..67) => lines.push("serve on".to_owned()),
@@ -185,7 +186,8 @@ fn begin(lab: &Lab, chance: &mut Chance, lines: &mut Vec<String>) {
         words.push(format!("bind {socket} {at}"));
     }
     if !chance.one_in(8) {
-        words.push(format!("listen {socket}"));
+        let backlog = if chance.one_in(4) { " 1" } else { "" };
+        words.push(format!("listen {socket}{backlog}"));
     }
     if chance.one_in(3) {
         lines.extend(words);
@@ -197,7 +199,8 @@ fn begin(lab: &Lab, chance: &mut Chance, lines: &mut Vec<String>) {
 /// Something that is done to a socket.
 fn meddle(lab: &Lab, chance: &mut Chance, name: &str) -> String {
     let (socket, other) = (*chance.pick(&SOCKETS), *chance.pick(&SOCKETS));
-    match chance.below(14) {
+    match chance.below(15) {
+        13 => format!("opt {socket} {}", chance.pick(&["reuseport", "reuseaddr"])),
         0 | 1 => format!("listen {socket}"),
         2 => format!("shutdown {socket} rd"),
         3 => format!("shutdown {socket} {}", chance.pick(&["wr", "both"])),

@@ -374,7 +374,7 @@ impl Puppet {
                 joined += 1;
                 let uid = geteuid().as_raw();
                 let from = "cross".to_owned();
-                let (bound, listened) = (Some(uid), None);
+                let (bound, listened) = (Some(uid), Some(uid));
                 self.accepted.push(Accepted { stream, from, bound, listened, shared: false, uid, peer: Some(waits) });
             }
             self.hear();

@@ -132,12 +132,14 @@ struct Moved {
     marks: (Mark, Mark),
     /// When it was last asked whether one of them is stuck for good.
     asked: Option<Instant>,
+    /// When each was found with room and nothing taken.
+    idle: [Option<Instant>; 2],
 }
 
 impl Moved {
     fn now(marks: (Mark, Mark)) -> Self {
         let now = Instant::now();
-        Self { up: now, down: now, marks, asked: None }
+        Self { up: now, down: now, marks, asked: None, idle: [None; 2] }
     }
 
     fn compare(&mut self, (up, down): (Mark, Mark)) {
@@ -550,15 +552,20 @@ impl<L: Lane> Flow<L> {
     /// Is this the end? A stall is one only where a socket has room and takes nothing all the same. Each direction is
     /// judged by itself: where memory for TCP is short, one may starve while the other trickles.
     fn is_over(&self, reason: CloseReason, limits: &Limits, moved: &mut Moved) -> bool {
-        moved.asked = Some(Instant::now());
-        let stuck = |socket: &TcpStream, under_way: bool, since: Instant| {
-            under_way
-                && since.elapsed() >= limits.stall
-                && tls::unacknowledged(socket.as_fd()).is_ok_and(|queued| queued == 0)
+        let now = Instant::now();
+        moved.asked = Some(now);
+        // Found twice: a receiver that has slept may have made room a moment ago, and nothing was written into it yet.
+        let stuck = |socket: &TcpStream, under_way: bool, since: Instant, found: &mut Option<Instant>| {
+            let idle = under_way
+                && now.duration_since(since) >= limits.stall
+                && tls::unacknowledged(socket.as_fd()).is_ok_and(|queued| queued == 0);
+            let before = std::mem::replace(found, idle.then_some(now));
+            idle && before.is_some_and(|before| before > since)
         };
+        let [up, down] = &mut moved.idle;
         reason != CloseReason::Stalled
-            || stuck(&self.network, self.up_is_under_way(), moved.up)
-            || stuck(&self.application, !self.down_pending.is_empty(), moved.down)
+            || stuck(&self.network, self.up_is_under_way(), moved.up, up)
+            || stuck(&self.application, !self.down_pending.is_empty(), moved.down, down)
     }
 
     /// How far both directions have come: what was taken, what of it is still to be delivered, and what was said.
