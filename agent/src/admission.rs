@@ -1,49 +1,57 @@
 //! Who may have another connection: places of their own for what goes out, for what comes in, and for peers that have not
 //! shown who they are.
 //!
-//! A holder is whoever answers for a connection: the local user that dials, the peer that proved its identity, the network of
-//! a peer that has not. While there is plenty, holders take what they need. The last eighth is shared: a holder gets of it
-//! only while more is free than it has, so that one that takes all it can get leaves room for every other.
+//! A holder is whoever answers for a connection: the local user that dials, the peer that proved its identity, the host or
+//! the networks of a peer that has not. While there is plenty, holders take what they need. The last eighth is shared: a
+//! holder gets of it only while more is free than it has, so that one that takes all it can get leaves room for every other.
+//! Holders within a holder share its seven eighths in the same way: users those of this host, networks those of a wider one.
 //!
 //! *Invariant:* never more places are taken than there are; whoever has none gets one as long as any is free.
 
 use crate::lock::lock;
 use crate::refusal::{Culprit, Refusal};
 use crate::spiffe::SpiffeId;
-use crate::units::network_of;
+use crate::whence::Whence;
+use ipnet::IpNet;
 use std::collections::HashMap;
 use std::fmt;
-use std::net::IpAddr;
 use std::sync::{Arc, Mutex};
 
 /// Whoever answers for a connection.
-#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Holder {
-    /// A local user that dials.
+    /// A local user.
     User(u32),
     /// A peer that proved its identity.
     Peer(SpiffeId),
-    /// A peer that has not: the first address of its network.
-    Network(IpAddr),
-    /// A peer that has not, by itself.
-    Address(IpAddr),
+    /// Peers that have not, and are programs of this host.
+    Host,
+    /// Peers that have not, by their network, or their address.
+    Network(IpNet),
 }
 
 impl Holder {
-    /// The network of an address: its /24, or /64.
-    pub fn network(of: IpAddr) -> Self {
-        Self::Network(network_of(of))
+    /// Who answers for a peer that has not shown who it is, the widest first.
+    pub fn of_unproven(from: &Whence) -> Holders {
+        match *from {
+            // As an unknown user where the socket is gone already.
+            Whence::Here(uid) => [Self::Host, Self::User(uid.unwrap_or(u32::MAX))].into(),
+            Whence::Away(address) => Whence::networks(address).iter().copied().map(Self::Network).collect(),
+        }
     }
 }
+
+/// A holder within a holder, the widest first. Boxed: they are kept for as long as the connection.
+pub type Holders = Box<[Holder]>;
 
 impl fmt::Display for Holder {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::User(uid) => write!(f, "uid {uid}"),
             Self::Peer(id) => id.fmt(f),
-            Self::Network(first @ IpAddr::V4(_)) => write!(f, "{first}/24"),
-            Self::Network(first) => write!(f, "{first}/64"),
-            Self::Address(address) => address.fmt(f),
+            Self::Host => f.write_str("programs of this host"),
+            Self::Network(network) if network.prefix_len() == network.max_prefix_len() => network.addr().fmt(f),
+            Self::Network(network) => network.fmt(f),
         }
     }
 }
@@ -88,17 +96,22 @@ impl Admission {
 
     /// A place for a connection of a local user's program.
     pub fn outbound(&self, uid: u32) -> Result<Place, Full> {
-        self.outbound.take(Holder::User(uid))
+        self.outbound.take([Holder::User(uid)].into())
     }
 
-    /// A place for a connection of a peer that proved its identity, or, by a permissive rule, of a network.
-    pub fn inbound(&self, who: Holder) -> Result<Place, Full> {
-        self.inbound.take(who)
+    /// A place for a connection of a peer that proved its identity.
+    pub fn inbound(&self, who: SpiffeId) -> Result<Place, Full> {
+        self.inbound.take([Holder::Peer(who)].into())
     }
 
-    /// A place for a connection from this address, until it is known from whom.
-    pub fn unproven(&self, from: IpAddr) -> Result<Place, Full> {
-        self.unproven.take_within(Holder::Address(from.to_canonical()), Some(Holder::network(from)))
+    /// A place for a connection of a peer that need not, by a permissive rule: of those who hold this one.
+    pub fn permitted(&self, unproven: &Place) -> Result<Place, Full> {
+        self.inbound.take(unproven.who.clone())
+    }
+
+    /// A place for a connection from there, until it is known from whom.
+    pub fn unproven(&self, from: &Whence) -> Result<Place, Full> {
+        self.unproven.take(Holder::of_unproven(from))
     }
 
     /// How many are taken.
@@ -168,26 +181,18 @@ impl Held {
 }
 
 impl Places {
-    fn take(self: &Arc<Self>, who: Holder) -> Result<Place, Full> {
-        self.take_within(who, None)
-    }
-
-    /// A place for a holder that is one of many in another: within that one's share it leaves room as that one does in all.
-    fn take_within(self: &Arc<Self>, who: Holder, within: Option<Holder>) -> Result<Place, Full> {
+    /// A place for holders, each within the one before: it leaves room there as that one does in what is around it.
+    fn take(self: &Arc<Self>, who: Holders) -> Result<Place, Full> {
         let mut held = lock(&self.held);
-        let (taken, own) = (held.taken, held.of(&who));
-        let admitted = match &within {
-            None => admits(own, taken, self.all),
-            Some(outer) => {
-                let (of_outer, share) = (held.of(outer), self.all - self.all / 8);
-                admits(of_outer, taken, self.all) && admits(own, of_outer, share)
+        let (mut taken, mut all) = (held.taken, self.all);
+        for holder in &who {
+            let own = held.of(holder);
+            if !admits(own, taken, all) {
+                return Err(Full { kind: self.kind, who: holder.clone(), own, taken: held.taken, all: self.all });
             }
-        };
-        if !admitted {
-            return Err(Full { kind: self.kind, who, own, taken, all: self.all });
+            (taken, all) = (own, all - all / 8);
         }
         held.taken += 1;
-        let who: Box<[Holder]> = std::iter::once(who).chain(within).collect();
         for holder in &who {
             *held.by.entry(holder.clone()).or_default() += 1;
         }
@@ -196,7 +201,7 @@ impl Places {
 }
 
 /// May a holder that has `own` of the `taken` places take another of `all`?
-fn admits(own: usize, taken: usize, all: usize) -> bool {
+pub(crate) fn admits(own: usize, taken: usize, all: usize) -> bool {
     let free = all.saturating_sub(taken);
     free > 0 && (free > all / 8 || own < free)
 }
@@ -205,8 +210,14 @@ fn admits(own: usize, taken: usize, all: usize) -> bool {
 #[derive(Debug)]
 pub struct Place {
     of: Arc<Places>,
-    /// Boxed: a place is held for as long as its connection.
-    who: Box<[Holder]>,
+    who: Holders,
+}
+
+impl Place {
+    /// Who holds it, the widest first.
+    pub fn holders(&self) -> &[Holder] {
+        &self.who
+    }
 }
 
 impl Drop for Place {
@@ -234,7 +245,7 @@ mod tests {
     }
 
     fn fill(places: &Arc<Places>, uid: u32) -> Vec<Place> {
-        std::iter::from_fn(|| places.take(Holder::User(uid)).ok()).collect()
+        std::iter::from_fn(|| places.take([Holder::User(uid)].into()).ok()).collect()
     }
 
     #[test]
@@ -246,7 +257,7 @@ mod tests {
         assert_eq!(second.len(), 50);
         let third = fill(&places, 3);
         assert_eq!(third.len(), 25);
-        assert!(places.take(Holder::User(4)).is_ok());
+        assert!(places.take([Holder::User(4)].into()).is_ok());
         drop((first, second, third));
         assert_eq!(lock(&places.held).taken, 0);
         assert!(lock(&places.held).by.is_empty());
@@ -257,7 +268,7 @@ mod tests {
         let places = places(2);
         assert_eq!(fill(&places, 1).len(), 2);
         let _held = fill(&places, 1);
-        let full = places.take(Holder::User(2)).unwrap_err();
+        let full = places.take([Holder::User(2)].into()).unwrap_err();
         assert!(
             full.to_string().starts_with("2 connections") && full.to_string().contains("0 of them are those of uid 2")
         );
@@ -266,28 +277,57 @@ mod tests {
     #[test]
     fn silent_peers_take_no_place_of_those_who_proved_themselves_or_dial() {
         let admission = Admission::new(300);
-        let from = |last: u8| IpAddr::from([192, 0, 2, last]);
-        let silent: Vec<Place> = (0..=255).filter_map(|last| admission.unproven(from(last)).ok()).collect();
+        let from = |last: u8| Whence::Away([192, 0, 2, last].into());
+        let silent: Vec<Place> = (0..=255).filter_map(|last| admission.unproven(&from(last)).ok()).collect();
         assert_eq!(silent.len(), 256);
-        let more: Vec<Place> = std::iter::from_fn(|| admission.unproven(from(1)).ok()).collect();
+        let more = fill_from(&admission, &from(1));
         // All of one network: it leaves room for others.
         assert!(more.len() < 44, "{}", more.len());
-        assert_eq!(admission.unproven(from(1)).unwrap_err().code(), "too-many-unproven");
-        assert!(admission.unproven([198, 51, 100, 1].into()).is_ok());
+        assert_eq!(admission.unproven(&from(1)).unwrap_err().code(), "too-many-unproven");
+        assert!(admission.unproven(&Whence::Away([198, 51, 100, 1].into())).is_ok());
         drop((silent, more));
         // All of one address: it leaves room for its neighbours.
-        let silent: Vec<Place> = std::iter::from_fn(|| admission.unproven(from(1)).ok()).collect();
+        let silent = fill_from(&admission, &from(1));
         assert!((200..260).contains(&silent.len()), "{}", silent.len());
-        assert!(admission.unproven(from(2)).is_ok());
+        let neighbour = admission.unproven(&from(2)).unwrap();
         assert!(admission.outbound(1).is_ok());
-        assert!(admission.inbound(Holder::network(from(1))).is_ok());
+        assert!(admission.inbound("spiffe://example.org/web".parse().unwrap()).is_ok());
+        assert!(admission.permitted(&neighbour).is_ok());
+    }
+
+    fn fill_from(admission: &Admission, from: &Whence) -> Vec<Place> {
+        std::iter::from_fn(|| admission.unproven(from).ok()).collect()
     }
 
     #[test]
-    fn a_network_is_the_first_half_of_an_ipv6_address_and_three_parts_of_an_ipv4_one() {
-        let network = |of: &str| Holder::network(of.parse().unwrap()).to_string();
-        assert_eq!(network("2001:db8:1:2:3::4"), "2001:db8:1:2::/64");
-        assert_eq!(network("::ffff:10.1.2.3"), "10.1.2.0/24");
+    fn programs_of_this_host_leave_room_for_every_network_and_one_user_for_the_others() {
+        let admission = Admission::new(300);
+        let flood = fill_from(&admission, &Whence::Here(Some(3000)));
+        assert!((200..263).contains(&flood.len()), "{}", flood.len());
+        let other = admission.unproven(&Whence::Here(Some(0)));
+        assert!(other.is_ok(), "{other:?}");
+        let users: Vec<Vec<Place>> = (0..50).map(|uid| fill_from(&admission, &Whence::Here(Some(uid)))).collect();
+        let held = |users: &[Vec<Place>]| users.iter().map(Vec::len).sum::<usize>();
+        assert!(flood.len() + held(&users) < 264, "{}", held(&users));
+        for network in 0..5 {
+            let remote = admission.unproven(&Whence::Away([198, 51, network, 1].into()));
+            assert!(remote.is_ok(), "{remote:?}");
+        }
+        let full = admission.unproven(&Whence::Here(Some(3000))).unwrap_err();
+        assert!(full.to_string().ends_with("are those of programs of this host"), "{full}");
+    }
+
+    #[test]
+    fn many_networks_in_a_wider_one_leave_room_for_others() {
+        let admission = Admission::new(300);
+        let at = |site: u16, network: u16| Whence::Away([0x2001, 0xdb8, site, network, 0, 0, 0, 1].into());
+        // Every /64 of a /56, then of the /48.
+        let few: Vec<Place> = (0..1000).filter_map(|number| admission.unproven(&at(1, number % 256)).ok()).collect();
+        assert!((200..240).contains(&few.len()), "{}", few.len());
+        let more: Vec<Place> = (0..65_535).filter_map(|number| admission.unproven(&at(1, number)).ok()).collect();
+        assert!(few.len() + more.len() < 264 && !more.is_empty(), "{}", more.len());
+        assert!(admission.unproven(&at(2, 1)).is_ok());
+        assert!(admission.unproven(&Whence::Away([198, 51, 100, 1].into())).is_ok());
     }
 
     proptest! {
@@ -299,7 +339,7 @@ mod tests {
                 let own = held.iter().filter(|(by, _)| *by == uid).count();
                 let free = all - held.len();
                 if takes {
-                    match places.take(Holder::User(uid)) {
+                    match places.take([Holder::User(uid)].into()) {
                         Ok(place) => held.push((uid, place)),
                         Err(_) => prop_assert!(free == 0 || own >= free),
                     }

@@ -32,6 +32,7 @@ pub mod relay;
 pub mod reuse;
 pub mod audit;
 pub mod live;
+pub mod whence;
 pub mod admission;
 pub mod turns;
 pub mod pipeline;

@@ -12,7 +12,7 @@ mod error;
 pub use attempt::turned_away;
 pub use error::Error;
 
-use crate::admission::{Admission, Full, Holder, Place};
+use crate::admission::{Admission, Full, Place};
 use crate::audit::{self, Decision, Method};
 use crate::authorize::{self, Authorized, Permit};
 use crate::config::Config;
@@ -25,6 +25,7 @@ use crate::policy::{Policy, Rule, Workload};
 use crate::relay::{self, Idle, Left, Limits, Progress, Stop};
 use crate::reuse::{self, Bound, Key, Pool};
 use crate::turns::{Party, Turns};
+use crate::whence::Here;
 use arc_swap::ArcSwap;
 use attempt::Attempt;
 use std::cell::RefCell;
@@ -73,6 +74,8 @@ pub struct Shared {
     pub registry: Arc<Registry>,
     /// Places for connections.
     pub admission: Admission,
+    /// The addresses of this host.
+    pub here: Here,
     /// The audit log.
     pub audit: audit::Sender,
     /// Told when policy or trust have changed: what was decided before is decided again.
@@ -138,7 +141,7 @@ async fn settled(left: Option<Left>) -> Option<Idle> {
 async fn begin<'a>(shared: &'a Shared, site: &'a Site, flow: Flow) -> Option<(Place, Made<'a>)> {
     let place = |admission: &Admission, flow: &Flow| match flow.direction {
         Direction::Outbound => admission.outbound(flow.task.map_or(u32::MAX, |task| task.uid)),
-        Direction::Inbound => admission.unproven(flow.source.ip()),
+        Direction::Inbound => admission.unproven(&shared.here.whence(flow.source, flow.destination.0)),
     };
     let (mut place, attempt, flow) = enter(shared, flow, place)?;
     Walk::new(shared, site).make(attempt, flow, &mut place).await.map(|made| (place, made))
@@ -187,7 +190,7 @@ async fn again<'a>(
             return None;
         }
     };
-    let peer = Holder::Peer(agreement.peer.id.clone());
+    let peer = agreement.peer.id.clone();
     let (place, mut attempt, flow) = enter(shared, flow, |admission, _| admission.inbound(peer))?;
     attempt.session = Some(Box::new(session));
     let walk = Walk::new(shared, site);
@@ -400,7 +403,7 @@ impl<'a> Walk<'a> {
             };
             let session = {
                 let terms = self.terms(engine, offer);
-                let party = Party::Workload(permit.parties().workload.id.clone());
+                let party = Party::workload(permit.parties().workload.id.clone());
                 let _turn = match self.shared.turns.take(party, terms.deadline).await {
                     Ok(turn) => turn,
                     Err(error) => return Err(Unmet::with(Error::Turn(error), permit)),
@@ -447,7 +450,7 @@ impl<'a> Walk<'a> {
             // A socket that cannot be looked at is one that the handshake will fail on, and say why.
             if !handshake::looks_like_tls(&permit.parties().flow.socket, SILENCE).await.unwrap_or(true) {
                 let parties = permit.into_parties();
-                match self.shared.admission.inbound(Holder::network(parties.flow.source.ip())) {
+                match self.shared.admission.permitted(place) {
                     Ok(proven) => *place = proven,
                     Err(full) => {
                         attempt.refuse(parties.flow.socket, &Error::TooMany(full));
@@ -461,8 +464,7 @@ impl<'a> Walk<'a> {
             let terms = self.terms(self.shared.engine, self.shared.config.sessions.reuse);
             // Whoever has said nothing yet takes nobody's turn.
             let spoke = handshake::speaks(&permit.parties().flow.socket, terms.deadline).await;
-            let Parties { flow, workload, .. } = permit.parties();
-            let party = Party::peer(flow.source.ip(), workload.id.clone());
+            let party = Party::peer(place.holders(), &permit.parties().workload.id);
             let turn = match spoke {
                 true => match self.shared.turns.take(party, terms.deadline).await {
                     Ok(turn) => Some(turn),
@@ -486,7 +488,7 @@ impl<'a> Walk<'a> {
             }
         };
         let (basis, rule) = (attempt.agreed(session.agreement(), 1), session.rule().clone());
-        match self.shared.admission.inbound(Holder::Peer(session.agreement().peer.id.clone())) {
+        match self.shared.admission.inbound(session.agreement().peer.id.clone()) {
             Ok(proven) => *place = proven,
             Err(full) => {
                 attempt.refuse(session.into_permit().into_parties().flow.socket, &Error::TooMany(full));

@@ -1,23 +1,23 @@
 //! Whose handshake is next? At most so many are under way, the others wait, and neither the turns nor the room to wait can
 //! be had by one party alone.
 //!
-//! A party is a local workload that dials, or the network of a peer that dials one: who the peer is, its handshake has yet
-//! to show. `Queue` decides, without clock or waiting; this is how the tasks of all shards ask it.
+//! A party is a local workload that dials, or whoever dials one from this host or a network: who the peer is, its handshake
+//! has yet to show. Parties are within parties: users of this host, networks of a wider one. `Queue` decides, without clock
+//! or waiting; this is how the tasks of all shards ask it.
 //!
 //! *Invariant:* a turn is given back by a drop, also where whoever waited for it went away at that very moment.
 
 mod queue;
 
 use crate::{
+    admission::Holder,
     lock::lock,
     refusal::{Culprit, Refusal},
     spiffe::SpiffeId,
 };
-use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use queue::{Answer, Queue, Ticket};
 use std::{
     fmt,
-    net::IpAddr,
     sync::{Arc, Mutex, MutexGuard},
 };
 use tokio::{
@@ -27,37 +27,44 @@ use tokio::{
 
 /// Who wants to shake hands, as far as that is known before.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Party {
+enum Step {
     /// A local workload, which dials.
     Workload(SpiffeId),
-    /// Whoever dials a local workload from one network.
-    Network {
-        /// An IPv4 address, or the /64 of an IPv6 address: whoever has one of those has all of them (RFC 6177).
-        from: IpNet,
+    /// Whoever dials a local workload.
+    Peer {
+        from: Holder,
         /// The workload that is dialled: a peer of one does not wait for the peers of another.
         to: SpiffeId,
     },
 }
 
+/// The same, each within the one before. None is empty.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Party(Box<[Step]>);
+
 impl Party {
-    /// The party of a peer at this address.
-    pub fn peer(from: IpAddr, to: SpiffeId) -> Self {
-        let from = match from.to_canonical() {
-            IpAddr::V4(four) => IpNet::V4(Ipv4Net::from(four)),
-            IpAddr::V6(six) => IpNet::V6(Ipv6Net::new_assert(six, 64).trunc()),
-        };
-        Self::Network { from, to }
+    /// A local workload, which dials.
+    pub fn workload(id: SpiffeId) -> Self {
+        Self([Step::Workload(id)].into())
+    }
+
+    /// Whoever dials a local workload and has yet to show who it is.
+    pub fn peer(from: &[Holder], to: &SpiffeId) -> Self {
+        Self(from.iter().map(|from| Step::Peer { from: from.clone(), to: to.clone() }).collect())
+    }
+
+    fn dials_out(&self) -> bool {
+        matches!(*self.0, [Step::Workload(_), ..])
     }
 }
 
+/// The widest party: what is full is full by all that are within it.
 impl fmt::Display for Party {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        match self {
-            Self::Workload(id) => id.fmt(f),
-            Self::Network { from, to } if from.prefix_len() == from.max_prefix_len() => {
-                write!(f, "{} to {to}", from.addr())
-            }
-            Self::Network { from, to } => write!(f, "{from} to {to}"),
+        match self.0.first() {
+            Some(Step::Workload(id)) => id.fmt(f),
+            Some(Step::Peer { from, to }) => write!(f, "{from} to {to}"),
+            None => f.write_str("nobody"),
         }
     }
 }
@@ -87,20 +94,12 @@ pub enum Error {
     },
 }
 
-impl Error {
-    fn party(&self) -> &Party {
-        match self {
-            Self::Full { party, .. } | Self::Late { party, .. } => party,
-        }
-    }
-}
-
 impl Refusal for Error {
     fn culprit(&self) -> Culprit {
-        match (self, self.party()) {
-            (Self::Full { .. }, Party::Network { .. }) => Culprit::Peer,
+        match self {
+            Self::Full { party, .. } if !party.dials_out() => Culprit::Peer,
             // The program dials more than this host can take.
-            (Self::Full { .. }, Party::Workload(_)) | (Self::Late { .. }, _) => Culprit::Host,
+            Self::Full { .. } | Self::Late { .. } => Culprit::Host,
         }
     }
     fn code(&self) -> &'static str {
@@ -114,7 +113,7 @@ impl Refusal for Error {
 /// The turns of all shards.
 #[derive(Debug)]
 pub struct Turns {
-    queue: Mutex<Queue<Party, oneshot::Sender<Result<Turn, Error>>>>,
+    queue: Mutex<Queue<Step, oneshot::Sender<Result<Turn, Error>>>>,
     room: usize,
 }
 
@@ -127,7 +126,7 @@ impl Turns {
     /// Waits for a turn until the deadline. Cancel safe: who goes away leaves the line.
     pub async fn take(self: &Arc<Self>, party: Party, deadline: Instant) -> Result<Turn, Error> {
         let (tell, told) = oneshot::channel();
-        let (ticket, refused) = match self.queue().ask(party.clone(), tell) {
+        let (ticket, refused) = match self.queue().ask(&party.0, tell) {
             Answer::Now => return Ok(self.turn(party)),
             Answer::Wait { ticket, refused } => (ticket, refused),
             Answer::Full { own } => return Err(Error::Full { party, all: self.room, own }),
@@ -135,10 +134,10 @@ impl Turns {
         let waiter = Waiter { turns: self, party: &party, ticket };
         if let Some((party, tell, own)) = refused {
             // Whoever is not there any more has nothing to be told.
-            _ = tell.send(Err(Error::Full { party, all: self.room, own }));
+            _ = tell.send(Err(Error::Full { party: Party(party), all: self.room, own }));
         }
         let outcome = timeout_at(deadline, told).await;
-        let own = self.queue().waiting_for(&party);
+        let own = self.queue().waiting_for(&party.0);
         drop(waiter);
         match outcome {
             Ok(Ok(outcome)) => outcome,
@@ -155,7 +154,7 @@ impl Turns {
         Turn { turns: self.clone(), party }
     }
 
-    fn queue(&self) -> MutexGuard<'_, Queue<Party, oneshot::Sender<Result<Turn, Error>>>> {
+    fn queue(&self) -> MutexGuard<'_, Queue<Step, oneshot::Sender<Result<Turn, Error>>>> {
         lock(&self.queue)
     }
 }
@@ -170,7 +169,7 @@ struct Waiter<'a> {
 impl Drop for Waiter<'_> {
     fn drop(&mut self) {
         // Where the turn has come already, or was refused, there is nobody in the line any more.
-        let gone = self.turns.queue().leave(self.party, self.ticket);
+        let gone = self.turns.queue().leave(&self.party.0, self.ticket);
         drop(gone);
     }
 }
@@ -184,11 +183,11 @@ pub struct Turn {
 
 impl Drop for Turn {
     fn drop(&mut self) {
-        let next = self.turns.queue().done(&self.party);
-        if let Some((party, tell)) = next {
+        let next = self.turns.queue().done(&self.party.0);
+        for (party, tell) in next {
             // Whoever went away at this very moment gives the turn back, by the drop of what cannot be sent: once for each
             // thread at most, since between the two halves of its leaving nothing waits.
-            _ = tell.send(Ok(self.turns.turn(party)));
+            _ = tell.send(Ok(self.turns.turn(Party(party))));
         }
     }
 }

@@ -5,7 +5,8 @@
 //!
 //! *Invariant:* a number without a unit means nothing, so it is refused rather than guessed.
 
-use std::net::{IpAddr, Ipv6Addr};
+use ipnet::IpNet;
+use std::net::IpAddr;
 use std::time::Duration;
 
 /// Longest duration that can be written: ten years.
@@ -83,15 +84,16 @@ fn clip(text: &str) -> String {
     text.chars().take(20).collect()
 }
 
-/// The network that an address stands for where whoever has one has others beside: the first address of its /24, or /64.
-pub fn network_of(address: IpAddr) -> IpAddr {
-    match address.to_canonical() {
-        IpAddr::V4(ip) => {
-            let [a, b, c, _] = ip.octets();
-            [a, b, c, 0].into()
-        }
-        IpAddr::V6(ip) => Ipv6Addr::from_bits(ip.to_bits() & (u128::MAX << 64)).into(),
-    }
+/// The network that an address stands for where whoever has one has others beside: its /24, or /64, or all of 127.0.0.0/8,
+/// which every host has for itself.
+pub fn network_of(address: IpAddr) -> IpNet {
+    let address = address.to_canonical();
+    let length = match address {
+        ip if ip.is_ipv4() && ip.is_loopback() => 8,
+        IpAddr::V4(_) => 24,
+        IpAddr::V6(_) => 64,
+    };
+    IpNet::new(address, length).map_or_else(|_| address.into(), |network| network.trunc())
 }
 
 #[cfg(test)]

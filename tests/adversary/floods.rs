@@ -8,8 +8,11 @@ use lab::policy::PORT;
 use lab::world::events;
 use lab::{Hand, Lab, Mesh, Settings, clock, enter, lab, or_skip, skip};
 use rustix::mount::{MountFlags, mount};
+use socket2::{Domain, Socket, Type};
+use std::collections::VecDeque;
 use std::io::Write;
-use std::net::TcpStream;
+use std::net::{SocketAddr, TcpStream};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 /// An attacker leaves more sockets behind than any table of the agent has rows.
@@ -192,6 +195,81 @@ fn silent_connections_take_no_place_that_others_need() {
     });
     assert!(out.is_some(), "a workload cannot dial out while strangers say nothing");
     drop(silent);
+    expect_alive(&mesh);
+}
+
+/// Connections from one address of the loopback network after the other, as any user of the host can make them. Each is kept
+/// until there are more than this.
+fn from_everywhere_here(to: SocketAddr, kept: usize, over: impl Fn() -> bool, with: impl Fn(&mut TcpStream)) -> u64 {
+    let (mut held, mut made) = (VecDeque::new(), 0_u64);
+    while !over() {
+        let [.., high, low] = u32::try_from(made % 60_000).unwrap().to_be_bytes();
+        let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
+        socket.bind(&SocketAddr::from(([127, high.max(1), low, 1], 0)).into()).unwrap();
+        if socket.connect_timeout(&to.into(), clock::seconds(2)).is_err() {
+            continue;
+        }
+        let mut stream = TcpStream::from(socket);
+        with(&mut stream);
+        made += 1;
+        held.push_back(stream);
+        if held.len() > kept {
+            held.pop_front();
+        }
+    }
+    made
+}
+
+#[test]
+fn silent_connections_from_all_of_loopback_leave_room_for_other_hosts() {
+    let lab = lab!();
+    let places = Settings { tables: "[limits]\nconnections = 300\n".to_owned(), ..Settings::default() };
+    // Each call needs a place of its own.
+    let fresh = Settings { tables: "[sessions]\nreuse = false\n".to_owned(), ..Settings::default() };
+    let mesh = or_skip!(mesh_of(&lab, &fresh, &places));
+    let _web = web(&lab, "server", "web", "", &format!("0.0.0.0:{PORT}"));
+    lab.expect_served(&mesh, lab.beta.at(PORT));
+    let over = AtomicBool::new(false);
+    let (served, made) = std::thread::scope(|scope| {
+        let flood = scope.spawn(|| {
+            let near = SocketAddr::from(([127, 0, 0, 1], PORT));
+            lab.beta.within(|| from_everywhere_here(near, 700, || over.load(Ordering::Relaxed), |_| ()))
+        });
+        let _full = clock::until(clock::seconds(20), || {
+            (mesh.beta().status()["connections"]["unproven"].as_u64() >= Some(200)).then_some(())
+        });
+        let call = |_: &u32| {
+            let heard = lab.echo(&lab.alpha, "client", lab.beta.at(PORT), &[]);
+            heard.iter().any(|event| event["text"] == lab.marker())
+        };
+        let served = (0..20).filter(call).count();
+        over.store(true, Ordering::Relaxed);
+        (served, flood.join().unwrap())
+    });
+    assert!(made > 300, "{made}");
+    assert_eq!(served, 20, "of 20 calls from another host, with {made} connections from this one");
+    expect_alive(&mesh);
+}
+
+#[test]
+fn refusals_from_all_of_loopback_are_a_few_lines_with_a_count() {
+    let lab = lab!();
+    let mesh = mesh!(lab, &policy(&lab, &[PORT]));
+    let web = web(&lab, "server", "web", "", &format!("0.0.0.0:{PORT}"));
+    let end = Instant::now() + clock::millis(5000);
+    let attempts = lab.beta.within(|| {
+        let near = SocketAddr::from(([127, 0, 0, 1], PORT));
+        from_everywhere_here(near, 100, || Instant::now() > end, |stream| {
+            let _refused = stream.write_all(b"STRANGER-flood\n");
+        })
+    });
+    assert!(attempts > 1000, "{attempts}");
+    let counted = || attempts_of(&mesh.beta().audit());
+    assert!(clock::until(clock::seconds(30), || (counted() >= attempts).then_some(())).is_some(), "{}", counted());
+    let size = std::fs::metadata(mesh.beta().directory().join("audit.jsonl")).unwrap().len();
+    assert!(size < 150_000, "{size} bytes for {attempts} connections");
+    web.expect_no_stranger("in plaintext");
+    lab.expect_served(&mesh, lab.beta.at(PORT));
     expect_alive(&mesh);
 }
 

@@ -177,7 +177,7 @@ impl Control {
                 self.refusals_due.get_or_insert_with(|| Instant::now() + SOON);
                 let record = kernel_record::refused(&refused, &policy);
                 self.shared.registry.count_refused(&record);
-                self.shared.audit.send(&record);
+                self.shared.audit.send_refusal(record);
             }
             Notice::Bypassed(event) => self.shared.audit.send(&kernel_record::bypassed(&event, &policy)),
             Notice::Listening(listening) => self.listeners.note(listening),

@@ -28,6 +28,7 @@ use crate::policy::{Policy, Rejected};
 use crate::privilege::{self, Sandbox};
 use crate::shard;
 use crate::turns::Turns;
+use crate::whence::Here;
 use arc_swap::ArcSwap;
 use control::{Control, Settled};
 use std::io;
@@ -113,6 +114,7 @@ pub fn run(mut config: Config) -> Result<(), Error> {
         engine,
         registry: Arc::new(Registry::default()),
         admission: Admission::new(config.limits.connections),
+        here: Here::default(),
         audit: log.sender(),
         changed: watch::Sender::new(()),
         shards,

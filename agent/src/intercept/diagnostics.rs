@@ -87,6 +87,23 @@ pub(super) fn destroy(socket: &Socket) -> Result<bool, Error> {
     }
 }
 
+/// The user whose socket is the far end of a connection that both ends of which are this host's. `None`: it is gone, or the
+/// kernel does not say.
+pub fn user_of(far: SocketAddr, near: SocketAddr) -> Option<u32> {
+    let (far, near) = (canonical(far), canonical(near));
+    let family = if far.is_ipv4() { AF_INET } else { AF_INET6 };
+    // No cookie is known, which is all ones.
+    let ends = Socket { local: far, remote: near, cookie: u64::MAX, inode: 0, uid: 0, ipv6_only: false, family, interface: 0 };
+    let netlink = open().ok()?;
+    send(&netlink, &request(SOCK_DIAG_BY_FAMILY, REQUEST, family, ALL, Some(&ends))).ok()?;
+    let mut buffer = vec![0; 8192];
+    let length = receive(&netlink, &mut buffer).ok()?;
+    let answers = messages(buffer.get(..length)?);
+    let (_, body) = answers.into_iter().find(|(kind, _)| *kind == SOCK_DIAG_BY_FAMILY)?;
+    // Where the connection is gone the kernel finds whoever listens on its port.
+    socket(body).filter(|found| (found.local, found.remote) == (far, near)).map(|found| found.uid)
+}
+
 fn dump(family: u8, states: u32, found: &mut Vec<Socket>) -> io::Result<()> {
     let netlink = open()?;
     send(&netlink, &request(SOCK_DIAG_BY_FAMILY, REQUEST | DUMP, family, states, None))?;

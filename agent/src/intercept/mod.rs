@@ -33,6 +33,7 @@ mod work;
 pub use control::{Notice, OldConnection, Options, Programs};
 #[cfg(test)]
 pub(crate) use door::{Congestion, prepare};
+pub use diagnostics::user_of;
 pub use door::{Dialler, Door, Doorway, Listens, Opening, claim_listener};
 pub use error::{Error, Holder};
 pub use host::{Finding, findings, hold_against_host};

@@ -2,13 +2,19 @@
 //!
 //! Next is who has the fewest turns, and among those with as few, who was served longest ago: round robin. A party gets a
 //! turn only while more are free than it has. So one alone has at most half of them, two have a third each, and there is
-//! always one left for whoever comes next, however long those that are under way may take.
+//! always one left for whoever comes next, however long those that are under way may take. Parties may be within a party:
+//! which of them is next is decided in the same way, and of the turns that theirs may have one takes what it needs until an
+//! eighth is left, as with places ([`admits`]).
 //! *Invariant:* nobody waits who could go; no line is longer than it has to be for want of others.
 
+use crate::admission::admits;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Number of a waiter, in the order of coming.
 pub(super) type Ticket = u64;
+
+/// A party, each step within the one before. None goes on where another ends.
+pub(super) type Path<K> = Box<[K]>;
 
 /// What whoever asks is told.
 #[derive(Debug, PartialEq, Eq)]
@@ -18,10 +24,10 @@ pub(super) enum Answer<K, W> {
     /// Wait for [`Queue::done`] to give `W` back, or [`Queue::leave`].
     Wait {
         ticket: Ticket,
-        /// Who lost its place for this one, with the length of its line before that.
-        refused: Option<(K, W, usize)>,
+        /// Who lost its place for this one, with how many waited of its widest party before that.
+        refused: Option<(Path<K>, W, usize)>,
     },
-    /// There is no room, and nobody's line is longer than one's own, which is this long.
+    /// There is no room, and nobody's line is longer than one's own; so many wait of one's widest party.
     Full { own: usize },
 }
 
@@ -30,110 +36,220 @@ pub(super) enum Answer<K, W> {
 pub(super) struct Queue<K, W> {
     free: usize,
     room: usize,
-    waiting: usize,
     /// Counts what happens, so that earlier and later can be told.
     clock: u64,
-    lines: BTreeMap<K, Line<W>>,
-    /// Those whose line is not empty, the next one first: turns they have, when they were served.
+    all: Node<K, W>,
+}
+
+/// A party and those within it.
+#[derive(Debug)]
+struct Node<K, W> {
+    has: usize,
+    served: u64,
+    /// Here and within.
+    waiting: usize,
+    /// Those of the party itself, where none are within it.
+    waiters: BTreeMap<Ticket, W>,
+    within: BTreeMap<K, Node<K, W>>,
+    /// Those within of whom somebody waits, the next one first: turns they have, when they were served.
     next: BTreeSet<(usize, u64, K)>,
     /// The same, the longest line last.
     longest: BTreeSet<(usize, K)>,
 }
 
-#[derive(Debug)]
-struct Line<W> {
-    has: usize,
-    served: u64,
-    waiters: BTreeMap<Ticket, W>,
+/// The turns that may be given within a party: so many are left, of so many.
+#[derive(Clone, Copy)]
+enum Left {
+    /// All of the queue's.
+    All { free: usize },
+    Share { free: usize, of: usize },
+}
+
+impl Left {
+    /// May a party with so many turns get another?
+    fn admits(self, has: usize) -> bool {
+        match self {
+            Self::All { free } => has < free,
+            Self::Share { free, of } => admits(has, of - free, of),
+        }
+    }
+
+    /// What is left within a party with so many turns.
+    fn within(self, has: usize) -> Self {
+        let (free, of) = match self {
+            // What it could take one by one while more are free than it has.
+            Self::All { free } => {
+                let more = (free + 1).saturating_sub(has) / 2;
+                (more, has + more)
+            }
+            // What is left of seven eighths, or what is left at all.
+            Self::Share { free, of } => ((of - of / 8).saturating_sub(has).min(free), of - of / 8),
+        };
+        Self::Share { free, of }
+    }
 }
 
 impl<K: Ord + Clone, W> Queue<K, W> {
     pub(super) fn new(turns: usize, room: usize) -> Self {
-        let (lines, next, longest) = (BTreeMap::new(), BTreeSet::new(), BTreeSet::new());
-        Self { free: turns, room, waiting: 0, clock: 0, lines, next, longest }
+        Self { free: turns, room, clock: 0, all: Node::new(0) }
     }
 
     /// Asks for a turn.
-    pub(super) fn ask(&mut self, key: K, tell: W) -> Answer<K, W> {
-        let (has, own) = self.lines.get(&key).map_or((0, 0), |line| (line.has, line.waiters.len()));
-        if has < self.free {
-            self.free -= 1;
-            self.change(&key, |line, clock| (line.has, line.served) = (line.has + 1, clock));
+    pub(super) fn ask(&mut self, path: &[K], tell: W) -> Answer<K, W> {
+        if self.all.admits(path, Left::All { free: self.free }) {
+            self.serve(path);
             return Answer::Now;
         }
-        let refused = if self.waiting < self.room {
+        let refused = if self.all.waiting < self.room {
             None
         } else {
-            match self.longest.last() {
-                Some((length, longest)) if *length > own + 1 => self.refuse(*length, &longest.clone()),
-                _ => return Answer::Full { own },
+            match self.all.crowd(path) {
+                Some(crowd) => self.refuse(crowd),
+                None => return Answer::Full { own: self.waiting_for(path) },
             }
         };
         let ticket = self.clock;
-        self.waiting += 1;
-        self.change(&key, |line, _| line.waiters.insert(ticket, tell));
+        self.all.waiting += 1;
+        self.change(path, |node, _| node.waiting += 1, |node| node.waiters.insert(ticket, tell));
         Answer::Wait { ticket, refused }
     }
 
-    /// A turn of this party is over. Who has it now, if anybody waits who may.
-    pub(super) fn done(&mut self, key: &K) -> Option<(K, W)> {
+    /// A turn of this party is over. Who has one now that waited: mostly one at most.
+    pub(super) fn done(&mut self, path: &[K]) -> Vec<(Path<K>, W)> {
         self.free += 1;
-        self.change(key, |line, _| line.has = line.has.saturating_sub(1));
-        let (has, _, key) = self.next.first()?;
-        if *has >= self.free {
-            return None;
+        self.change(path, |node, _| node.has = node.has.saturating_sub(1), |_| ());
+        let mut told = Vec::new();
+        let mut next = Vec::new();
+        while self.all.next(Left::All { free: self.free }, &mut next) {
+            self.serve(&next);
+            self.all.waiting -= 1;
+            let tell = self.change(&next, |node, _| node.waiting -= 1, |node| node.waiters.pop_first());
+            let path = std::mem::take(&mut next).into();
+            told.extend(tell.map(|(_, tell)| (path, tell)));
         }
-        let key = key.clone();
-        let tell = self.change(&key, |line, clock| {
-            (line.has, line.served) = (line.has + 1, clock);
-            line.waiters.pop_first()
-        });
-        let (_, tell) = tell?;
-        self.free -= 1;
-        self.waiting -= 1;
-        Some((key, tell))
+        told
     }
 
     /// A waiter goes away. `None`: it was told already.
-    pub(super) fn leave(&mut self, key: &K, ticket: Ticket) -> Option<W> {
+    pub(super) fn leave(&mut self, path: &[K], ticket: Ticket) -> Option<W> {
         // Without this a party that is gone would come back as an empty line for a moment.
-        self.lines.get(key)?.waiters.get(&ticket)?;
-        let gone = self.change(key, |line, _| line.waiters.remove(&ticket));
-        self.waiting -= usize::from(gone.is_some());
-        gone
+        self.all.find(path)?.waiters.get(&ticket)?;
+        self.all.waiting -= 1;
+        self.change(path, |node, _| node.waiting -= 1, |node| node.waiters.remove(&ticket))
     }
 
     pub(super) fn waiting(&self) -> usize {
-        self.waiting
+        self.all.waiting
     }
 
-    pub(super) fn waiting_for(&self, key: &K) -> usize {
-        self.lines.get(key).map_or(0, |line| line.waiters.len())
+    /// How many wait of the widest party.
+    pub(super) fn waiting_for(&self, path: &[K]) -> usize {
+        path.first().and_then(|key| self.all.within.get(key)).map_or(0, |node| node.waiting)
     }
 
     /// Takes the newest out of a line: it has waited for the least.
-    fn refuse(&mut self, length: usize, key: &K) -> Option<(K, W, usize)> {
-        let (_, tell) = self.change(key, |line, _| line.waiters.pop_last())?;
-        self.waiting -= 1;
-        Some((key.clone(), tell, length))
+    fn refuse(&mut self, path: Path<K>) -> Option<(Path<K>, W, usize)> {
+        let own = self.waiting_for(&path);
+        self.all.waiting -= 1;
+        let (_, tell) = self.change(&path, |node, _| node.waiting -= 1, |node| node.waiters.pop_last())?;
+        Some((path, tell, own))
     }
 
-    /// Changes a line and what is known about it. A party without turns and waiters is forgotten.
-    fn change<T>(&mut self, key: &K, change: impl FnOnce(&mut Line<W>, u64) -> T) -> T {
+    fn serve(&mut self, path: &[K]) {
+        self.free -= 1;
+        self.change(path, |node, clock| (node.has, node.served) = (node.has + 1, clock), |_| ());
+    }
+
+    fn change<T>(&mut self, path: &[K], each: impl Fn(&mut Node<K, W>, u64), last: impl FnOnce(&mut Node<K, W>) -> T) -> T {
         self.clock += 1;
-        let clock = self.clock;
-        let fresh = || Line { has: 0, served: clock, waiters: BTreeMap::new() };
-        let line = self.lines.entry(key.clone()).or_insert_with(fresh);
-        if !line.waiters.is_empty() {
-            self.next.remove(&(line.has, line.served, key.clone()));
-            self.longest.remove(&(line.waiters.len(), key.clone()));
+        self.all.change(path, self.clock, &each, last)
+    }
+}
+
+impl<K: Ord + Clone, W> Node<K, W> {
+    fn new(clock: u64) -> Self {
+        let (waiters, within, next, longest) = (BTreeMap::new(), BTreeMap::new(), BTreeSet::new(), BTreeSet::new());
+        Self { has: 0, served: clock, waiting: 0, waiters, within, next, longest }
+    }
+
+    fn find(&self, path: &[K]) -> Option<&Self> {
+        path.iter().try_fold(self, |node, key| node.within.get(key))
+    }
+
+    /// May this party get a turn at every step?
+    fn admits(&self, path: &[K], left: Left) -> bool {
+        let Some((key, rest)) = path.split_first() else { return true };
+        match self.within.get(key) {
+            Some(node) => left.admits(node.has) && node.admits(rest, left.within(node.has)),
+            None => left.admits(0),
         }
-        let outcome = change(line, clock);
-        if !line.waiters.is_empty() {
-            self.next.insert((line.has, line.served, key.clone()));
-            self.longest.insert((line.waiters.len(), key.clone()));
-        } else if line.has == 0 {
-            self.lines.remove(key);
+    }
+
+    /// Who is next, if anybody waits who may go.
+    fn next(&self, left: Left, path: &mut Vec<K>) -> bool {
+        if self.within.is_empty() {
+            return !self.waiters.is_empty();
+        }
+        for (has, _, key) in &self.next {
+            if !left.admits(*has) {
+                return false;
+            }
+            path.push(key.clone());
+            // Those within may have to leave something to one that has not come yet.
+            if self.within.get(key).is_some_and(|node| node.next(left.within(*has), path)) {
+                return true;
+            }
+            path.pop();
+        }
+        false
+    }
+
+    /// Whose line is longer than this party's would be, at the first step where any is.
+    fn crowd(&self, path: &[K]) -> Option<Path<K>> {
+        let (mut node, mut before) = (Some(self), Vec::new());
+        for key in path {
+            let around = node?;
+            let own = around.within.get(key).map_or(0, |node| node.waiting);
+            let (length, longest) = around.longest.last()?;
+            if *length > own + 1 {
+                before.push(longest.clone());
+                around.within.get(longest)?.to_longest(&mut before);
+                return Some(before.into());
+            }
+            before.push(key.clone());
+            node = around.within.get(key);
+        }
+        None
+    }
+
+    fn to_longest(&self, path: &mut Vec<K>) {
+        if let Some((_, key)) = self.longest.last() {
+            path.push(key.clone());
+            self.within.get(key).into_iter().for_each(|node| node.to_longest(path));
+        }
+    }
+
+    /// Changes the parties on a path, and what is known about them. One without turns and waiters is forgotten.
+    fn change<T>(
+        &mut self,
+        path: &[K],
+        clock: u64,
+        each: &impl Fn(&mut Self, u64),
+        last: impl FnOnce(&mut Self) -> T,
+    ) -> T {
+        let Some((key, rest)) = path.split_first() else { return last(self) };
+        let node = self.within.entry(key.clone()).or_insert_with(|| Self::new(clock));
+        if node.waiting > 0 {
+            self.next.remove(&(node.has, node.served, key.clone()));
+            self.longest.remove(&(node.waiting, key.clone()));
+        }
+        each(node, clock);
+        let outcome = node.change(rest, clock, each, last);
+        if node.waiting > 0 {
+            self.next.insert((node.has, node.served, key.clone()));
+            self.longest.insert((node.waiting, key.clone()));
+        } else if node.has == 0 {
+            self.within.remove(key);
         }
         outcome
     }
@@ -147,21 +263,31 @@ impl<K: Ord + Clone + std::fmt::Debug, W> Queue<K, W> {
 
     /// What must hold at any time.
     pub(super) fn check(&self, turns: usize) {
-        let has: usize = self.lines.values().map(|line| line.has).sum();
-        let waiting: usize = self.lines.values().map(|line| line.waiters.len()).sum();
-        assert_eq!((has + self.free, waiting), (turns, self.waiting), "a turn or a waiter is lost");
-        assert!(self.waiting <= self.room, "more wait than there is room for");
-        assert!(self.lines.values().all(|line| line.has > 0 || !line.waiters.is_empty()), "an empty line is kept");
-        let wait: BTreeSet<_> = self
-            .lines
-            .iter()
-            .filter(|(_, line)| !line.waiters.is_empty())
-            .collect::<Vec<_>>()
-            .into_iter()
-            .map(|(key, line)| (line.has, line.served, key.clone()))
-            .collect();
-        assert_eq!(wait, self.next);
-        assert_eq!(wait.len(), self.longest.len());
-        assert!(wait.iter().all(|(has, ..)| *has >= self.free), "somebody waits who could go");
+        let (has, waiting) = self.all.check();
+        assert_eq!((has + self.free, waiting), (turns, self.all.waiting), "a turn or a waiter is lost");
+        assert!(waiting <= self.room, "more wait than there is room for");
+        assert!(!self.all.next(Left::All { free: self.free }, &mut Vec::new()), "somebody waits who could go");
+        // Whoever has nothing, of whom nobody has anything, could go while any is free.
+        let idle = self.all.within.values().any(|node| node.has == 0);
+        assert!(!idle || self.free == 0, "a party without a turn waits while turns are free");
+    }
+}
+
+#[cfg(test)]
+impl<K: Ord + Clone + std::fmt::Debug, W> Node<K, W> {
+    /// The turns and the waiters within.
+    fn check(&self) -> (usize, usize) {
+        let mut sum = (0, self.waiters.len());
+        for node in self.within.values() {
+            assert!(node.has > 0 || node.waiting > 0, "an empty line is kept");
+            let (has, waiting) = node.check();
+            assert!(waiting == node.waiting && (node.within.is_empty() || has == node.has), "a count is wrong");
+            sum = (sum.0 + node.has, sum.1 + waiting);
+        }
+        let waits = || self.within.iter().filter(|(_, node)| node.waiting > 0);
+        let next: BTreeSet<_> = waits().map(|(key, node)| (node.has, node.served, key.clone())).collect();
+        let longest: BTreeSet<_> = waits().map(|(key, node)| (node.waiting, key.clone())).collect();
+        assert_eq!((&next, &longest), (&self.next, &self.longest));
+        sum
     }
 }

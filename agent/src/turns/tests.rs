@@ -1,5 +1,6 @@
 use super::queue::{Answer, Queue, Ticket};
 use super::*;
+use crate::whence::Whence;
 use proptest::prelude::*;
 use std::collections::BTreeMap;
 use std::time::Duration;
@@ -9,7 +10,7 @@ fn id(name: &str) -> SpiffeId {
 }
 
 fn workload(name: &str) -> Party {
-    Party::Workload(id(name))
+    Party::workload(id(name))
 }
 
 fn soon() -> Instant {
@@ -19,7 +20,7 @@ fn soon() -> Instant {
 #[test]
 fn a_crowd_does_not_make_others_wait() {
     let mut queue = Queue::new(8, 100);
-    let mut ask = |party: &'static str, number: u32| queue.ask(party, number);
+    let mut ask = |party: &'static str, number: u32| queue.ask(&[party], number);
     // One party has half of the turns at most: the others are for whoever comes.
     for number in 0..4 {
         assert_eq!(ask("crowd", number), Answer::Now);
@@ -34,18 +35,18 @@ fn a_crowd_does_not_make_others_wait() {
 #[test]
 fn those_who_wait_are_served_in_turn_and_each_line_in_order() {
     let mut queue = Queue::new(1, 100);
-    assert_eq!(queue.ask("busy", 0), Answer::Now);
+    assert_eq!(queue.ask(&["busy"], 0), Answer::Now);
     for number in 0..4 {
-        queue.ask("crowd", number);
+        queue.ask(&["crowd"], number);
     }
     for number in 0..2 {
-        queue.ask("one", number);
-        queue.ask("two", number);
+        queue.ask(&["one"], number);
+        queue.ask(&["two"], number);
     }
     let (mut key, mut order) = ("busy", Vec::new());
-    while let Some((next, number)) = queue.done(&key) {
-        order.push((next, number));
-        key = next;
+    while let Some((next, number)) = queue.done(&[key]).pop() {
+        key = next[0];
+        order.push((key, number));
     }
     let expected =
         [("crowd", 0), ("one", 0), ("two", 0), ("crowd", 1), ("one", 1), ("two", 1), ("crowd", 2), ("crowd", 3)];
@@ -56,16 +57,16 @@ fn those_who_wait_are_served_in_turn_and_each_line_in_order() {
 #[test]
 fn where_there_is_no_room_the_newest_of_the_longest_line_goes() {
     let mut queue = Queue::new(1, 4);
-    queue.ask("busy", 0);
+    queue.ask(&["busy"], 0);
     for number in 0..4 {
-        queue.ask("crowd", number);
+        queue.ask(&["crowd"], number);
     }
     // The crowd itself gets nothing more, whoever else comes gets a place until the lines are as long as each other.
-    assert_eq!(queue.ask("crowd", 4), Answer::Full { own: 4 });
-    assert!(matches!(queue.ask("one", 0), Answer::Wait { refused: Some(("crowd", 3, 4)), .. }));
-    assert!(matches!(queue.ask("one", 1), Answer::Wait { refused: Some(("crowd", 2, 3)), .. }));
-    assert_eq!(queue.ask("one", 2), Answer::Full { own: 2 });
-    assert!(matches!(queue.ask("two", 0), Answer::Wait { refused: Some(("one", 1, 2)), .. }));
+    assert_eq!(queue.ask(&["crowd"], 4), Answer::Full { own: 4 });
+    assert!(matches!(queue.ask(&["one"], 0), Answer::Wait { refused: Some((of, 3, 4)), .. } if *of == ["crowd"]));
+    assert!(matches!(queue.ask(&["one"], 1), Answer::Wait { refused: Some((of, 2, 3)), .. } if *of == ["crowd"]));
+    assert_eq!(queue.ask(&["one"], 2), Answer::Full { own: 2 });
+    assert!(matches!(queue.ask(&["two"], 0), Answer::Wait { refused: Some((of, 1, 2)), .. } if *of == ["one"]));
     assert_eq!(queue.waiting(), 4);
 }
 
@@ -78,48 +79,61 @@ enum Deed {
 
 fn deed() -> impl Strategy<Value = Deed> {
     prop_oneof![
-        5 => (0_u8..6).prop_map(|party| Deed::Ask(party.saturating_sub(1))),
+        5 => (0_u8..9).prop_map(|party| Deed::Ask(party.saturating_sub(1))),
         3 => any::<usize>().prop_map(Deed::Done),
         1 => any::<usize>().prop_map(Deed::Leave),
     ]
 }
 
+/// Parties of one, two and three steps.
+fn path(party: u8) -> Box<[u8]> {
+    match party {
+        0..3 => [party].into(),
+        3..6 => [3, party].into(),
+        _ => [6, 6 + party % 2, party].into(),
+    }
+}
+
 proptest! {
     #[test]
     fn turns_and_waiters_are_never_lost_nor_more_than_there_may_be(
-        turns in 1_usize..9, room in 0_usize..12, deeds in prop::collection::vec(deed(), 1..300),
+        turns in 1_usize..40, room in 0_usize..12, deeds in prop::collection::vec(deed(), 1..300),
     ) {
         let mut queue = Queue::new(turns, room);
-        let mut has: Vec<u8> = Vec::new();
-        let mut waits: BTreeMap<u32, (u8, Option<Ticket>)> = BTreeMap::new();
+        let mut has: Vec<Box<[u8]>> = Vec::new();
+        let mut waits: BTreeMap<u32, (Box<[u8]>, Ticket)> = BTreeMap::new();
+        // How many wait within the first steps of a party.
+        let line = |waits: &BTreeMap<u32, (Box<[u8]>, Ticket)>, party: &[u8]| {
+            waits.values().filter(|(of, _)| of.starts_with(party)).count()
+        };
         for (number, deed) in (0_u32..).zip(deeds) {
             match deed {
                 Deed::Ask(party) => {
-                    let lines = |waits: &BTreeMap<u32, (u8, Option<Ticket>)>, party: u8| {
-                        waits.values().filter(|(of, _)| *of == party).count()
-                    };
-                    match queue.ask(party, number) {
+                    let party = path(party);
+                    match queue.ask(&party, number) {
                         Answer::Now => has.push(party),
                         Answer::Wait { ticket, refused } => {
                             if let Some((of, lost, own)) = refused {
                                 prop_assert_eq!(waits.len(), room);
-                                prop_assert_eq!(own, lines(&waits, of));
-                                prop_assert!(own > lines(&waits, party) + 1);
-                                prop_assert_eq!(waits.remove(&lost).map(|(of, _)| of), Some(of));
+                                prop_assert_eq!(own, line(&waits, &of[..1]));
+                                // The first step at which they are not the same is the one that counts.
+                                let apart = of.iter().zip(&party).take_while(|(of, own)| of == own).count() + 1;
+                                prop_assert!(line(&waits, &of[..apart]) > line(&waits, &party[..apart]) + 1);
+                                prop_assert_eq!(waits.remove(&lost).map(|(of, _)| of), Some(of.clone()));
                                 // It was the newest.
                                 prop_assert!(waits.iter().all(|(other, (party, _))| *party != of || *other < lost));
                             }
-                            waits.insert(number, (party, Some(ticket)));
+                            waits.insert(number, (party, ticket));
                         }
                         Answer::Full { own } => {
-                            prop_assert_eq!((waits.len(), own), (room, lines(&waits, party)));
-                            prop_assert!((0..6).all(|other| lines(&waits, other) <= own + 1));
+                            prop_assert_eq!((waits.len(), own), (room, line(&waits, &party[..1])));
+                            prop_assert!((0..7).all(|other| line(&waits, &[other]) <= own + 1));
                         }
                     }
                 }
                 Deed::Done(at) if !has.is_empty() => {
                     let party = has.swap_remove(at % has.len());
-                    if let Some((next, number)) = queue.done(&party) {
+                    for (next, number) in queue.done(&party) {
                         // The oldest of its line.
                         let first = waits.iter().find(|(_, (of, _))| *of == next).map(|(number, _)| *number);
                         prop_assert_eq!(first, Some(number));
@@ -130,8 +144,8 @@ proptest! {
                 Deed::Leave(at) if !waits.is_empty() => {
                     let number = *waits.keys().nth(at % waits.len()).unwrap();
                     let (party, ticket) = waits.remove(&number).unwrap();
-                    prop_assert_eq!(queue.leave(&party, ticket.unwrap()), Some(number));
-                    prop_assert_eq!(queue.leave(&party, ticket.unwrap()), None);
+                    prop_assert_eq!(queue.leave(&party, ticket), Some(number));
+                    prop_assert_eq!(queue.leave(&party, ticket), None);
                 }
                 Deed::Done(_) | Deed::Leave(_) => {}
             }
@@ -141,10 +155,34 @@ proptest! {
         }
         // Whoever waits is served in the end.
         while let Some(party) = has.pop() {
-            has.extend(queue.done(&party).map(|(next, number)| { waits.remove(&number); next }));
+            has.extend(queue.done(&party).into_iter().map(|(next, number)| { waits.remove(&number); next }));
         }
         prop_assert_eq!((queue.free(), queue.waiting(), waits.len()), (turns, 0, 0));
     }
+}
+
+#[test]
+fn many_within_a_party_are_one_and_leave_each_other_something() {
+    let mut queue = Queue::new(256, 100);
+    let (mut site, mut first) = (0, 0);
+    // One network takes what it gets, then every other one of its site.
+    while queue.ask(&["site", "first"], ()) == Answer::Now {
+        first += 1;
+    }
+    let others: Vec<String> = (0..100).map(|number| number.to_string()).collect();
+    for other in &others {
+        while site < 1000 && queue.ask(&["site", other], ()) == Answer::Now {
+            site += 1;
+        }
+    }
+    assert_eq!((first, first + site), (112, 128));
+    // The lines of that site are long, and others have turns, and room.
+    assert_eq!(queue.waiting(), 100);
+    assert_eq!(queue.ask(&["other", "one"], ()), Answer::Now);
+    for _ in 0..300 {
+        queue.ask(&["other", "one"], ());
+    }
+    assert_eq!((queue.waiting_for(&["site"]), queue.waiting_for(&["other"])), (50, 50));
 }
 
 #[tokio::test]
@@ -170,7 +208,7 @@ async fn whoever_waits_too_long_or_has_no_room_is_told_so_by_name() {
     assert_eq!((late.code(), late.culprit()), ("handshake-queue-late", Culprit::Host));
     assert!(late.to_string().contains("spiffe://example.org/curl"), "{late}");
     assert_eq!(turns.waiting(), 0);
-    let peer = || Party::peer("10.0.0.1".parse().unwrap(), id("web"));
+    let peer = || peer("10.0.0.1", "web");
     let (one, other) = tokio::join!(
         turns.take(peer(), Instant::now() + Duration::from_millis(20)),
         turns.take(peer(), Instant::now() + Duration::from_millis(20)),
@@ -179,7 +217,7 @@ async fn whoever_waits_too_long_or_has_no_room_is_told_so_by_name() {
     let full = other.unwrap_err();
     assert_eq!((full.code(), full.culprit()), ("handshake-queue-full", Culprit::Peer));
     let text = full.to_string();
-    assert!(text.contains("10.0.0.1 to spiffe://example.org/web") && text.contains("[limits] waiting"), "{text}");
+    assert!(text.contains("10.0.0.0/24 to spiffe://example.org/web") && text.contains("[limits] waiting"), "{text}");
 }
 
 #[tokio::test]
@@ -241,15 +279,21 @@ fn no_turn_is_lost_by_those_who_go_away_while_it_comes() {
     assert_eq!((queue.free(), queue.waiting()), (4, 0));
 }
 
+fn peer(address: &str, to: &str) -> Party {
+    Party::peer(&Holder::of_unproven(&Whence::Away(address.parse().unwrap())), &id(to))
+}
+
 #[test]
-fn a_party_is_a_workload_or_the_network_of_a_peer() {
-    let peer = |address: &str| Party::peer(address.parse().unwrap(), id("web"));
-    assert_eq!(peer("10.0.0.1"), peer("::ffff:10.0.0.1"));
-    assert_ne!(peer("10.0.0.1"), peer("10.0.0.2"));
-    assert_eq!(peer("fd00::1"), peer("fd00::ffff:1:2:3"));
-    assert_ne!(peer("fd00::1"), peer("fd00:0:0:1::1"));
-    assert_ne!(peer("10.0.0.1"), Party::peer("10.0.0.1".parse().unwrap(), id("curl")));
-    assert_eq!(peer("fd00::7").to_string(), "fd00::/64 to spiffe://example.org/web");
+fn a_party_is_a_workload_or_a_network_of_a_peer_within_wider_ones_or_a_user_of_this_host() {
+    assert_eq!(peer("10.0.0.1", "web"), peer("::ffff:10.0.0.1", "web"));
+    assert_ne!(peer("10.0.0.1", "web"), peer("10.0.0.2", "web"));
+    assert_eq!(peer("fd00::1", "web"), peer("fd00::ffff:1:2:3", "web"));
+    assert_ne!(peer("fd00::1", "web"), peer("fd00:0:0:1::1", "web"));
+    assert_eq!(peer("fd00::1", "web").0[0], peer("fd00:0:0:1::1", "web").0[0]);
+    assert_ne!(peer("10.0.0.1", "web"), peer("10.0.0.1", "curl"));
+    assert_eq!(peer("fd00::7", "web").to_string(), "fd00::/48 to spiffe://example.org/web");
+    let user = Party::peer(&Holder::of_unproven(&Whence::Here(Some(3000))), &id("web"));
+    assert_eq!(user.to_string(), "programs of this host to spiffe://example.org/web");
 }
 
 #[test]
