@@ -134,7 +134,9 @@ mod tests {
         let far = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
         let (near, peer) = listener.accept().unwrap();
         match Here::default().whence(peer, near.local_addr().unwrap()) {
-            Whence::Here(None) => eprintln!("SKIPPED (no socket diagnostics): a_peer_on_this_host_is_whoever_has_the_socket"),
+            Whence::Here(None) => {
+                eprintln!("SKIPPED (no socket diagnostics): a_peer_on_this_host_is_whoever_has_the_socket")
+            }
             found => assert_eq!(found, Whence::Here(Some(rustix::process::geteuid().as_raw()))),
         }
         drop(far);

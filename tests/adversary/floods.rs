@@ -259,9 +259,8 @@ fn refusals_from_all_of_loopback_are_a_few_lines_with_a_count() {
     let end = Instant::now() + clock::millis(5000);
     let attempts = lab.beta.within(|| {
         let near = SocketAddr::from(([127, 0, 0, 1], PORT));
-        from_everywhere_here(near, 100, || Instant::now() > end, |stream| {
-            let _refused = stream.write_all(b"STRANGER-flood\n");
-        })
+        let speak = |stream: &mut TcpStream| drop(stream.write_all(b"STRANGER-flood\n"));
+        from_everywhere_here(near, 100, || Instant::now() > end, speak)
     });
     assert!(attempts > 1000, "{attempts}");
     let counted = || attempts_of(&mesh.beta().audit());

@@ -115,7 +115,7 @@ pub struct Record {
     /// When the attempt began; the first, where the record stands for several.
     #[serde(serialize_with = "rfc3339")]
     pub time: OffsetDateTime,
-    /// How many attempts the record stands for: 1, and absent, but for what the kernel refuses again and again.
+    /// How many attempts the record stands for: 1, and absent, but for what is refused again and again.
     #[serde(skip_serializing_if = "is_one")]
     pub count: u64,
     /// When the last of several was.

@@ -182,8 +182,10 @@ impl Stock {
             return Vec::new();
         }
         // At most a quarter of what is left goes to narrow kinds, and half to wider ones.
-        let numbers = |width: usize| due.iter().map(|(own, kind, _)| kind.widened(width.max(*own))).collect::<HashSet<_>>().len();
-        let few = |width: &usize| u32::try_from(numbers(*width)).is_ok_and(|lines| lines <= self.left >> (2 - *width));
+        let few = |width: &usize| {
+            let kinds: HashSet<Kind> = due.iter().map(|(own, kind, _)| kind.widened(*own.max(width))).collect();
+            u32::try_from(kinds.len()).is_ok_and(|lines| lines <= self.left >> (2 - *width))
+        };
         let width = (0..WIDTHS - 1).find(few).unwrap_or(WIDTHS - 1);
         let mut lines = Vec::new();
         for (kind, whole, held) in merged(due, width) {
@@ -248,7 +250,8 @@ impl Held {
                 record.process = None;
             }
             let from = kind.network.map_or_else(String::new, |network| format!(" from {network}"));
-            record.reason.to_mut().push_str(&format!(" (the first of many{from}, from or to too many places to name each)"));
+            let why = format!(" (the first of many{from}, from or to too many places to name each)");
+            record.reason.to_mut().push_str(&why);
         }
         record
     }

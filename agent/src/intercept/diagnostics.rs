@@ -93,7 +93,8 @@ pub fn user_of(far: SocketAddr, near: SocketAddr) -> Option<u32> {
     let (far, near) = (canonical(far), canonical(near));
     let family = if far.is_ipv4() { AF_INET } else { AF_INET6 };
     // No cookie is known, which is all ones.
-    let ends = Socket { local: far, remote: near, cookie: u64::MAX, inode: 0, uid: 0, ipv6_only: false, family, interface: 0 };
+    let ends =
+        Socket { local: far, remote: near, cookie: u64::MAX, inode: 0, uid: 0, ipv6_only: false, family, interface: 0 };
     let netlink = open().ok()?;
     send(&netlink, &request(SOCK_DIAG_BY_FAMILY, REQUEST, family, ALL, Some(&ends))).ok()?;
     let mut buffer = vec![0; 8192];

@@ -31,9 +31,9 @@ mod tables;
 mod work;
 
 pub use control::{Notice, OldConnection, Options, Programs};
+pub use diagnostics::user_of;
 #[cfg(test)]
 pub(crate) use door::{Congestion, prepare};
-pub use diagnostics::user_of;
 pub use door::{Dialler, Door, Doorway, Listens, Opening, claim_listener};
 pub use error::{Error, Holder};
 pub use host::{Finding, findings, hold_against_host};

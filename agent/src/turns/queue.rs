@@ -57,11 +57,12 @@ struct Node<K, W> {
     longest: BTreeSet<(usize, K)>,
 }
 
-/// The turns that may be given within a party: so many are left, of so many.
+/// The turns that may be given: those of the queue, or within a party.
 #[derive(Clone, Copy)]
 enum Left {
-    /// All of the queue's.
+    /// So many are left.
     All { free: usize },
+    /// So many are left, of so many.
     Share { free: usize, of: usize },
 }
 
@@ -160,7 +161,12 @@ impl<K: Ord + Clone, W> Queue<K, W> {
         self.change(path, |node, clock| (node.has, node.served) = (node.has + 1, clock), |_| ());
     }
 
-    fn change<T>(&mut self, path: &[K], each: impl Fn(&mut Node<K, W>, u64), last: impl FnOnce(&mut Node<K, W>) -> T) -> T {
+    fn change<T>(
+        &mut self,
+        path: &[K],
+        each: impl Fn(&mut Node<K, W>, u64),
+        last: impl FnOnce(&mut Node<K, W>) -> T,
+    ) -> T {
         self.clock += 1;
         self.all.change(path, self.clock, &each, last)
     }
