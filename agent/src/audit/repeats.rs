@@ -162,12 +162,15 @@ impl Stock {
 
     /// The narrowest kind there is room for. Of the widest there are as many as there are codes.
     fn seen(&mut self, kind: Kind, now: Instant) -> &mut Seen {
-        let has_room = |width: &usize| {
-            let kinds = &self.kinds[*width];
-            kinds.len() < KINDS || kinds.contains_key(&kind.widened(*width))
+        let has_room = |kinds: &HashMap<Kind, Seen>, kind: &Kind| kinds.len() < KINDS || kinds.contains_key(kind);
+        let [narrow, wide, widest] = &mut self.kinds;
+        let wider = kind.widened(1);
+        let (kinds, kind) = match () {
+            () if has_room(narrow, &kind) => (narrow, kind),
+            () if has_room(wide, &wider) => (wide, wider),
+            () => (widest, wider.widened(2)),
         };
-        let width = (0..WIDTHS - 1).find(has_room).unwrap_or(WIDTHS - 1);
-        self.kinds[width].entry(kind.widened(width)).or_insert(Seen { since: now, written: 0, held: None })
+        kinds.entry(kind).or_insert(Seen { since: now, written: 0, held: None })
     }
 
     fn due(&mut self, now: Instant, all: bool) -> Vec<Record> {
