@@ -132,14 +132,14 @@ struct Moved {
     marks: (Mark, Mark),
     /// When it was last asked whether one of them is stuck for good.
     asked: Option<Instant>,
-    /// When each was found with room and nothing taken.
-    idle: [Option<Instant>; 2],
+    /// Whether each was found then with room and nothing taken.
+    idle: [bool; 2],
 }
 
 impl Moved {
     fn now(marks: (Mark, Mark)) -> Self {
         let now = Instant::now();
-        Self { up: now, down: now, marks, asked: None, idle: [None; 2] }
+        Self { up: now, down: now, marks, asked: None, idle: [false; 2] }
     }
 
     fn compare(&mut self, (up, down): (Mark, Mark)) {
@@ -553,14 +553,14 @@ impl<L: Lane> Flow<L> {
     /// judged by itself: where memory for TCP is short, one may starve while the other trickles.
     fn is_over(&self, reason: CloseReason, limits: &Limits, moved: &mut Moved) -> bool {
         let now = Instant::now();
-        moved.asked = Some(now);
+        let asked = moved.asked.replace(now);
         // Found twice: a receiver that has slept may have made room a moment ago, and nothing was written into it yet.
-        let stuck = |socket: &TcpStream, under_way: bool, since: Instant, found: &mut Option<Instant>| {
+        let stuck = |socket: &TcpStream, under_way: bool, since: Instant, found: &mut bool| {
             let idle = under_way
                 && now.duration_since(since) >= limits.stall
                 && tls::unacknowledged(socket.as_fd()).is_ok_and(|queued| queued == 0);
-            let before = std::mem::replace(found, idle.then_some(now));
-            idle && before.is_some_and(|before| before > since)
+            let before = std::mem::replace(found, idle);
+            idle && before && asked.is_some_and(|asked| asked > since)
         };
         let [up, down] = &mut moved.idle;
         reason != CloseReason::Stalled
