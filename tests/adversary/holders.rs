@@ -6,6 +6,8 @@ use lab::janitor::processes;
 use lab::policy::PORT;
 use lab::{Lab, Settings, clock, enter, lab, or_skip, skip};
 use rustix::process::Signal;
+use std::ffi::OsStr;
+use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
@@ -315,5 +317,236 @@ fn what_nobody_holds_by_the_thousand_delays_nothing() {
     for pid in processes(&lab.cgroup("nobody")) {
         let _: Result<(), _> = rustix::process::kill_process(pid, Signal::KILL);
     }
+    expect_alive(&mesh);
+}
+
+/// The workload that listens on this port from before the agent is protected, and served where its name can be told.
+fn expect_found(lab: &Lab, web: &Hand, port: u16) {
+    settle();
+    lab.assail(port, 2);
+    web.expect_no_stranger("at once");
+    std::thread::sleep(clock::millis(2500));
+    lab.assail(port, 2);
+    web.expect_no_stranger("a moment later");
+}
+
+#[test]
+fn a_workload_from_before_with_a_name_that_is_no_text_is_protected() {
+    let lab = lab!();
+    let mut web = lab.puppet(&lab.beta, "server", WEB, "web");
+    let mut other = lab.puppet(&lab.beta, "server", WEB, "other");
+    // `web-` and a byte that is no text; a name of 16 bytes, which the kernel cuts within its last letter.
+    web.must(&format!("call 7765622dff; socket s 4; bind s 0.0.0.0:{PORT}; listen s"));
+    let port = PORT + 1;
+    other.must(&format!("call 6161616161616161616161616161c3bc; socket s 4; bind s 0.0.0.0:{port}; listen s"));
+    let mesh = mesh!(lab, &policy(&lab, &[PORT, port]));
+    for (web, port) in [(&web, PORT), (&other, port)] {
+        expect_found(&lab, web, port);
+        lab.expect_served(&mesh, lab.beta.at(port));
+    }
+    expect_alive(&mesh);
+}
+
+#[test]
+fn a_workload_from_before_in_a_cgroup_with_a_name_that_is_no_text_is_refused() {
+    let lab = lab!();
+    let mut web = lab.puppet(&lab.beta, "server", WEB, "web");
+    let directory = lab.cgroup("server").join(OsStr::from_bytes(b"\xffx"));
+    std::fs::create_dir(&directory).unwrap();
+    std::fs::write(directory.join("cgroup.procs"), web.pid().to_string()).unwrap();
+    web.must(&format!("socket s 4; bind s 0.0.0.0:{PORT}; listen s"));
+    let mesh = mesh!(lab, &policy(&lab, &[PORT]));
+    expect_found(&lab, &web, PORT);
+    expect_status(&mesh, &["a name that is no text"]);
+    expect_alive(&mesh);
+    web.end();
+    let gone = clock::until(clock::seconds(5), || std::fs::remove_dir(&directory).ok());
+    assert!(gone.is_some(), "{} is in use", directory.display());
+}
+
+/// Web listens before the agent starts, and is moved out of sight by this.
+fn hidden(lab: &Lab, how: &str) {
+    let mut web = lab.puppet(&lab.beta, "server", WEB, "web");
+    web.must(&format!("socket s 4; bind s 0.0.0.0:{PORT}; listen s; {how}"));
+    let mesh = mesh!(lab, &policy(lab, &[PORT, PORT + 1]));
+    expect_found(lab, &web, PORT);
+    lab.expect_served(&mesh, lab.beta.at(PORT));
+    // And a socket that it is handed.
+    let mut manager = lab.puppet(&lab.beta, "one", 0, "manager");
+    let mut second = lab.puppet(&lab.beta, "server", WEB, "second");
+    let port = PORT + 1;
+    manager.must(&format!("serve off; socket t 4; bind t 0.0.0.0:{port}; listen t"));
+    settle();
+    manager.must("give t second; close t");
+    second.must(&format!("take s; {how}"));
+    std::thread::sleep(clock::millis(2500));
+    lab.assail(port, 2);
+    second.expect_no_stranger("a moment after it was handed the socket");
+    expect_alive(&mesh);
+}
+
+#[test]
+fn a_thread_with_descriptors_of_its_own_is_a_holder() {
+    hidden(&lab!(), "thread s own");
+}
+
+#[test]
+fn a_workload_whose_first_thread_has_ended_is_a_holder() {
+    hidden(&lab!(), "thread s same; leave");
+}
+
+#[test]
+fn a_thread_that_is_another_user_than_its_process_is_a_holder() {
+    let lab = lab!();
+    let mesh = mesh!(lab, &policy(&lab, &[PORT]));
+    let mut manager = lab.puppet(&lab.beta, "one", 0, "manager");
+    manager.must(&format!("serve off; socket s 4; bind s 0.0.0.0:{PORT}; listen s"));
+    settle();
+    manager.must(&format!("thread s same {WEB}"));
+    std::thread::sleep(clock::millis(2500));
+    expect_protected(&lab, &mesh, &manager, PORT);
+}
+
+#[test]
+fn a_socket_of_which_nobody_can_be_found_is_refused_and_status_says_why() {
+    let lab = lab!();
+    let mut web = lab.puppet(&lab.beta, "server", WEB, "web");
+    let mut second = lab.puppet(&lab.beta, "server", WEB, "second");
+    // On its way in a message while the agent starts.
+    web.must(&format!("socket s 4; bind s 0.0.0.0:{PORT}; listen s; give s second; close s"));
+    web.end();
+    let mesh = mesh!(lab, &policy(&lab, &[PORT]));
+    settle();
+    lab.assail(PORT, 2);
+    expect_status(&mesh, &["no process can be found"]);
+    second.must("take s");
+    expect_found(&lab, &second, PORT);
+    lab.expect_served(&mesh, lab.beta.at(PORT));
+    expect_alive(&mesh);
+}
+
+#[test]
+fn a_socket_of_which_nobody_was_found_is_left_alone_once_nobodys_server_has_it() {
+    let lab = lab!();
+    let mut first = lab.puppet(&lab.beta, "one", ATTACKER, "first");
+    let mut second = lab.puppet(&lab.beta, "one", ATTACKER, "second");
+    first.must("socket s 4; bind s 0.0.0.0:8099; listen s; give s second; close s");
+    let mesh = mesh!(lab, &policy(&lab, &[PORT]));
+    expect_status(&mesh, &["no process can be found"]);
+    second.must("take s");
+    expect_reached(&lab, 8099, clock::seconds(5), "a moment after somebody has it");
+}
+
+/// A stranger is heard at this port within this time.
+fn expect_reached(lab: &Lab, port: u16, within: Duration, when: &str) {
+    let reached = || (!lab.stranger.within(|| knock(lab.beta.at(port))).answer.is_empty()).then_some(());
+    assert!(clock::until(within, reached).is_some(), "{when}: what is nobody's is left alone");
+}
+
+#[test]
+fn nobodys_server_stays_reachable_when_the_cgroup_it_listened_in_is_gone() {
+    let lab = lab!();
+    let (scope, other) = (lab.cgroup("scope"), lab.cgroup("other"));
+    let mut server = lab.puppet(&lab.beta, "scope", ATTACKER, "server");
+    server.must("socket s 4; bind s 0.0.0.0:8099; listen s");
+    let mesh = mesh!(lab, &policy(&lab, &[PORT]));
+    expect_reached(&lab, 8099, clock::seconds(5), "at first");
+    // One that came later, and was not bound by hand.
+    server.must("socket t 4; listen t");
+    let port = |answer: serde_json::Value| {
+        let local = answer["local"].as_str().and_then(|local| local.rsplit_once(':'));
+        local.and_then(|(_, port)| port.parse().ok()).unwrap()
+    };
+    let unbound: u16 = port(server.must("name t"));
+    expect_reached(&lab, unbound, clock::seconds(5), "without a bind");
+    std::fs::write(other.join("cgroup.procs"), server.pid().to_string()).unwrap();
+    let gone = clock::until(clock::seconds(5), || std::fs::remove_dir(&scope).ok());
+    assert!(gone.is_some(), "{} is in use", scope.display());
+    mesh.beta().read_again().unwrap();
+    settle();
+    for port in [8099, unbound] {
+        expect_reached(&lab, port, clock::seconds(5), "after a reload");
+    }
+    mesh.beta().terminate().unwrap();
+    mesh.beta().start().unwrap();
+    std::thread::sleep(clock::millis(2500));
+    for port in [8099, unbound] {
+        expect_reached(&lab, port, clock::seconds(5), "after a restart");
+    }
+    expect_alive(&mesh);
+}
+
+#[test]
+fn a_workload_whose_cgroup_is_gone_stays_protected() {
+    let lab = lab!();
+    let selectors = [format!("unix:uid:{WEB}"), format!("cgroup:{}/scope", lab.cgroup_path())];
+    let mut web = lab.puppet(&lab.beta, "scope", WEB, "web");
+    web.must(&format!("socket s 4; bind s 0.0.0.0:{PORT}; listen s"));
+    let mesh = mesh!(lab, &with_web(&lab, &[&selectors[0], &selectors[1]], &[PORT]));
+    lab.expect_served(&mesh, lab.beta.at(PORT));
+    lab.move_to("other", web.pid());
+    let scope = lab.cgroup("scope");
+    let gone = clock::until(clock::seconds(5), || std::fs::remove_dir(&scope).ok());
+    assert!(gone.is_some(), "{} is in use", scope.display());
+    lab.assail(PORT, 1);
+    mesh.beta().terminate().unwrap();
+    mesh.beta().start().unwrap();
+    expect_found(&lab, &web, PORT);
+    expect_alive(&mesh);
+}
+
+#[test]
+fn an_enrolled_user_with_very_many_files_delays_findings_and_stops_none() {
+    /// A user whom no other test enrols: the descriptors are seen by every agent of the machine.
+    const HOLDER: u32 = 2077;
+    let lab = lab!();
+    let enrolled = policy(&lab, &[PORT]).workload_by("holder", &[&format!("unix:uid:{HOLDER}")]);
+    let mesh = mesh!(lab, &enrolled);
+    let mut manager = lab.puppet(&lab.beta, "one", 0, "manager");
+    manager.must(&format!("serve off; socket t 4; bind t 0.0.0.0:{PORT}; listen t"));
+    settle();
+    let place = enter::Place { user: Some((HOLDER, HOLDER)), files: Some(20_000), ..lab.place(&lab.beta, "holder") };
+    let mut holder = Hand::start(&lab, place, &or_skip!(skip::lab_app()), "holder");
+    holder.must("files 19000");
+    for _ in 0..50 {
+        holder.must("fork 60000");
+    }
+    let mut web = lab.puppet(&lab.beta, "server", WEB, "web");
+    manager.must("give t web; close t");
+    web.must("take t");
+    let began = Instant::now();
+    let mut other = lab.puppet(&lab.beta, "one", 0, "other");
+    other.must("socket o 4; bind o 0.0.0.0:8099; listen o");
+    // While all of them are looked at.
+    let protected = || {
+        let status = mesh.beta().status();
+        let all = status["listeners"].as_array().cloned().unwrap_or_default();
+        all.iter().any(|one| one["id"].as_str().is_some_and(|id| id.ends_with("/server"))).then(|| began.elapsed())
+    };
+    let protected = clock::until(clock::seconds(60), protected);
+    assert!(protected.is_some(), "a socket that web was handed is not seen");
+    expect_reached(&lab, 8099, clock::seconds(60), "when all were looked at");
+    println!("a workload's is found after {protected:?}, and nobody's is left alone after {:?}", began.elapsed());
+    lab.assail(PORT, 2);
+    web.expect_no_stranger("a moment after it took the socket");
+    for pid in processes(&lab.cgroup("holder")) {
+        let _: Result<(), _> = rustix::process::kill_process(pid, Signal::KILL);
+    }
+    expect_alive(&mesh);
+}
+
+#[test]
+fn findings_about_sockets_by_the_hundred_are_a_few_lines() {
+    let lab = lab!();
+    let uid = format!("unix:uid:{WEB}");
+    let mesh = mesh!(lab, &with_web(&lab, &[&uid, "unix:path:/usr/bin/no-such-program"], &[PORT]));
+    let mut web = lab.puppet(&lab.beta, "server", WEB, "web");
+    web.must("hold 300 0");
+    let refused = || mesh.beta().status()["listeners"].as_array().is_some_and(|all| all.len() >= 300).then_some(());
+    assert!(clock::until(clock::seconds(20), refused).is_some(), "status names each");
+    let counted = || mesh.beta().log().contains("more listening sockets are refused").then_some(());
+    assert!(clock::until(clock::seconds(30), counted).is_some(), "{}", mesh.beta().log());
+    let lines = mesh.beta().log().lines().filter(|line| line.contains("listening socket")).count();
+    assert!(lines < 30, "{lines} lines about 300 sockets");
     expect_alive(&mesh);
 }

@@ -4,7 +4,7 @@
 //! line. Each line is answered by `{"reply":N,"ok":...,"steps":[...]}`. Whatever a listening socket of the process accepts
 //! is read and sent back, and told: `{"event":"read","uid":2001,...}`.
 //!
-//! *Invariant:* one thread, so that a fork is a whole copy and a change of user is that of the process.
+//! *Invariant:* one thread until `thread` is told, so that a fork is a whole copy and a change of user is that of the process.
 
 use crate::{clock, dial, script, sys};
 use anyhow::Context;
@@ -17,10 +17,11 @@ use rustix::process::{Uid, getegid, geteuid, getpid};
 use serde_json::{Value, json};
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use std::collections::BTreeMap;
+use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut, Read, Write};
 use std::mem::MaybeUninit;
 use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr};
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::{SocketAddr as UnixAddr, UnixDatagram};
 use std::str::FromStr;
@@ -30,6 +31,7 @@ use std::time::{Duration, Instant};
 pub const COMMANDS: &str = "socket S 4|6 [tcp|mptcp|sctp|dccp|udp|icmp|ping] opt S reuseport|reuseaddr|v6only|dual|reset|deferred|device:NAME|via:IPV6
   bind S ADDRESS listen S [BACKLOG] shutdown S rd|wr|both close S dup S T give S PUPPET take T [MS] name S connect S ADDRESS disconnect S
   write S TEXT send-to S ADDRESS TEXT fastopen S ADDRESS TEXT read S fork MS setuid UID cgroup DIR mkdir DIR serve on|off
+  files N call HEX thread S same|own [UID] leave
   litter N shutdown|close|mptcp|bound|mptcp-bound hold N [BASE] flap ADDRESS MS [again|shared|as UID] dials ADDRESS MS cross MS hoard N ADDRESS patience MS sleep MS";
 
 /// Connections that a puppet has open at most; the oldest goes first.
@@ -65,6 +67,10 @@ struct Puppet {
     patience: Duration,
     /// What is held for its own sake.
     hoard: Vec<Socket>,
+    /// The same of files.
+    files: Vec<File>,
+    /// Its first thread ends, and another one goes on.
+    leaves: bool,
     /// A copy made by `fork` lives as long as this and hears no commands.
     ends: Option<Instant>,
 }
@@ -72,9 +78,10 @@ struct Puppet {
 /// The life of a puppet of this name: until its standard input ends.
 pub fn serve(name: &str) -> crate::Result<()> {
     let inbox = UnixDatagram::bind_addr(&inbox(name)?)?;
-    let (sockets, accepted, hoard) = (BTreeMap::new(), Vec::new(), Vec::new());
+    let (sockets, accepted, hoard, files) = (BTreeMap::new(), Vec::new(), Vec::new(), Vec::new());
     let patience = clock::seconds(3);
-    let mut puppet = Puppet { sockets, accepted, inbox, serves: true, patience, hoard, ends: None };
+    let mut puppet =
+        Puppet { sockets, accepted, inbox, serves: true, patience, hoard, files, leaves: false, ends: None };
     crate::servers::ready(name);
     let (mut said, mut number) = (Vec::new(), 0);
     loop {
@@ -98,6 +105,9 @@ pub fn serve(name: &str) -> crate::Result<()> {
             if puppet.ends.is_none() {
                 number += 1;
                 script::say(&with(answer, "reply", json!(number)));
+            }
+            if puppet.leaves {
+                sys::end_thread();
             }
         }
     }
@@ -276,6 +286,19 @@ impl Puppet {
                 )?);
                 return Ok(json!({ "held": self.hoard.len() }));
             }
+            "files" => {
+                let file = File::open("/dev/null")?;
+                for _ in 0..parse::<usize>(word(1), "a number")? {
+                    self.files.push(file.try_clone()?);
+                }
+            }
+            "call" => std::fs::write("/proc/self/comm", bytes(name)?)?,
+            "thread" => {
+                let user = word(3).map(|_| parse(word(3), "a user")).transpose()?;
+                let known = self.sockets.remove(name).ok_or_else(|| io::Error::other(format!("no socket {name}")))?;
+                known.serve_beside(word(2) == Some("own"), user)?;
+            }
+            "leave" => self.leaves = true,
             "hoard" => return self.hoard(parse(word(1), "a number")?, address(2)?),
             other => return Err(io::Error::other(format!("no command is called {other}\n{COMMANDS}"))),
         }
@@ -403,6 +426,49 @@ impl Puppet {
         }
         Ok(json!({ "held": self.hoard.len() }))
     }
+}
+
+impl Known {
+    /// Another thread has the socket from here on, and serves whoever calls: with descriptors of its own or those of the process, as
+    /// another user or the same.
+    fn serve_beside(self, own: bool, user: Option<u32>) -> io::Result<()> {
+        let (ready, is_ready) = std::sync::mpsc::channel();
+        let Known { socket, bound, listened, shared } = self;
+        let number = socket.as_raw_fd();
+        std::thread::spawn(move || {
+            let begun = if own { sys::own_descriptors() } else { Ok(()) };
+            let begun = begun.and_then(|()| user.map_or(Ok(()), become_user));
+            let good = begun.is_ok();
+            if ready.send(begun).is_err() || !good {
+                return;
+            }
+            loop {
+                let Ok((stream, peer)) = socket.accept() else {
+                    std::thread::sleep(Duration::from_millis(2));
+                    continue;
+                };
+                let (uid, from) = (geteuid().as_raw(), "beside".to_owned());
+                let mut accepted = Accepted { stream, from, bound, listened, shared, uid, peer: peer.as_socket() };
+                let _ = accepted.stream.set_nonblocking(true);
+                while accepted.hear() {
+                    std::thread::sleep(Duration::from_millis(1));
+                }
+            }
+        });
+        let begun = is_ready.recv().map_err(io::Error::other)?;
+        if own {
+            // The thread has a copy under the same number.
+            sys::close(number);
+        }
+        begun
+    }
+}
+
+/// Bytes that are written as pairs of hexadecimal digits.
+fn bytes(text: &str) -> io::Result<Vec<u8>> {
+    let pairs = text.as_bytes().chunks(2).map(|pair| std::str::from_utf8(pair).ok());
+    let byte = |pair: Option<&str>| pair.and_then(|pair| u8::from_str_radix(pair, 16).ok());
+    pairs.map(|pair| byte(pair).ok_or_else(|| io::Error::other("want hexadecimal digits"))).collect()
 }
 
 impl Accepted {

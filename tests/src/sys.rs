@@ -116,3 +116,25 @@ pub fn fork() -> io::Result<u32> {
     let child = unsafe { libc::fork() };
     u32::try_from(child).map_err(|_| io::Error::last_os_error())
 }
+
+/// Gives the calling thread a table of descriptors of its own, with all that was in the one that it shared.
+pub fn own_descriptors() -> io::Result<()> {
+    // SAFETY: only the calling thread has another table, and what it has open is the same as before.
+    // JUSTIFICATION: rustix says so by an unsafe function as well.
+    let result = unsafe { libc::unshare(libc::CLONE_FILES) };
+    if result == 0 { Ok(()) } else { Err(io::Error::last_os_error()) }
+}
+
+/// Ends the calling thread alone, also where it is the one that the process began with.
+pub fn end_thread() -> ! {
+    // SAFETY: the thread runs no more code, and what is on its stack stays there for others. JUSTIFICATION: no library has it.
+    unsafe { libc::syscall(libc::SYS_exit, 0) };
+    unreachable!("a thread that has ended goes on")
+}
+
+/// Closes what has this number in the calling thread's table of descriptors.
+pub fn close(number: std::os::fd::RawFd) {
+    // SAFETY: whoever calls this has given the value that owned the number to a thread with another table, where it owns the same
+    // number. JUSTIFICATION: no type knows of two tables.
+    unsafe { libc::close(number) };
+}

@@ -7,18 +7,23 @@
 //! says why.
 
 use crate::identify::attest::{Attested, Attestor};
-use crate::intercept::{self, Held, Listening, Programs};
+use crate::intercept::{self, Held, Listening, Programs, Walk};
 use crate::policy::Policy;
 use arc_swap::ArcSwap;
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
-use std::time::Duration;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
 use wimsey_common::{LISTENER_LEFT_ALONE, LISTENER_PROTECTED, Task};
 
+mod lines;
+
 /// How long the next walk through the processes waits for more to look for.
 const GATHER: Duration = Duration::from_millis(20);
+/// How long a walk goes on before what it has found is told.
+const STRIDE: Duration = Duration::from_millis(100);
 
 /// Every listening socket that the agent knows of.
 pub(super) struct Listeners {
@@ -27,8 +32,13 @@ pub(super) struct Listeners {
     waiting: HashSet<u64>,
     /// Sockets that could not be judged, and are looked at again in a moment.
     missed: HashSet<u64>,
+    /// Those that are looked at every now and then.
+    again: HashSet<u64>,
     /// A walk through the processes is under way.
     walking: bool,
+    /// Told where somebody waits who was not looked at yet, if it is a walk for those that are looked at again.
+    make_way: Option<Arc<AtomicBool>>,
+    lines: lines::Lines,
     reports: (mpsc::UnboundedSender<Report>, mpsc::UnboundedReceiver<Report>),
     hierarchy: PathBuf,
 }
@@ -52,6 +62,12 @@ pub(super) struct Finding {
     pub(super) why: Option<String>,
 }
 
+impl Finding {
+    fn is_settled(&self) -> bool {
+        self.id.is_some() && self.why.is_none()
+    }
+}
+
 /// What comes back from beside the loop.
 pub(super) enum Report {
     /// As it was when it was read, what it was found to be, and by the policy of which generation.
@@ -66,7 +82,10 @@ impl Listeners {
             known: HashMap::new(),
             waiting: HashSet::new(),
             missed: HashSet::new(),
+            again: HashSet::new(),
             walking: false,
+            make_way: None,
+            lines: lines::Lines::default(),
             reports: mpsc::unbounded_channel(),
             hierarchy: hierarchy.into(),
         }
@@ -97,8 +116,10 @@ impl Listeners {
 
     /// What is nobody's in particular is looked at again: somebody may have been given it, or be known by now.
     pub(super) fn look_again(&mut self) {
+        self.lines.write_counts(Instant::now());
         let unsettled = self.known.iter().filter(|(_, known)| !known.is_settled());
-        self.waiting.extend(unsettled.map(|(cookie, _)| *cookie).chain(self.missed.drain()));
+        self.again.extend(unsettled.map(|(cookie, _)| *cookie));
+        self.waiting.extend(self.missed.drain());
     }
 
     /// The next report. Cancel safe.
@@ -108,11 +129,21 @@ impl Listeners {
 
     /// Begins to judge what waits, unless that is under way.
     pub(super) fn judge(&mut self, attestor: &Arc<Attestor>, policy: &ArcSwap<Policy>, programs: &Programs) {
-        if self.walking || self.waiting.is_empty() {
+        if self.walking {
+            if let Some(make_way) = self.make_way.as_ref().filter(|_| !self.waiting.is_empty()) {
+                make_way.store(true, Ordering::Relaxed);
+            }
+            return;
+        }
+        let mut waiting = std::mem::take(&mut self.waiting);
+        // With those that were not looked at yet the others cost no more; alone they make way for such.
+        let make_way = Arc::new(AtomicBool::new(false));
+        self.make_way = waiting.is_empty().then(|| make_way.clone());
+        waiting.extend(self.again.drain());
+        if waiting.is_empty() {
             return;
         }
         self.walking = true;
-        let waiting = std::mem::take(&mut self.waiting);
         // As they are before anybody looks at them: what happens meanwhile is seen by that.
         let (mut listening, mut missed) = (Vec::new(), Vec::new());
         for cookie in waiting.iter().filter(|cookie| self.known.contains_key(cookie)) {
@@ -121,40 +152,26 @@ impl Listeners {
                 Err(_) => missed.push(*cookie),
             }
         }
-        let (policy, generation) = (policy.load_full(), programs.generation());
-        let (attestor, hierarchy, report) = (attestor.clone(), self.hierarchy.clone(), self.reports.0.clone());
+        let report = self.reports.0.clone();
+        let mut round = Round {
+            listening,
+            missed,
+            told: HashMap::new(),
+            attestor: attestor.clone(),
+            policy: policy.load_full(),
+            generation: programs.generation(),
+            make_way,
+            report: report.clone(),
+        };
+        let hierarchy = self.hierarchy.clone();
         tokio::task::spawn_local(async move {
-            let who = (attestor.clone(), policy.clone());
-            let walk = tokio::task::spawn_blocking(move || {
-                intercept::holders(&waiting, &hierarchy, &|task| who.0.may_be_enrolled(task, &who.1))
-            });
-            let walk = walk.await;
-            let ended = |error| {
-                let what = "who holds the listening sockets cannot be found out".into();
-                intercept::Error::Host { what, error: std::io::Error::other(error) }
-            };
-            let walked = match walk.unwrap_or_else(|error| Err(ended(error))) {
-                Ok(held) => {
-                    for listening in listening {
-                        // One that is on no list is gone, or stood behind one that went while the kernel told of it
-                        // (`tcp_diag_dump` in net/ipv4/tcp_diag.c counts its way back).
-                        let Some(held) = held.get(&listening.cookie) else {
-                            missed.push(listening.cookie);
-                            continue;
-                        };
-                        let finding = judge(&attestor, &policy, &listening, held).await;
-                        let _ = report.send(Report::Judged(Box::new((listening, finding, generation))));
-                    }
-                    Ok(())
-                }
-                Err(error) => {
-                    missed.extend(listening.iter().map(|listening| listening.cookie));
-                    Err(error)
-                }
-            };
+            let walked = round.walk(waiting, hierarchy).await;
+            if walked.is_err() {
+                round.missed.extend(round.listening.iter().map(|listening| listening.cookie));
+            }
             tokio::time::sleep(GATHER).await;
             // The loop outlives all reports but those that nobody needs any more.
-            let _ = report.send(Report::Walked(missed, walked));
+            let _ = report.send(Report::Walked(round.missed, walked));
         });
     }
 
@@ -181,7 +198,11 @@ impl Listeners {
             return Ok(());
         }
         let address = known.listening.address();
-        if known.is_left_alone() && finding.mode == LISTENER_PROTECTED {
+        let was_left_alone = known.is_left_alone() && finding.mode == LISTENER_PROTECTED;
+        let uid = owner.unwrap_or(known.listening.row.owner).uid;
+        if !(was_left_alone || finding.why.is_some()) || !self.lines.may_write(uid, Instant::now()) {
+            // Nothing is to be said, or it is counted.
+        } else if was_left_alone {
             tracing::warn!(%address, id = ?finding.id, why = ?finding.why,
                 "a listening socket that had been left alone is held by a process that is enrolled: it took plaintext \
                  until now. Name its address in [[inbound]] listen");
@@ -200,7 +221,7 @@ impl Listeners {
 impl Known {
     /// It is somebody's, and not for want of knowing better.
     fn is_settled(&self) -> bool {
-        self.finding.as_ref().is_some_and(|finding| finding.id.is_some() && finding.why.is_none())
+        self.finding.as_ref().is_some_and(Finding::is_settled)
     }
 
     fn is_left_alone(&self) -> bool {
@@ -208,8 +229,104 @@ impl Known {
     }
 }
 
-/// Binder, listener and holders: whoever of them is a workload makes the socket that workload's.
-async fn judge(attestor: &Attestor, policy: &Policy, listening: &Listening, held: &Held) -> Finding {
+/// One look at sockets that wait.
+struct Round {
+    listening: Vec<Listening>,
+    /// Those that could not be looked at.
+    missed: Vec<u64>,
+    /// How many holders of a socket there were when it was found to be somebody's before the end.
+    told: HashMap<u64, usize>,
+    attestor: Arc<Attestor>,
+    policy: Arc<Policy>,
+    generation: u32,
+    /// Others wait who were not looked at yet.
+    make_way: Arc<AtomicBool>,
+    report: mpsc::UnboundedSender<Report>,
+}
+
+impl Round {
+    /// Looks who holds the sockets, and reports what they are: whose one is as soon as that is seen, and what is nobody's when
+    /// everybody has been looked at.
+    async fn walk(&mut self, cookies: HashSet<u64>, hierarchy: PathBuf) -> Result<(), intercept::Error> {
+        let who = (self.attestor.clone(), self.policy.clone());
+        let begin = move || Walk::begin(&cookies, &hierarchy, &|task| who.0.may_be_enrolled(task, &who.1));
+        let mut walk = beside(begin).await??;
+        loop {
+            let done;
+            (done, walk) = beside(move || (walk.go_on(STRIDE), walk)).await?;
+            if done {
+                break;
+            }
+            self.report_early(&walk).await;
+            if self.make_way.load(Ordering::Relaxed) {
+                // What was not found out is as it was, and is looked at again.
+                return Ok(());
+            }
+        }
+        let mut nobodys = Vec::new();
+        for listening in std::mem::take(&mut self.listening) {
+            // One that is on no list is gone, or stood behind one that went while the kernel told of it
+            // (`tcp_diag_dump` in net/ipv4/tcp_diag.c counts its way back).
+            match walk.held(listening.cookie) {
+                None => self.missed.push(listening.cookie),
+                Some(held) if held.holders.is_empty() && !is_recorded(&listening) => nobodys.push((listening, held)),
+                Some(held) => self.report(listening, &held, true).await,
+            }
+        }
+        if nobodys.is_empty() {
+            return Ok(());
+        }
+        let cookies = nobodys.iter().map(|(listening, _)| listening.cookie).collect();
+        let somebodys = beside(move || walk.held_by_others(&cookies, STRIDE)).await?;
+        for (listening, held) in nobodys {
+            self.report(listening, &held, somebodys.contains(&listening.cookie)).await;
+        }
+        Ok(())
+    }
+
+    /// What is seen to be somebody's already does not wait for those who have very many descriptors.
+    async fn report_early(&mut self, walk: &Walk) {
+        for listening in &self.listening {
+            let Some(held) = walk.held(listening.cookie) else { continue };
+            let told = self.told.entry(listening.cookie).or_default();
+            if held.holders.len() == *told {
+                continue;
+            }
+            *told = held.holders.len();
+            let finding = judge(&self.attestor, &self.policy, listening, &held, true).await;
+            if finding.is_settled() {
+                let judged = Report::Judged(Box::new((*listening, finding, self.generation)));
+                let _ = self.report.send(judged);
+            }
+        }
+    }
+
+    async fn report(&self, listening: Listening, held: &Held, is_held: bool) {
+        let finding = judge(&self.attestor, &self.policy, &listening, held, is_held).await;
+        let _ = self.report.send(Report::Judged(Box::new((listening, finding, self.generation))));
+    }
+}
+
+/// Work that would make others wait, on a thread of its own.
+async fn beside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, intercept::Error> {
+    tokio::task::spawn_blocking(work).await.map_err(|error| intercept::Error::Host {
+        what: "who holds the listening sockets cannot be found out".into(),
+        error: std::io::Error::other(error),
+    })
+}
+
+/// Is anything known of who bound it, or began to listen?
+fn is_recorded(listening: &Listening) -> bool {
+    listening.row.binder.tgid != 0 || listening.row.owner.tgid != 0
+}
+
+/// What is said of a socket that somebody listens on, and of which nobody is found.
+const NOBODYS: &str = "no process can be found that bound it, began to listen or holds it, as where it is in io_uring or on its \
+                       way in a message alone, or is the kernel's own: start its server again while the agent runs";
+
+/// Binder, listener and holders: whoever of them is a workload makes the socket that workload's. `is_held`: by somebody, be it
+/// by nobody who matters.
+async fn judge(attestor: &Attestor, policy: &Policy, listening: &Listening, held: &Held, is_held: bool) -> Finding {
     let row = &listening.row;
     let mut tasks: Vec<Task> = Vec::new();
     for task in [row.binder, row.owner].iter().chain(&held.holders).filter(|task| task.tgid != 0) {
@@ -218,8 +335,12 @@ async fn judge(attestor: &Attestor, policy: &Policy, listening: &Listening, held
             tasks.push(*task);
         }
     }
+    let all_are_nobody = held.holders.is_empty() && held.unread.is_none();
     let mut found: Option<(Task, String)> = None;
-    let mut why = None;
+    let mut why = held.unread.clone();
+    if tasks.is_empty() && !is_held {
+        why = Some(NOBODYS.into());
+    }
     for task in tasks {
         match attestor.owner(Some(&task), listening.cookie, policy).await {
             Ok(Attested { workload: Some(workload), .. }) => {
@@ -241,6 +362,8 @@ async fn judge(attestor: &Attestor, policy: &Policy, listening: &Listening, held
             Ok(_) => {}
             // The kernel has judged the binder when it was there.
             Err(_) if task == row.binder && row.bound == LISTENER_LEFT_ALONE => {}
+            // Those who hold it now speak for whoever was nobody in a cgroup that is gone.
+            Err(_) if all_are_nobody && attestor.was_nobody(&task, policy) => {}
             Err(error) => why = Some(error.to_string()),
         }
     }

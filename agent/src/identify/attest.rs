@@ -309,6 +309,14 @@ impl Attestor {
         rows.iter().flatten().any(|row| row.fits(task.uid, task.gid))
     }
 
+    /// Was a recorded task nobody's, as far as can be said now that its cgroup is gone? It was not known as a workload when it
+    /// was recorded, and no entry names its user or group: one that asks for the cgroup alone is about others.
+    pub fn was_nobody(&self, task: &Task, policy: &Policy) -> bool {
+        task.workload == 0
+            && self.hierarchy.is_gone(task.cgroup).unwrap_or(false)
+            && !policy.names_ids(task.uid, task.gid)
+    }
+
     async fn look_at_owner(
         &self,
         task: &Task,

@@ -86,6 +86,11 @@ impl Hierarchy {
         Ok(Some(path))
     }
 
+    /// Was there such a cgroup, and is it gone?
+    pub(crate) fn is_gone(&self, id: u64) -> io::Result<bool> {
+        Ok(id != 0 && self.open(id)?.is_none())
+    }
+
     /// Processes in exactly this cgroup.
     pub(crate) fn processes(&self, id: u64) -> io::Result<Vec<u32>> {
         let Some(directory) = self.open(id)? else { return Ok(Vec::new()) };

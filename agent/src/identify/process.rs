@@ -120,7 +120,14 @@ impl Process {
     /// Path of its cgroup on the unified hierarchy.
     pub(crate) fn cgroup(&self) -> io::Result<String> {
         let text = self.read("cgroup")?;
-        parse_cgroup(&text).map(str::to_owned).ok_or_else(|| unexpected("cgroup"))
+        let unreadable = || match std::str::from_utf8(&text) {
+            Ok(_) => unexpected("cgroup"),
+            Err(_) => io::Error::new(
+                io::ErrorKind::InvalidData,
+                "its cgroup has a name that is no text, as none that a policy names",
+            ),
+        };
+        parse_cgroup(&text).map(str::to_owned).ok_or_else(unreadable)
     }
 
     /// Its executable. `None` for a process without one, or one that may not be read.

@@ -10,7 +10,7 @@ use super::{
     Error, KernelFacts, Notice, Programs,
     cgroups::Cgroup,
     diagnostics::{self, Socket as Listed},
-    owners,
+    owners::{self, holders},
     tables::{Tables, address, canonical, listener_key, map_error, socket_address},
 };
 use crate::{lock::lock, sys::bpf};
@@ -43,34 +43,6 @@ impl Listening {
     pub fn mode(&self) -> u32 {
         u32::try_from(self.row.mode).unwrap_or(LISTENER_PROTECTED)
     }
-}
-
-/// Who holds a listening socket, and whether it is one that takes no IPv4.
-#[derive(Clone, Debug, Default)]
-pub struct Held {
-    /// One task for each different user, group and cgroup.
-    pub holders: Vec<Task>,
-    /// It does not take IPv4.
-    pub ipv6_only: bool,
-}
-
-/// Looks who holds these listening sockets, of those who `may` matter. It walks `/proc`, which takes milliseconds: not for a thread
-/// that others wait for.
-pub fn holders(
-    cookies: &HashSet<u64>,
-    cgroup2: &Path,
-    may: &dyn Fn(&Task) -> bool,
-) -> Result<HashMap<u64, Held>, Error> {
-    let listed: Vec<Listed> =
-        diagnostics::sockets(diagnostics::LISTENING)?.into_iter().filter(|it| cookies.contains(&it.cookie)).collect();
-    let inodes = listed.iter().map(|socket| socket.inode).collect();
-    let mut by_inode = owners::holders(&inodes, cgroup2, may);
-    let held = |socket: &Listed| Held {
-        holders: by_inode.remove(&socket.inode).unwrap_or_default(),
-        ipv6_only: socket.ipv6_only,
-    };
-    let mut held = held;
-    Ok(listed.iter().map(|socket| (socket.cookie, held(socket))).collect())
 }
 
 /// Every listening socket that is left alone.
@@ -110,7 +82,7 @@ impl Cleared {
                 let tasks = [listening.row.binder, listening.row.owner];
                 // One that the kernel has not told of may be anybody's.
                 let held = held.get(&listening.cookie);
-                held.is_some_and(|held| !tasks.iter().chain(&held.holders).any(may_match))
+                held.is_some_and(|held| held.unread.is_none() && !tasks.iter().chain(&held.holders).any(may_match))
             });
             Ok(nobodies.map(|listening| (listening.cookie, listening.row.asked)).collect())
         });
@@ -254,7 +226,7 @@ impl Programs {
         self.commands.run(&Command { kind, mode: 0, cookie, key, owner: NOBODY, asked: 0, generation: 0 })
     }
 
-    /// Where the unified hierarchy is mounted: what [`holders`] asks for.
+    /// Where the unified hierarchy is mounted: what a [`Walk`](super::Walk) asks for.
     pub fn hierarchy(&self) -> &Path {
         &self.host.cgroup2
     }

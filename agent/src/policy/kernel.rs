@@ -133,6 +133,14 @@ impl Policy {
         hasher.finish()
     }
 
+    /// May an entry match somebody with these ids, in a cgroup that nobody can be in any more? Not one that asks for the cgroup
+    /// alone.
+    pub fn names_ids(&self, uid: u32, gid: u32) -> bool {
+        let fits = |seen: &Seen| seen.uid.is_none_or(|it| it == uid) && seen.gid.is_none_or(|it| it == gid);
+        let asks = |seen: &Seen| seen.cgroups.is_empty() || seen.uid.is_some() || seen.gid.is_some();
+        self.entries.all.iter().any(|seen| asks(seen) && fits(seen))
+    }
+
     /// How many rows of destinations the kernel programs know: mesh destinations, the addresses of bypasses, and what lies
     /// between them.
     pub fn destinations(&self) -> usize {

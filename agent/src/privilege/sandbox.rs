@@ -116,7 +116,6 @@ const ALWAYS: &[&[libc::c_long]] = &[
         libc::SYS_process_vm_writev,
         libc::SYS_process_madvise,
         libc::SYS_process_mrelease,
-        libc::SYS_kcmp,
         libc::SYS_kill,
         libc::SYS_tkill,
         libc::SYS_rt_sigqueueinfo,
@@ -270,6 +269,8 @@ fn refused() -> Result<BTreeMap<i64, Vec<SeccompRule>>, BackendError> {
         // Programs and maps are there, and attached.
         (libc::SYS_bpf, vec![rule(ON_ELEMENTS.map(|command| (0, SeccompCmpOp::Ne, command)))?]),
         (libc::SYS_open_by_handle_at, vec![rule([(2, SeccompCmpOp::Ne, number(DIRECTORY_ALONE))])?]),
+        // Whether threads share their descriptors is asked where somebody may hold a socket, and nothing else is compared.
+        (libc::SYS_kcmp, vec![rule([(2, SeccompCmpOp::Ne, number(crate::sys::KCMP_FILES))])?]),
         // abort() sends a signal, to this process.
         (libc::SYS_tgkill, vec![rule([(0, SeccompCmpOp::Ne, own)])?]),
         (libc::SYS_prlimit64, vec![rule([(0, SeccompCmpOp::Ne, 0), (0, SeccompCmpOp::Ne, own)])?]),
@@ -337,6 +338,8 @@ mod tests {
                 ("ptrace", libc::SYS_ptrace, [usize::MAX, 0, 0, 0]),
                 ("process_vm_readv", libc::SYS_process_vm_readv, [0; 4]),
                 ("process_vm_writev", libc::SYS_process_vm_writev, [0; 4]),
+                ("kcmp of files", libc::SYS_kcmp, [usize::MAX, usize::MAX, 0, 0]),
+                ("kcmp of memory", libc::SYS_kcmp, [usize::MAX, usize::MAX, 1, 0]),
                 ("kill", libc::SYS_kill, [std::process::id() as usize, 0, 0, 0]),
                 ("tgkill of another", libc::SYS_tgkill, [1, 1, 0, 0]),
                 ("mount", libc::SYS_mount, [0; 4]),
@@ -407,6 +410,7 @@ mod tests {
                 drop(tokio::signal::unix::signal(tokio::signal::unix::SignalKind::hangup()).unwrap());
                 assert_eq!(tokio::task::spawn_blocking(|| 7).await.unwrap(), 7);
             });
+            assert!(crate::sys::share_descriptors(std::process::id(), std::process::id()).unwrap());
             let diagnostics = Some(rustix::net::netlink::SOCK_DIAG);
             rustix::net::socket(rustix::net::AddressFamily::NETLINK, rustix::net::SocketType::RAW, diagnostics)
                 .unwrap();
