@@ -153,13 +153,8 @@ fn crosses(skb: *mut __sk_buff, config: &Config) -> bool {
             return false;
         }
         let ((near, near_port), (far, far_port)) = (own_end(sk), far_end(sk));
-        let waiting = TupleKey {
-            source: far,
-            destination: near,
-            source_port: far_port,
-            destination_port: near_port,
-            pad: 0,
-        };
+        let waiting =
+            TupleKey { source: far, destination: near, source_port: far_port, destination_port: near_port, pad: 0 };
         if LEGS.get(&waiting).is_none() && ORIGINS.get(&waiting).is_none() {
             return false;
         }

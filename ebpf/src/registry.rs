@@ -268,7 +268,8 @@ pub fn closed(cookie: u64) {
 pub fn listens_no_more(cookie: u64, sk: *mut bpf_sock) {
     // In a close, the mark that nothing more is received or sent comes first (`__tcp_close` in net/ipv4/tcp.c).
     let layout = LAYOUT.get(0).filter(|layout| layout.shutdown != 0);
-    let closing = sk.is_null() || layout.is_none_or(|layout| byte_of(sk, layout.shutdown) & SHUTDOWN_MASK == SHUTDOWN_MASK);
+    let closing =
+        sk.is_null() || layout.is_none_or(|layout| byte_of(sk, layout.shutdown) & SHUTDOWN_MASK == SHUTDOWN_MASK);
     if closing {
         return closed(cookie);
     }

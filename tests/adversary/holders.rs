@@ -112,6 +112,25 @@ fn a_multipath_listener_whose_name_a_workload_asks_for_is_protected() {
 }
 
 #[test]
+fn a_multipath_listener_from_before_that_is_closed_leaves_its_port_to_others() {
+    let lab = lab!();
+    let mesh = mesh!(lab, &policy(&lab, &[PORT]));
+    mesh.beta().terminate().unwrap();
+    mesh.beta().command(&["release"]).unwrap().good();
+    let mut web = lab.puppet(&lab.beta, "server", WEB, "web");
+    web.must("socket s 4 mptcp; opt s reuseaddr; bind s 0.0.0.0:9000; listen s");
+    mesh.beta().start().unwrap();
+    lab.assail(9000, 1);
+    web.expect_no_stranger("by multipath TCP, from before the agent");
+    web.must("close s");
+    let mut other = lab.puppet(&lab.beta, "nobody", ATTACKER, "other");
+    other.must("socket o 4; opt o reuseaddr; bind o 0.0.0.0:9000; listen o");
+    let reached = || lab.stranger.within(|| knock(lab.beta.at(9000))).connected.then_some(());
+    assert!(clock::until(clock::seconds(20), reached).is_some(), "{:#}", mesh.beta().status()["listeners"]);
+    expect_alive(&mesh);
+}
+
+#[test]
 fn what_a_workload_bound_is_its_own_when_whoever_is_left_with_it_listens_again() {
     let lab = lab!();
     let mesh = mesh!(lab, &policy(&lab, &[PORT]));

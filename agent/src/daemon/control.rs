@@ -220,6 +220,9 @@ impl Control {
             self.listeners_due = true;
             self.troubles.note(Work::Listeners, &error);
         }
+        if self.listeners.are_stale() {
+            self.look_at_listeners();
+        }
     }
 
     fn look_at_listeners(&mut self) {

@@ -25,6 +25,9 @@ const GATHER: Duration = Duration::from_millis(20);
 /// How long a walk goes on before what it has found is told.
 const STRIDE: Duration = Duration::from_millis(100);
 
+/// Walks in a row that do not find a socket until it is looked for among all.
+const GONE: u32 = 2;
+
 /// Every listening socket that the agent knows of.
 pub(super) struct Listeners {
     known: HashMap<u64, Known>,
@@ -32,6 +35,8 @@ pub(super) struct Listeners {
     waiting: HashSet<u64>,
     /// Sockets that could not be judged, and are looked at again in a moment.
     missed: HashSet<u64>,
+    /// Some of them have been missing for long.
+    stale: bool,
     /// Those that are looked at every now and then.
     again: HashSet<u64>,
     /// A walk through the processes is under way.
@@ -48,6 +53,8 @@ pub(super) struct Known {
     pub(super) listening: Listening,
     /// None until it was judged.
     pub(super) finding: Option<Finding>,
+    /// How many walks in a row have not found it among what listens.
+    unlisted: u32,
 }
 
 /// What a listening socket was found to be.
@@ -82,6 +89,7 @@ impl Listeners {
             known: HashMap::new(),
             waiting: HashSet::new(),
             missed: HashSet::new(),
+            stale: false,
             again: HashSet::new(),
             walking: false,
             make_way: None,
@@ -99,7 +107,7 @@ impl Listeners {
     /// A socket listens, or is to be looked at again.
     pub(super) fn note(&mut self, listening: Listening) {
         let finding = self.known.remove(&listening.cookie).and_then(|known| known.finding);
-        self.known.insert(listening.cookie, Known { listening, finding });
+        self.known.insert(listening.cookie, Known { listening, finding, unlisted: 0 });
         self.waiting.insert(listening.cookie);
     }
 
@@ -117,9 +125,14 @@ impl Listeners {
     /// What is nobody's in particular is looked at again: somebody may have been given it, or be known by now.
     pub(super) fn look_again(&mut self) {
         self.lines.write_counts(Instant::now());
-        let unsettled = self.known.iter().filter(|(_, known)| !known.is_settled());
+        let unsettled = self.known.iter().filter(|(_, known)| !known.is_settled() || !known.is_watched());
         self.again.extend(unsettled.map(|(cookie, _)| *cookie));
         self.waiting.extend(self.missed.drain());
+    }
+
+    /// Something is known that does not listen any more, of which nobody has told.
+    pub(super) fn are_stale(&mut self) -> bool {
+        std::mem::take(&mut self.stale)
     }
 
     /// The next report. Cancel safe.
@@ -180,13 +193,19 @@ impl Listeners {
         let (listening, finding, generation) = match report {
             Report::Walked(missed, walked) => {
                 self.walking = false;
-                self.missed.extend(missed.iter().filter(|cookie| self.known.contains_key(cookie)));
+                for cookie in missed {
+                    let Some(known) = self.known.get_mut(&cookie) else { continue };
+                    known.unlisted += 1;
+                    self.stale |= known.unlisted >= GONE;
+                    self.missed.insert(cookie);
+                }
                 return walked;
             }
             Report::Judged(judged) => *judged,
         };
         let cookie = listening.cookie;
         let Some(known) = self.known.get_mut(&cookie) else { return Ok(()) };
+        known.unlisted = 0;
         if known.finding.as_ref() == Some(&finding) && listening.mode() == finding.mode {
             return Ok(());
         }
@@ -222,6 +241,12 @@ impl Known {
     /// It is somebody's, and not for want of knowing better.
     fn is_settled(&self) -> bool {
         self.finding.as_ref().is_some_and(Finding::is_settled)
+    }
+
+    /// The programs tell when it is closed. They were not there when a socket that nobody is known to have bound began to
+    /// listen, and a multipath-TCP one of these goes without a word.
+    fn is_watched(&self) -> bool {
+        self.listening.row.binder.tgid != 0
     }
 
     fn is_left_alone(&self) -> bool {
