@@ -368,7 +368,9 @@ impl Programs {
             looked.and_then(|()| plan.carry_out(&self.tables)).inspect_err(|_| self.unprotect_again(&new))
         });
         if let Err(error) = done {
-            self.leave_undecided(before, false);
+            if classes.is_some() {
+                self.leave_undecided(before, false);
+            }
             self.complete = complete;
             return Err(error);
         }

@@ -71,10 +71,10 @@ impl Walk {
 
     /// Those of these sockets that somebody holds who does not matter, as far as they are found within about this time.
     pub fn held_by_others(&mut self, cookies: &HashSet<u64>, time: Duration) -> HashSet<u64> {
-        let inode = |cookie: &u64| self.listed.get(cookie).map(|socket| socket.inode);
-        let somebody = self.search.others(&cookies.iter().filter_map(inode).collect(), time);
-        let inode = |cookie: &u64| self.listed.get(cookie).map(|socket| socket.inode);
-        cookies.iter().filter(|cookie| inode(cookie).is_some_and(|inode| somebody.contains(&inode))).copied().collect()
+        let inodes: HashMap<u64, u32> =
+            cookies.iter().filter_map(|cookie| Some((*cookie, self.listed.get(cookie)?.inode))).collect();
+        let somebody = self.search.others(&inodes.values().copied().collect(), time);
+        inodes.into_iter().filter(|(_, inode)| somebody.contains(inode)).map(|(cookie, _)| cookie).collect()
     }
 }
 
