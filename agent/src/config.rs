@@ -6,7 +6,7 @@
 //! *Invariant:* unknown keys are refused, and no setting makes the agent less strict about who its peers are.
 
 use crate::{
-    document::{self, Document, Place, Problems, Table, clip, nearest},
+    document::{self, Document, Place, Problems, Purpose, Table, clip, nearest},
     refusal::{Culprit, Refusal},
     spiffe::TrustDomain,
     units,
@@ -185,7 +185,7 @@ impl Config {
     /// Reads and checks a file.
     pub fn load(path: &Path) -> Result<Self, InvalidConfig> {
         let file = path.display().to_string();
-        document::read(path).map_or_else(
+        document::read(path, Purpose::InForce).map_or_else(
             |(what, instead)| {
                 let mut problems = Problems::default();
                 problems.add(&Place { file: file.as_str().into(), line: 0 }, what, instead);

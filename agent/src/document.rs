@@ -6,7 +6,7 @@
 //! *Invariant:* a key that nobody asked for is a problem, never ignored.
 
 use rustix::fs::{Mode, OFlags};
-use std::{collections::BTreeMap, fmt, io::Read, os::unix::fs::MetadataExt, path::Path, sync::Arc};
+use std::{collections::BTreeMap, fmt, fs::Metadata, io::Read, os::unix::fs::MetadataExt, path::Path, sync::Arc};
 use toml::{
     Spanned,
     de::{DeTable, DeValue},
@@ -71,11 +71,38 @@ pub enum TextOrTable<'d> {
     Table(Table<'d>),
 }
 
-/// Reads a file that says what the agent does; the error is what is wrong with it and what to do. What everybody on the
-/// host can write is refused.
+/// What a text is read for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Purpose {
+    /// To be obeyed: nobody but root, and whoever runs this, may be able to write it.
+    InForce,
+    /// To be looked at: it may be anybody's.
+    Inspection,
+}
+
+/// Who could have written this file or directory, beside those who may: what is wrong, and what to do.
+pub fn exposed(path: &Path, metadata: &Metadata, purpose: Purpose, what: &str) -> Option<(String, String)> {
+    let (path, mode, uid, gid) = (path.display(), metadata.mode(), metadata.uid(), metadata.gid());
+    if mode & 0o002 != 0 {
+        return Some((format!("everybody can write to {what}"), format!("run: chmod o-w {path}")));
+    }
+    if purpose == Purpose::Inspection {
+        return None;
+    }
+    let own = |id: u32, mine: u32| id == 0 || id == mine;
+    if !own(uid, rustix::process::geteuid().as_raw()) {
+        return Some((format!("user {uid} owns {what} and can write to it"), format!("run: chown root {path}")));
+    }
+    if mode & 0o020 != 0 && !own(gid, rustix::process::getegid().as_raw()) {
+        return Some((format!("group {gid} can write to {what}"), format!("run: chmod g-w {path}")));
+    }
+    None
+}
+
+/// Reads a file that says what the agent does; the error is what is wrong with it and what to do.
 ///
 /// Opens first and looks then, so that what is checked is what is read. Non-blocking: a pipe must not hold up a start.
-pub fn read(path: &Path) -> Result<String, (String, String)> {
+pub fn read(path: &Path, purpose: Purpose) -> Result<String, (String, String)> {
     let unreadable = |error: std::io::Error| {
         let instead = match error.kind() {
             std::io::ErrorKind::NotFound => "write it, or name another file",
@@ -90,8 +117,8 @@ pub fn read(path: &Path) -> Result<String, (String, String)> {
     if !metadata.is_file() {
         return Err(("this is not a regular file".into(), "give it another name, or write a file".into()));
     }
-    if metadata.mode() & 0o002 != 0 {
-        return Err(("everybody can write to this file".into(), format!("run: chmod o-w {}", path.display())));
+    if let Some(problem) = exposed(path, &metadata, purpose, "this file") {
+        return Err(problem);
     }
     let mut bytes = Vec::new();
     file.take(MAX_FILE + 1).read_to_end(&mut bytes).map_err(unreadable)?;

@@ -19,7 +19,8 @@ fn every_example_is_read_without_a_warning_and_its_cases_hold() {
     let mut count = 0;
     for entry in std::fs::read_dir(policies().join("examples")).unwrap() {
         let directory = entry.unwrap().path();
-        let policy = Policy::load(&directory).unwrap_or_else(|error| panic!("{error}"));
+        let policy =
+            Policy::load(&directory, wimsey::document::Purpose::Inspection).unwrap_or_else(|error| panic!("{error}"));
         assert!(policy.warnings().is_empty(), "{}", policy.warnings());
         all_cases_hold(&policy);
         count += 1;

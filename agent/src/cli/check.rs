@@ -4,12 +4,13 @@ use super::Wrong;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use wimsey::config::Config;
+use wimsey::document::Purpose;
 use wimsey::policy::Policy;
 
 /// Checks configuration, policy and authority as the agent would at start, and prints what would be in force.
 pub fn run(path: &Path) -> anyhow::Result<ExitCode> {
     let config = Config::load(path).map_err(|error| Wrong(error.to_string()))?;
-    let policy = Policy::load(&config.policy_dir).map_err(|error| Wrong(error.to_string()))?;
+    let policy = Policy::load(&config.policy_dir, Purpose::InForce).map_err(|error| Wrong(error.to_string()))?;
     wimsey::daemon::check_identity(&config, &policy).map_err(|error| Wrong(error.to_string()))?;
     print!("{}", config.print());
     println!("\n{}", policy.decision_table());
@@ -26,7 +27,7 @@ pub fn run(path: &Path) -> anyhow::Result<ExitCode> {
 pub fn test_policies(directories: &[PathBuf]) -> anyhow::Result<ExitCode> {
     let mut failed = Vec::new();
     for directory in directories {
-        match Policy::load(directory) {
+        match Policy::load(directory, Purpose::Inspection) {
             Ok(policy) => {
                 println!("{}", directory.display());
                 println!("{}", policy.decision_table());

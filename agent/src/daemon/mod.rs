@@ -16,6 +16,7 @@ use crate::admin;
 use crate::admission::Admission;
 use crate::audit;
 use crate::config::{Config, EngineChoice, Shards, WhenFull};
+use crate::document::Purpose;
 use crate::identify::Identities;
 use crate::identify::attest::{AttestError, Attestor};
 use crate::identify::embedded::{Bundle, Embedded, EmbeddedError, Settings};
@@ -89,7 +90,7 @@ pub fn run(mut config: Config) -> Result<(), Error> {
         );
         config.limits.connections = fit;
     }
-    let policy = Arc::new(Policy::load(&config.policy_dir)?);
+    let policy = Arc::new(Policy::load(&config.policy_dir, Purpose::InForce)?);
     warn_of_second_authorities(&config, &policy);
     let provider = Arc::new(Embedded::open(settings(&config, &policy))?);
     // Before anything looks for processes and cgroups, so that the reason is named and not a consequence of it.

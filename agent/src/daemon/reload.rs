@@ -8,6 +8,7 @@
 
 use super::{Error, settings};
 use crate::config::Config;
+use crate::document::Purpose;
 use crate::identify::embedded::{self, Embedded};
 use crate::identify::provider::Provider;
 use crate::policy::Policy;
@@ -24,7 +25,7 @@ pub struct Prepared {
 impl Prepared {
     /// Reads policy, authority, trust bundles and revocation lists.
     pub fn read(config: &Config, provider: &Embedded) -> Result<Self, Error> {
-        let policy = Arc::new(Policy::load(&config.policy_dir)?);
+        let policy = Arc::new(Policy::load(&config.policy_dir, Purpose::InForce)?);
         let identity = provider.prepare(settings(config, &policy))?;
         Ok(Self { policy, identity })
     }

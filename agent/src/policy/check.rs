@@ -278,6 +278,13 @@ impl Map {
 fn regions(statements: &Statements, problems: &mut Problems) -> Map {
     let mut map = Map::default();
     for entry in &statements.destinations {
+        if entry.region.is_of_a_link() {
+            let what = format!(
+                "address {} is another host's on each link, and programs say which to nobody else",
+                entry.region
+            );
+            problems.add(&entry.place, what, "write an address of that host that is not link-local");
+        }
         if let Some(first) = map.table.position(&entry.region) {
             let what = format!("address {} is a destination twice, first at {}", entry.region, map.place(first));
             problems.add(&entry.place, what, "remove one, or write a narrower address");

@@ -2,14 +2,15 @@
 //!
 //! A directory comes in, the texts of its files go to `check`, in name order.
 //!
-//! *Invariant:* what anybody on the host could have written is not policy: a world-writable directory or file is refused.
+//! *Invariant:* what others on the host could have written is not policy: a directory or a file that somebody beside root
+//! can write to is refused.
 
 use super::{Accounts, Policy, check, language};
 use crate::{
-    document::{self, Place, Problems},
+    document::{self, Place, Problems, Purpose},
     refusal::{Culprit, Refusal},
 };
-use std::{os::unix::fs::MetadataExt, path::Path, sync::Arc};
+use std::{path::Path, sync::Arc};
 
 /// Most files of one directory.
 const MAX_FILES: usize = 4096;
@@ -40,10 +41,10 @@ impl Refusal for Rejected {
     }
 }
 
-pub(super) fn load(directory: &Path, accounts: &Accounts) -> Result<Policy, Rejected> {
+pub(super) fn load(directory: &Path, accounts: &Accounts, purpose: Purpose) -> Result<Policy, Rejected> {
     let shown = directory.display().to_string();
     let mut problems = Problems::default();
-    let sources = read(directory, &shown, &mut problems);
+    let sources = read(directory, &shown, purpose, &mut problems);
     if problems.is_empty() {
         return check::check(&shown, &sources, accounts);
     }
@@ -55,7 +56,7 @@ pub(super) fn load(directory: &Path, accounts: &Accounts) -> Result<Policy, Reje
     Err(Rejected { problems: problems.sorted() })
 }
 
-fn read(directory: &Path, shown: &str, problems: &mut Problems) -> Vec<Source> {
+fn read(directory: &Path, shown: &str, purpose: Purpose, problems: &mut Problems) -> Vec<Source> {
     let whole = Place { file: shown.into(), line: 0 };
     let names = match names(directory, problems) {
         Ok(names) => names,
@@ -66,10 +67,11 @@ fn read(directory: &Path, shown: &str, problems: &mut Problems) -> Vec<Source> {
         }
     };
     match std::fs::metadata(directory) {
-        Ok(metadata) if metadata.mode() & 0o002 != 0 => {
-            problems.add(&whole, "everybody can write to the policy directory", format!("run: chmod o-w {shown}"));
+        Ok(metadata) => {
+            if let Some((what, instead)) = document::exposed(directory, &metadata, purpose, "the policy directory") {
+                problems.add(&whole, what, instead);
+            }
         }
-        Ok(_) => {}
         Err(error) => {
             problems.add(&whole, format!("the policy directory cannot be read ({error})"), "check its permissions")
         }
@@ -87,7 +89,7 @@ fn read(directory: &Path, shown: &str, problems: &mut Problems) -> Vec<Source> {
     for name in names {
         let path = directory.join(&name);
         let place = Place { file: path.display().to_string().into(), line: 0 };
-        match document::read(&path) {
+        match document::read(&path, purpose) {
             Ok(text) => sources.push(Source { file: place.file, text }),
             Err((what, instead)) => problems.add(&place, what, instead),
         }
@@ -124,7 +126,7 @@ mod tests {
     use std::{fs, os::unix::fs::PermissionsExt};
 
     fn refused(directory: &Path) -> String {
-        let error = load(directory, &Accounts::default()).unwrap_err();
+        let error = load(directory, &Accounts::default(), Purpose::InForce).unwrap_err();
         error.to_string().replace(&directory.display().to_string(), "DIR")
     }
 
@@ -152,7 +154,7 @@ mod tests {
             fs::write(directory.path().join(name), text).unwrap();
         }
         let mut problems = Problems::default();
-        let sources = read(directory.path(), "DIR", &mut problems);
+        let sources = read(directory.path(), "DIR", Purpose::InForce, &mut problems);
         assert!(problems.is_empty(), "{problems}");
         assert_eq!(
             sources.iter().map(|source| source.text.as_str()).collect::<Vec<_>>(),
@@ -174,7 +176,7 @@ mod tests {
         for name in ["b.toml.bak", "b.toml~", "b.tom", "b", ".b.TOML"] {
             fs::write(directory.path().join(name), "").unwrap();
         }
-        assert!(load(directory.path(), &Accounts::default()).is_ok());
+        assert!(load(directory.path(), &Accounts::default(), Purpose::InForce).is_ok());
     }
 
     #[test]
@@ -192,11 +194,11 @@ mod tests {
             format!("\u{feff}{text}"),
         ] {
             fs::write(&file, &text).unwrap();
-            assert!(load(directory.path(), &Accounts::default()).is_err(), "{text:?}");
+            assert!(load(directory.path(), &Accounts::default(), Purpose::InForce).is_err(), "{text:?}");
         }
         for text in ["trust_domain = \"example.org\"\r\n# more\r\n", "\u{feff}trust_domain = \"example.org\"\n"] {
             fs::write(&file, text).unwrap();
-            assert_eq!(load(directory.path(), &Accounts::default()).map(drop), Ok(()), "{text:?}");
+            assert_eq!(load(directory.path(), &Accounts::default(), Purpose::InForce).map(drop), Ok(()), "{text:?}");
         }
     }
 
@@ -205,7 +207,7 @@ mod tests {
         let directory = tempfile::tempdir().unwrap();
         let file = directory.path().join("a.toml");
         fs::write(&file, "trust_domain = \"example.org\"\n").unwrap();
-        assert!(load(directory.path(), &Accounts::default()).is_ok());
+        assert!(load(directory.path(), &Accounts::default(), Purpose::InForce).is_ok());
         fs::set_permissions(&file, fs::Permissions::from_mode(0o646)).unwrap();
         assert_eq!(
             refused(directory.path()),
@@ -214,6 +216,34 @@ mod tests {
         fs::set_permissions(&file, fs::Permissions::from_mode(0o644)).unwrap();
         fs::set_permissions(directory.path(), fs::Permissions::from_mode(0o777)).unwrap();
         assert_eq!(refused(directory.path()), "DIR: everybody can write to the policy directory; run: chmod o-w DIR");
+    }
+
+    #[test]
+    fn what_another_user_or_group_could_have_written_is_looked_at_and_not_obeyed() {
+        let directory = tempfile::tempdir().unwrap();
+        let (file, whole) = (directory.path().join("a.toml"), directory.path().to_owned());
+        fs::write(&file, "trust_domain = \"example.org\"\n").unwrap();
+        let give = |path: &Path, user: u32, group: u32| std::os::unix::fs::chown(path, Some(user), Some(group));
+        if give(&file, 65534, 0).is_err() {
+            eprintln!("SKIPPED (not root): what_another_user_or_group_could_have_written_is_looked_at_and_not_obeyed");
+            return;
+        }
+        assert_eq!(
+            refused(&whole),
+            "DIR/a.toml: user 65534 owns this file and can write to it; run: chown root DIR/a.toml"
+        );
+        assert!(load(&whole, &Accounts::default(), Purpose::Inspection).is_ok());
+        give(&file, 0, 65534).unwrap();
+        assert!(load(&whole, &Accounts::default(), Purpose::InForce).is_ok(), "the group may only read it");
+        fs::set_permissions(&file, fs::Permissions::from_mode(0o664)).unwrap();
+        assert_eq!(refused(&whole), "DIR/a.toml: group 65534 can write to this file; run: chmod g-w DIR/a.toml");
+        give(&file, 0, 0).unwrap();
+        assert!(load(&whole, &Accounts::default(), Purpose::InForce).is_ok(), "root's group is root");
+        give(&whole, 65534, 0).unwrap();
+        assert_eq!(
+            refused(&whole),
+            "DIR: user 65534 owns the policy directory and can write to it; run: chown root DIR"
+        );
     }
 
     #[test]

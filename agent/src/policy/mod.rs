@@ -22,7 +22,7 @@ pub use load::{Rejected, Source};
 pub use selector::Accounts;
 
 use crate::{
-    document::Problems,
+    document::{Problems, Purpose},
     spiffe::{Pattern, SpiffeId, TrustDomain},
 };
 use language::{Expectation, Ports};
@@ -214,8 +214,8 @@ pub enum Preexisting {
 
 impl Policy {
     /// Reads and checks every `*.toml` file of a directory, in name order, with the accounts of this host.
-    pub fn load(directory: &Path) -> Result<Self, Rejected> {
-        load::load(directory, &Accounts::of_this_host())
+    pub fn load(directory: &Path, purpose: Purpose) -> Result<Self, Rejected> {
+        load::load(directory, &Accounts::of_this_host(), purpose)
     }
 
     /// Checks a policy whose text is given. No I/O. `directory` names the whole where a problem is in no one file.

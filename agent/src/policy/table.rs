@@ -106,6 +106,11 @@ impl Region {
         (self.port.unwrap_or(0), length, bits)
     }
 
+    /// Is it made of link-local IPv6 addresses (RFC 4291, section 2.5.6)? They mean something only with a device.
+    pub fn is_of_a_link(&self) -> bool {
+        matches!(self.network, IpNet::V6(network) if network.prefix_len() >= 10 && network.network().is_unicast_link_local())
+    }
+
     /// Is every address and port of `other` in this region?
     pub fn covers(&self, other: &Self) -> bool {
         (self.port.is_none() || self.port == other.port) && self.network.contains(&other.network)

@@ -289,6 +289,18 @@ fn numbers_lead_back_to_rules_and_workloads() {
 }
 
 #[test]
+fn a_link_local_address_is_no_destination() {
+    let text = |address: &str| format!("[[destination]]\naddress = \"{address}\"\nid = \"spiffe://td/web\"\n");
+    assert_eq!(
+        refusal(&text("[fe80::2]:80")),
+        "p.toml:2: address [fe80::2]:80 is another host's on each link, and programs say which to nobody else; \
+         write an address of that host that is not link-local"
+    );
+    assert!(refusal(&text("[fe80::/10]:80")).contains("on each link"));
+    policy(&text("[fd00::2]:80"));
+}
+
+#[test]
 fn every_problem_of_every_file_is_told_at_once() {
     let sources = [
         Source { file: "a.toml".into(), text: "trust_domain = \"td\"\n[[alow]]\nx = 1\n".into() },

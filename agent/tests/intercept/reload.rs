@@ -43,7 +43,7 @@ impl Agent {
         let config = Config::parse("agent.toml", &text).unwrap();
         fs::create_dir(scratch.path().join("policies")).unwrap();
         write_policy(scratch.path(), 1);
-        let policy = Policy::load(&config.policy_dir).unwrap();
+        let policy = Policy::load(&config.policy_dir, wimsey::document::Purpose::InForce).unwrap();
         let ca_dir = scratch.path().join("ca");
         ca::init(&ca_dir, policy.trust_domain(), ca::DEFAULT_LIFE, SystemTime::now()).unwrap();
         let provider = Embedded::open(Settings {
