@@ -5,6 +5,7 @@
 #![allow(unsafe_code)]
 
 use rustix::fd::{AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
+use std::cmp::Ordering;
 use std::io;
 
 /// Opens a cgroup's directory (`O_PATH`) by the cgroup's id. `mount` is any descriptor on the mount of the unified
@@ -34,12 +35,14 @@ pub fn open_cgroup_by_id(mount: BorrowedFd<'_>, id: u64) -> io::Result<OwnedFd> 
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// Do two threads have one table of descriptors? Threads by their numbers in the pid namespace of this process.
-pub fn share_descriptors(one: u32, other: u32) -> io::Result<bool> {
+/// Do two threads have one table of descriptors? If not: which comes first, in an order that is the kernel's own and stays
+/// the same while both run. Threads by their numbers in the pid namespace of this process.
+pub fn compare_descriptors(one: u32, other: u32) -> io::Result<Ordering> {
     // SAFETY: this call reads and writes no memory of this process. JUSTIFICATION: no crate offers it.
     match unsafe { libc::syscall(libc::SYS_kcmp, one, other, KCMP_FILES, 0, 0) } {
-        0 => Ok(true),
-        1.. => Ok(false),
+        0 => Ok(Ordering::Equal),
+        1 => Ok(Ordering::Less),
+        2.. => Ok(Ordering::Greater),
         _ => Err(io::Error::last_os_error()),
     }
 }

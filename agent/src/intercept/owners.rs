@@ -16,6 +16,7 @@ use rustix::{
     io::Errno,
 };
 use std::{
+    cmp::Ordering,
     collections::{HashMap, HashSet},
     ffi::OsStr,
     fs, io,
@@ -283,18 +284,21 @@ impl Reader<'_> {
             if found.ended {
                 continue;
             }
-            // Where it cannot be said whether two are one, each is read.
-            let same = |table: &&mut Table| {
-                table.threads.last().is_some_and(|other| sys::share_descriptors(*other, thread).unwrap_or(false))
+            // Sorted as the kernel orders them: anybody may have a table for each of very many threads. Where it cannot be said
+            // whether two are one, each is read.
+            let order = |table: &Table| {
+                let known = table.threads.last().map(|other| sys::compare_descriptors(*other, thread));
+                known.and_then(Result::ok).unwrap_or(Ordering::Less)
             };
-            match tables.iter_mut().find(same) {
-                Some(table) => {
-                    table.threads.push(thread);
-                    if !table.who.iter().any(|other| facts(other) == facts(&found.task)) {
-                        table.who.push(found.task);
-                    }
-                }
-                None => tables.push(Table { pid, threads: vec![thread], size: found.size, who: vec![found.task] }),
+            let place = tables.binary_search_by(order);
+            let Some(table) = place.ok().and_then(|index| tables.get_mut(index)) else {
+                let table = Table { pid, threads: vec![thread], size: found.size, who: vec![found.task] };
+                tables.insert(place.unwrap_or_else(|index| index), table);
+                continue;
+            };
+            table.threads.push(thread);
+            if !table.who.iter().any(|other| facts(other) == facts(&found.task)) {
+                table.who.push(found.task);
             }
         }
         Ok(tables)
@@ -306,10 +310,15 @@ impl Reader<'_> {
         let status = Status::parse(&read("status")?)
             .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "its status does not read as documented"))?;
         // In a cgroup that is not found it may be anybody, so that what it holds is refused. One that it has just left may
-        // be gone already.
+        // be gone already. A name that is too long to be told is one that is not found: whoever makes such a one must not
+        // have what others hold refused.
         let mut cgroup = 0;
         for _ in 0..3 {
-            cgroup = self.cgroup(&read("cgroup")?).unwrap_or(0);
+            cgroup = match read("cgroup") {
+                Ok(membership) => self.cgroup(&membership).unwrap_or(0),
+                Err(error) if is_gone(&error) => return Err(error),
+                Err(_) => 0,
+            };
             if cgroup != 0 || status.ended {
                 break;
             }
@@ -457,9 +466,9 @@ mod tests {
             let files = libc::CLONE_FILES as usize;
             assert_eq!(sys::refused_call(libc::SYS_unshare, [files, 0, 0, 0]), None);
             let own = rustix::thread::gettid().as_raw_nonzero().get().cast_unsigned();
-            let alone = sys::share_descriptors(own, std::process::id());
+            let order = sys::compare_descriptors(own, std::process::id());
             // What the others have of it is closed: this is the only one.
-            ready.send((alone.unwrap(), socket.as_raw_fd())).unwrap();
+            ready.send((order.unwrap().is_eq(), socket.as_raw_fd())).unwrap();
             let _ = ended.recv();
         });
         let (shared, _) = is_ready.recv().unwrap();
@@ -467,6 +476,41 @@ mod tests {
         assert!(!holders(inode).is_empty());
         end.send(()).unwrap();
         thread.join().unwrap();
+    }
+
+    /// Processor time that it takes to look at this process while so many threads have tables of their own.
+    fn cost_of(tables: usize) -> Duration {
+        let clock = || {
+            let time = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+            Duration::new(time.tv_sec.unsigned_abs(), u32::try_from(time.tv_nsec).unwrap())
+        };
+        let (begin, end) = (std::sync::Barrier::new(tables + 1), std::sync::Barrier::new(tables + 1));
+        std::thread::scope(|scope| {
+            for _ in 0..tables {
+                let thread = std::thread::Builder::new().stack_size(64 * 1024);
+                let stay = || {
+                    // A table of its own with nothing in it: what other tests close shall be closed.
+                    let own = libc::CLOSE_RANGE_UNSHARE as usize;
+                    assert_eq!(sys::refused_call(libc::SYS_close_range, [0, u32::MAX as usize, own, 0]), None);
+                    begin.wait();
+                    end.wait();
+                };
+                thread.spawn_scoped(scope, stay).unwrap();
+            }
+            begin.wait();
+            let before = clock();
+            let found = Reader { cgroup2: Path::new("/"), cgroups: HashMap::new() }.tables(std::process::id()).unwrap();
+            let cost = clock() - before;
+            assert!(found.len() > tables, "{} tables", found.len());
+            end.wait();
+            cost
+        })
+    }
+
+    #[test]
+    fn many_tables_of_one_process_cost_no_more_each_than_few() {
+        let (few, many) = (cost_of(100), cost_of(1600));
+        assert!(many < few * 16 * 4, "100 tables took {few:?}, 1,600 took {many:?}");
     }
 
     #[test]
