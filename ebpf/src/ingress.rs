@@ -289,23 +289,11 @@ pub extern "C" fn ingress_refused(reason: u32, tuple: *const TupleKey) -> u32 {
     1
 }
 
-/// The strictest of what is bound where the kernel would look: the address itself, the IPv4 wildcard, the IPv6 one, each on
-/// the device that the segment came in by and on any. 0 where nobody is.
+/// The strictest of what is bound where the kernel would look, on the device that the segment came in by and on any; 0 where
+/// nobody is. With it comes the sum of [`who_listens`].
 #[inline(always)]
 fn protection(config: &Config, local: &Address, port: u16, ipv6: bool, device: u32) -> (u32, u64) {
-    let mut key = ListenerKey { address: *local, netns: config.netns_cookie, device: 0, port, ipv6_only: 0 };
-    let mut found = Found { counts: 0, listeners: 0 };
-    ingress_counts(&key, device, &mut found);
-    if !ipv6 {
-        key.address = mapped(0);
-        ingress_counts(&key, device, &mut found);
-    }
-    key.address = [0; 16];
-    ingress_counts(&key, device, &mut found);
-    if ipv6 {
-        key.ipv6_only = 1;
-        ingress_counts(&key, device, &mut found);
-    }
+    let found = places(config, local, port, ipv6, 0, device);
     if config.flags & FLAG_PROTECTED_ADDRESSES != 0 && is_protected(local, port, ipv6) {
         return (LISTENER_PROTECTED, found.listeners);
     }
@@ -315,20 +303,27 @@ fn protection(config: &Config, local: &Address, port: u16, ipv6: bool, device: u
 /// Who is bound where the kernel would look and may begin to listen there: the sum of [`who_listens`].
 #[inline(always)]
 fn bound_only(config: &Config, local: &Address, port: u16, ipv6: bool) -> u64 {
-    let mut key = ListenerKey { address: *local, netns: config.netns_cookie, device: BOUND_ONLY, port, ipv6_only: 0 };
+    places(config, local, port, ipv6, BOUND_ONLY, 0).listeners
+}
+
+/// The rows of the address itself, of the IPv4 wildcard and of the IPv6 one, under a device and, if it is not 0, under
+/// another one.
+#[inline(always)]
+fn places(config: &Config, local: &Address, port: u16, ipv6: bool, device: u32, and_device: u32) -> Found {
+    let mut key = ListenerKey { address: *local, netns: config.netns_cookie, device, port, ipv6_only: 0 };
     let mut found = Found { counts: 0, listeners: 0 };
-    ingress_counts(&key, 0, &mut found);
+    ingress_counts(&key, and_device, &mut found);
     if !ipv6 {
         key.address = mapped(0);
-        ingress_counts(&key, 0, &mut found);
+        ingress_counts(&key, and_device, &mut found);
     }
     key.address = [0; 16];
-    ingress_counts(&key, 0, &mut found);
+    ingress_counts(&key, and_device, &mut found);
     if ipv6 {
         key.ipv6_only = 1;
-        ingress_counts(&key, 0, &mut found);
+        ingress_counts(&key, and_device, &mut found);
     }
-    found.listeners
+    found
 }
 
 /// Who is bound where the kernel would look.

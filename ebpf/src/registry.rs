@@ -61,7 +61,7 @@ pub fn bound(sock: *mut bpf_sock, address: Address) -> i32 {
     // may choose in the place of somebody else. Where there is no memory for the note (nor ever is, on an x86 processor
     // without `cmpxchg16b`, since Linux 7.0), the row is all that tells, and it counts nowhere: a workload may be who listens.
     let nobody = found == LISTENER_LEFT_ALONE && !own;
-    let shares = nobody && noted && flags(sock) & MAY_SHARE != 0;
+    let shares = nobody && flags(sock) & MAY_SHARE != 0;
     if nobody && noted && !shares {
         return ALLOW;
     }

@@ -428,6 +428,97 @@ fn whoever_shares_a_port_and_listens_now_and_then_hears_no_client() {
     legs(&lab, &mesh, &mut web, joiner, " shared");
 }
 
+/// Ways to be bound to one port of beta: family, options, address.
+fn ways(lab: &Lab) -> [(u8, &'static str, String); 8] {
+    let (v4, v6) = (lab.beta.v4, lab.beta.v6);
+    [
+        (4, "", "0.0.0.0".to_owned()),
+        (4, "", v4.to_string()),
+        (6, "dual", "[::]".to_owned()),
+        (6, "v6only", "[::]".to_owned()),
+        (6, "dual", "[::ffff:0.0.0.0]".to_owned()),
+        (6, "dual", format!("[::ffff:{v4}]")),
+        (6, "v6only", format!("[{v6}]")),
+        (6, "dual", format!("[{v6}]")),
+    ]
+}
+
+/// Of several sockets that share a port the kernel chooses by rules of its own, which differ by family, address, device and age:
+/// each pair is tried, in an order that is printed.
+#[test]
+fn however_somebody_shares_a_port_they_hear_no_client() {
+    let lab = lab!();
+    let selectors = [format!("unix:uid:{WEB}"), format!("cgroup:{}/server", lab.cgroup_path())];
+    let mesh = mesh!(lab, &with_web(&lab, &[&selectors[0], &selectors[1]], &[PORT]));
+    let mut web = lab.puppet(&lab.beta, "server", WEB, "web");
+    let mut joiner = lab.puppet(&lab.beta, "elsewhere", WEB, "joiner");
+    let mut user = lab.puppet(&lab.alpha, "one", USER, "user");
+    let alone = format!("socket s 6; opt s reuseport; opt s reuseaddr; opt s dual; bind s [::]:{PORT}; listen s");
+    web.must(&alone);
+    lab.expect_served(&mesh, lab.beta.at(PORT));
+    web.must("close s");
+    let mut pairs = Vec::new();
+    for own in ways(&lab) {
+        for other in ways(&lab) {
+            for device in ["", "device:lo"] {
+                for order in ["listens before", "binds before", "listens after"] {
+                    pairs.push((own.clone(), other.clone(), device, order));
+                }
+            }
+        }
+    }
+    // On a slow machine some of them, others each time.
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+    let first = usize::try_from(now.as_nanos() % pairs.len() as u128).unwrap_or(0);
+    let (all, end) = (pairs.len(), Instant::now() + Duration::from_secs(30));
+    let (mut both, mut before) = (0, String::new());
+    for (tried, number) in (0..all).map(|step| (first + step * 131) % all).enumerate() {
+        if Instant::now() >= end && tried >= 20 {
+            break;
+        }
+        let ((own, how, own_ip), (other, other_how, other_ip), device, order) = &pairs[number];
+        let opt = |name: &str, word: &str| match word {
+            "" => String::new(),
+            _ => format!("opt {name} {word}; "),
+        };
+        let own_options = if *own == 6 { opt("s", how) } else { String::new() };
+        let other_options = if *other == 6 { opt("j", other_how) } else { String::new() } + &opt("j", device);
+        let begin =
+            format!("socket j {other}; opt j reuseport; opt j reuseaddr; {other_options}bind j {other_ip}:{PORT}");
+        let joins = match *order {
+            "listens before" => joiner.tell(&format!("{begin}; listen j"))["ok"] == true,
+            "binds before" => joiner.tell(&begin)["ok"] == true,
+            _ => true,
+        };
+        web.must(&format!(
+            "socket s {own}; opt s reuseport; opt s reuseaddr; {own_options}bind s {own_ip}:{PORT}; listen s"
+        ));
+        let joins = match *order {
+            "listens before" => joins,
+            "binds before" => joins && joiner.tell("listen j")["ok"] == true,
+            _ => joiner.tell(&format!("{begin}; listen j"))["ok"] == true,
+        };
+        both += usize::from(joins);
+        for to in [lab.beta.at(PORT), lab.beta.at6(PORT)] {
+            let (millis, marker) = (clock::millis(100).as_millis(), lab.marker());
+            let family = if to.is_ipv4() { 4 } else { 6 };
+            let _ = user.tell(&format!(
+                "patience {millis}; socket u {family}; connect u {to}; write u {marker}; read u; close u"
+            ));
+        }
+        let what = format!("pair {number}: web {how} {own_ip}, the other {other_how} {other_ip} {device} {order}");
+        // What was heard of the pair before may be said late.
+        joiner.expect_unheard(lab.marker(), &format!("{what}; before: {before}"));
+        before = what;
+        web.must("close s");
+        joiner.tell("close j");
+    }
+    assert!(both > 0, "nobody ever shared the port");
+    web.must(&alone);
+    lab.expect_served(&mesh, lab.beta.at(PORT));
+    expect_alive(&mesh);
+}
+
 /// Web and somebody else come and go on one port, while clients of web say something. When the other one is gone, web is served.
 fn legs(lab: &Lab, mesh: &Mesh<'_>, web: &mut Hand, mut attacker: Hand, how: &str) {
     let mut users: Vec<Hand> =

@@ -71,6 +71,7 @@ const IN_GUESTS: &[(&str, &[&str])] = &[
             "a_multipath_listener",
             "listener_that_comes_and_goes",
             "who_joins_a_port_by_reuseport",
+            "somebody_shares_a_port",
             "port_that_another_has_on_another_device",
             "in_a_new_cgroup_without_an_agent",
             "no_note_can_be_made",

@@ -316,8 +316,12 @@ impl Shared {
     }
 
     /// The sockets of which the kernel would choose one for a connection over loopback to this address: those that are bound
-    /// to the address itself, else to the IPv4 wildcard, else to the IPv6 one; on any device, else on the loopback device. After
-    /// them those that may begin to listen there in this moment.
+    /// to the address itself, else to a wildcard of either family; on any device, and on the loopback device. With them come
+    /// those that may begin to listen there in this moment.
+    ///
+    /// Of several that share a port (`SO_REUSEPORT`) the kernel takes the one that came first, however much better another
+    /// fits (`inet6_lhash2_lookup` in net/ipv6/inet6_hashtables.c), and one hash bucket holds the wildcards of both families.
+    /// So all of a bucket count, not only those that fit best.
     ///
     /// With them comes who was there at these places before they were looked at, by [`who_listens`]. Sockets on the loopback
     /// device are seldom, and count only where they are all there is, or where `everywhere` asks for them.
@@ -328,31 +332,31 @@ impl Shared {
         netns: u64,
         everywhere: bool,
     ) -> io::Result<(Vec<Listening>, u64)> {
-        let (mut who, mut found) = (0_u64, Vec::new());
+        let (places, mut who) = (places(local, netns), 0_u64);
+        let (mut exact, mut wildcard) = (Vec::new(), Vec::new());
         for device in [0, LOOPBACK_DEVICE] {
-            let mut rows = [None; 3];
-            for (place, row) in places(local, netns).iter().zip(&mut rows) {
+            for (index, place) in places.iter().enumerate() {
                 let key = ListenerKey { device, ..*place };
-                *row = tables.listeners.get(&key)?.map(|row| (key, row));
-                who = who.wrapping_add(row.as_ref().map_or(0, |(_, row)| who_listens(row)));
+                let Some(row) = tables.listeners.get(&key)? else { continue };
+                who = who.wrapping_add(who_listens(&row));
+                let bucket = if index == 0 { &mut exact } else { &mut wildcard };
+                bucket.extend(self.at(tables, &key, row)?);
             }
-            for (key, row) in rows.into_iter().flatten() {
-                if found.is_empty() {
-                    found = self.at(tables, &key, row)?;
-                }
-            }
-            if !found.is_empty() && !everywhere {
+            if !everywhere && (!exact.is_empty() || !wildcard.is_empty()) {
                 break;
             }
         }
-        for place in places(local, netns) {
-            let key = ListenerKey { device: BOUND_ONLY, ..place };
+        // Whoever begins to listen at the address itself is preferred to all wildcards.
+        let (mut found, may_be_preferred) = match exact.is_empty() {
+            true => (wildcard, &places[..]),
+            false => (exact, &places[..1]),
+        };
+        let user = found.first().map(|first| first.row.binder);
+        for place in &places {
+            let key = ListenerKey { device: BOUND_ONLY, ..*place };
             let Some(row) = tables.listeners.get(&key)? else { continue };
             who = who.wrapping_add(who_listens(&row));
-            if let Some(first) =
-                found.first().filter(|first| ListenerKey { device: BOUND_ONLY, ..first.row.key } == key)
-            {
-                let user = first.row.binder;
+            if let Some(user) = user.filter(|_| may_be_preferred.contains(place)) {
                 let beside = self.at(tables, &key, row)?;
                 // Only a socket of the same user may listen beside another (`inet_csk_bind_conflict`).
                 found.extend(beside.into_iter().filter(|it| user.tgid == 0 || it.row.binder.uid == user.uid));
