@@ -12,7 +12,7 @@ use std::fmt;
 /// Why a connection ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CloseReason {
-    /// Both programs closed their side, and everything was delivered.
+    /// Both programs closed their side, and everything was passed on: as far as this agent goes.
     Complete,
     /// The local program reset the connection, or is gone.
     ApplicationReset,
@@ -130,7 +130,7 @@ impl fmt::Display for CloseReason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let lost = |number: i32| std::io::Error::from_raw_os_error(number);
         match *self {
-            Self::Complete => f.write_str("both programs closed their side, and everything was delivered"),
+            Self::Complete => f.write_str("both programs closed their side, and everything was passed on"),
             Self::ApplicationReset => f.write_str("the local program reset the connection, or is gone"),
             Self::ApplicationLost(number) => write!(f, "the local program's socket failed: {}", lost(number)),
             Self::PeerReset => f.write_str("the peer reset the connection"),

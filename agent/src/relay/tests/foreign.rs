@@ -159,7 +159,7 @@ struct Openssl {
 
 impl Openssl {
     /// With these arguments, and certificate and key of `id`. A line of text is followed by the next one when it came back,
-    /// a letter that is an order to `openssl` after a pause.
+    /// a letter that is an order to `openssl` when it was read.
     fn start(
         world: &World,
         id: &str,
@@ -200,10 +200,13 @@ impl Openssl {
                     break;
                 }
                 let latest = std::time::Instant::now() + patience(10);
-                while line.len() > 1 && !heard.lock().unwrap().contains(line) && std::time::Instant::now() < latest {
+                // An order is one only where it is read by itself: what was written before has to be out of the pipe.
+                let is_read = || rustix::io::ioctl_fionread(&input).is_ok_and(|waiting| waiting == 0);
+                let is_back = || line.len() == 1 || heard.lock().unwrap().contains(line);
+                while !(is_read() && is_back()) && std::time::Instant::now() < latest {
                     std::thread::sleep(Duration::from_millis(20));
                 }
-                std::thread::sleep(Duration::from_millis(400));
+                std::thread::sleep(Duration::from_millis(100));
             }
         });
         Some(Self { child, said, reading })
