@@ -6,8 +6,8 @@
 //! *Invariant:* no clock, no I/O, no await. A `Permit` can be made here and nowhere else, and only out of `Parties`.
 
 use crate::{
+    flow::Direction,
     identify::Parties,
-    intercept::Direction,
     policy::{Outbound, Peers, Policy, Rule},
     refusal::{Culprit, Refusal},
     spiffe::SpiffeId,
@@ -43,7 +43,7 @@ pub enum Authorized {
 /// ```compile_fail,E0451
 /// # use wimsey::{authorize::Permit, identify::Parties, policy::Peers};
 /// fn forge(parties: Parties, peers: Peers) -> Permit {
-///     Permit { parties, peers, permissive: None }
+///     Permit { parties, peers, permissive: None, early: Vec::new() }
 /// }
 /// ```
 ///
@@ -61,6 +61,8 @@ pub struct Permit {
     parties: Parties,
     peers: Peers,
     permissive: Option<Arc<Rule>>,
+    /// The application's first bytes, where they have been taken off its socket already.
+    early: Vec<u8>,
 }
 
 /// Leave to carry an outbound connection in plaintext, by a named rule. It can be made by [`authorize`] alone.
@@ -124,12 +126,14 @@ pub enum Reason {
 /// May this connection be, and with whom?
 pub fn authorize(policy: &Policy, parties: Parties) -> Result<Authorized, Denied> {
     let address = parties.flow.destination.0;
-    let decision = match parties.flow.direction {
+    let decision = match parties.flow.direction() {
         Direction::Outbound => outbound(policy, &parties.workload.id, address),
         Direction::Inbound => inbound(policy, &parties.workload.id, address.port()),
     };
     match decision {
-        Ok(Leave::Mesh { peers, permissive }) => Ok(Authorized::Mesh(Permit { parties, peers, permissive })),
+        Ok(Leave::Mesh { peers, permissive }) => {
+            Ok(Authorized::Mesh(Permit { parties, peers, permissive, early: Vec::new() }))
+        }
         Ok(Leave::Bypass(rule)) => Ok(Authorized::Bypass(Bypass { parties, rule })),
         Err(reason) => Err(Denied { parties: Box::new(parties), reason }),
     }
@@ -198,7 +202,7 @@ impl Permit {
 
     /// The application's first bytes, as far as they have been taken off its socket.
     pub(crate) fn early(&mut self) -> &mut Vec<u8> {
-        &mut self.parties.flow.early
+        &mut self.early
     }
 
     /// Who may be on the other end.
@@ -270,7 +274,7 @@ impl Refusal for Reason {
 impl Permit {
     /// A permit that no policy gave, for the tests of the rooms behind this one.
     pub(crate) fn forged(parties: Parties, peers: Peers) -> Self {
-        Self { parties, peers, permissive: None }
+        Self { parties, peers, permissive: None, early: Vec::new() }
     }
 }
 
@@ -279,7 +283,6 @@ mod tests {
     use super::*;
     use crate::{
         identify::{Credential, attest::Facts},
-        intercept::{Flow, OriginalDst},
         policy::{Accounts, Source, Workload},
     };
     use std::time::SystemTime;
@@ -327,20 +330,7 @@ mod tests {
         let key = rustls::crypto::aws_lc_rs::sign::any_supported_type(&key).unwrap();
         let certified = Arc::new(rustls::sign::CertifiedKey::new(vec![certificate.der().clone()], key));
         Parties {
-            flow: Flow {
-                id: 1,
-                direction,
-                socket,
-                destination: OriginalDst(destination.parse().unwrap()),
-                source: "10.0.0.1:40000".parse().unwrap(),
-                early: Vec::new(),
-                dial_from: None,
-                task: None,
-                cookie: 0,
-                sharers: Box::default(),
-                listener_cookie: 0,
-                listeners: 0,
-            },
+            flow: crate::flow::testing::flow(direction, socket, destination.parse().unwrap(), None),
             workload: Workload { number: 1, id: id(workload) },
             credential: Arc::new(Credential {
                 id: id(workload),

@@ -22,6 +22,7 @@ pub mod document;
 pub mod policy;
 pub mod config;
 pub mod cgroup2;
+pub mod flow;
 pub mod intercept;
 pub mod identify;
 pub mod authorize;

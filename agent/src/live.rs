@@ -9,8 +9,8 @@ use places::{Place, Places};
 
 use crate::audit::{End, Process, Record, Tls};
 use crate::authorize::still_allowed;
+use crate::flow::Direction;
 use crate::identify::bundle::{Trust, TrustPath};
-use crate::intercept::Direction;
 use crate::lock::lock;
 use crate::policy::Policy;
 use crate::relay::{Progress, Stop};

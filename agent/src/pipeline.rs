@@ -16,9 +16,10 @@ use crate::admission::{Admission, Full, Place};
 use crate::audit::{self, Decision, Method};
 use crate::authorize::{self, Authorized, Permit};
 use crate::config::Config;
+use crate::flow::{Direction, Flow, OriginalDst};
 use crate::handshake::{self, Terms};
 use crate::identify::{self, Identities, Parties, Unidentified};
-use crate::intercept::{Dialler, Direction, Flow, Opening, OriginalDst};
+use crate::intercept::{Dialler, Opening};
 use crate::live::{Basis, Registry};
 use crate::offload::{self, Choice, Engine, Pipe};
 use crate::policy::{Policy, Rule, Workload};
@@ -139,8 +140,8 @@ async fn settled(left: Option<Left>) -> Option<Idle> {
 
 /// Makes a connection. `None`: it was refused, and is recorded.
 async fn begin<'a>(shared: &'a Shared, site: &'a Site, flow: Flow) -> Option<(Place, Made<'a>)> {
-    let place = |admission: &Admission, flow: &Flow| match flow.direction {
-        Direction::Outbound => admission.outbound(flow.task.map_or(u32::MAX, |task| task.uid)),
+    let place = |admission: &Admission, flow: &Flow| match flow.direction() {
+        Direction::Outbound => admission.outbound(flow.task().map_or(u32::MAX, |task| task.uid)),
         Direction::Inbound => admission.unproven(&shared.here.whence(flow.source, flow.destination.0)),
     };
     let (mut place, attempt, flow) = enter(shared, flow, place)?;
@@ -272,7 +273,7 @@ impl<'a> Walk<'a> {
     /// Everything until bytes may move. `None`: it was refused, and is recorded.
     async fn make(&self, attempt: Attempt<'a>, flow: Flow, place: &mut Place) -> Option<Made<'a>> {
         let (attempt, permit) = self.admit(attempt, flow).await?;
-        match permit.parties().flow.direction {
+        match permit.parties().flow.direction() {
             Direction::Outbound => self.outbound(attempt, permit).await,
             Direction::Inbound => Box::pin(self.inbound(attempt, permit, place)).await,
         }
@@ -285,7 +286,7 @@ impl<'a> Walk<'a> {
     async fn admit(&self, mut attempt: Attempt<'a>, flow: Flow) -> Option<(Attempt<'a>, Permit)> {
         let mut outcome = identify::identify(flow, &self.policy, &self.shared.identities).await;
         if let Err(refused) = outcome {
-            outcome = match refused.flow.direction {
+            outcome = match refused.flow.direction() {
                 Direction::Inbound if refused.error.is_passing() => Box::pin(self.ask_again(refused)).await,
                 _ => Err(refused),
             };
@@ -338,7 +339,7 @@ impl<'a> Walk<'a> {
     /// an identity that nothing protects.
     fn is_nobodys_business(&self, flow: &Flow) -> Option<Error> {
         let to = flow.destination.0;
-        match flow.direction {
+        match flow.direction() {
             Direction::Outbound => (!self.policy.is_mesh(to)).then_some(Error::NotRelayed(to)),
             Direction::Inbound => Some(Error::ListenerUndecided(to)),
         }
@@ -421,8 +422,9 @@ impl<'a> Walk<'a> {
                     }
                 }
             };
-            let (basis, rule) = (attempt.agreed(session.agreement(), 1), session.rule().clone());
-            match offload::arm(session, None, engine) {
+            let accepted = session.accepted();
+            let (basis, rule) = (attempt.agreed(accepted.agreement(), 1), accepted.rule().clone());
+            match offload::arm(session, engine) {
                 Ok(pipe) => return Ok(Met { carriage: Carriage::Pipe(pipe), basis, rule }),
                 Err(error) if error.may_redial() && engine != Choice::User => {
                     tracing::warn!(%error, "dialling again with engine user");
@@ -503,7 +505,7 @@ impl<'a> Walk<'a> {
                 return None;
             }
         };
-        match offload::arm(session, Some(leg), self.shared.engine) {
+        match offload::arm(session.joined(leg), self.shared.engine) {
             Ok(pipe) => Some(Made { attempt, carriage: Carriage::Pipe(pipe), basis, rule: Some(rule), origin: None }),
             Err(error) => {
                 attempt.refuse(None, &Error::Offload(error));
@@ -536,7 +538,7 @@ impl<'a> Walk<'a> {
     }
 
     async fn dial(&self, flow: &Flow) -> Result<TcpStream, Error> {
-        let dial = self.site.dialler.dial(flow.destination.0, flow.dial_from);
+        let dial = self.site.dialler.dial(flow.destination.0, flow.dial_from());
         match tokio::time::timeout(self.shared.config.timeouts.dial, dial).await {
             Ok(outcome) => outcome.map_err(Error::Intercept),
             Err(_) => Err(Error::DialTimeout(self.shared.config.timeouts.dial)),
@@ -547,7 +549,7 @@ impl<'a> Walk<'a> {
     async fn leg(&self, parties: &Parties, opening: Opening) -> Result<TcpStream, Error> {
         let Parties { flow, workload, .. } = parties;
         let connected = async {
-            let (mut listeners, mut left) = (flow.listeners, LEGS);
+            let (mut listeners, mut left) = (flow.listens().map_or(0, |listens| listens.who), LEGS);
             loop {
                 let outcome = self.site.dialler.leg(flow.destination, flow.source, listeners, opening).await;
                 let refused = outcome.as_ref().is_err_and(|error| error.is_refused());

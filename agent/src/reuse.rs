@@ -14,7 +14,6 @@ pub use pool::{Key, Pool, Spare};
 use crate::authorize::Permit;
 use crate::handshake::Agreement;
 use crate::identify::x509::display_time;
-use crate::intercept::Flow;
 use crate::policy::Rule;
 use crate::refusal::{Culprit, Refusal};
 use crate::relay::{CloseReason, Idle, Left, Limits, Progress, Shared, Stop, Tally, Unbegun, first_bytes};
@@ -134,7 +133,8 @@ pub async fn begin(
     let along = if recent { std::mem::take(permit.early()) } else { Vec::new() };
     let unfit = match tokio::time::timeout(patience, idle.begin(&along)).await {
         Ok(Ok(())) => {
-            let Flow { socket: application, early, .. } = permit.into_parties().flow;
+            let early = std::mem::take(permit.early());
+            let application = permit.into_parties().flow.socket;
             return Ok(Bound { application, early, idle, rule });
         }
         Ok(Err(Unbegun { reason, lost: true })) => Unfit::Lost(reason),
@@ -200,16 +200,16 @@ impl Bound {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::flow::Direction;
     use crate::handshake::testing::{CURL, WEB, World, program, terms};
     use crate::handshake::{Ciphers, Terms};
-    use crate::intercept::Direction;
     use std::time::Instant;
 
     #[tokio::test]
     async fn a_further_use_needs_what_a_handshake_would() {
         let (world, elsewhere) = (World::new(), World::new());
         let sessions = world.sessions_by(Terms { reuse: true, ..terms(Ciphers::All) }).await;
-        let agreement = sessions.client.agreement();
+        let agreement = sessions.client.accepted().agreement();
         let ask = async |world: &World, local: &str, peer: &str, now: SystemTime| {
             let (_application, own) = program().await;
             fit(&world.permit(Direction::Outbound, own, local, peer), agreement, now).map(|rule| rule.name.to_string())

@@ -3,7 +3,8 @@
 //! *Invariant:* no flow leaves the thread that accepted it, and nothing here is shared but what [`Shared`] holds.
 
 use crate::awake;
-use crate::intercept::{Direction, Door, Doorway, Error};
+use crate::flow::Direction;
+use crate::intercept::{Door, Doorway, Error};
 use crate::pipeline::{self, Shared, Site};
 use crate::reuse::Pool;
 use std::cell::RefCell;

@@ -11,7 +11,7 @@ mod repeats;
 
 pub use log::{Health, Log, OpenError, Sender};
 
-use crate::intercept::{Comm, Direction};
+use crate::flow::{Comm, Direction};
 use crate::refusal::Culprit;
 use crate::spiffe::SpiffeId;
 use serde::Serialize;

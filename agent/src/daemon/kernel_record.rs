@@ -1,7 +1,8 @@
 //! Audit records of what the kernel programs did by themselves.
 
 use crate::audit::{Bytes, Decision, End, Method, Process, Record};
-use crate::intercept::{Direction, Refused, socket_address};
+use crate::flow::Direction;
+use crate::intercept::{Refused, socket_address};
 use crate::policy::Policy;
 use crate::refusal::Culprit;
 use time::{Duration, OffsetDateTime};

@@ -18,7 +18,7 @@ pub use error::{Cause, Error, alert_name};
 pub use secrets::{Aead, Secrets, Traffic};
 pub use settings::Ciphers;
 
-use crate::{authorize::Permit, identify::Credential, policy::Rule};
+use crate::{authorize::Permit, flow::Direction, identify::Credential, policy::Rule};
 use driver::{Finished, Machine, Opening};
 use rustls::{client::UnbufferedClientConnection, pki_types::ServerName, server::UnbufferedServerConnection};
 use std::{future::Future, sync::Arc};
@@ -56,14 +56,20 @@ pub struct Agreement {
     pub since: std::time::Instant,
 }
 
-/// A shaken hand: who the peer is, what was agreed, and the secrets of the connection.
-pub struct Session {
+/// A shaken hand: who the peer is, what was agreed, and the secrets of the connection. Of an inbound flow the connection to
+/// the workload is missing still: it hears only of peers that are admitted.
+pub struct Accepted {
     permit: Permit,
-    /// Outbound: the connection that was dialled. Inbound: the network is the flow's own socket.
-    dialled: Option<TcpStream>,
     agreement: Arc<Agreement>,
     rule: Arc<Rule>,
     secrets: Secrets,
+}
+
+/// A shaken hand, and both ends of the connection.
+pub struct Session {
+    accepted: Accepted,
+    /// Beside the flow's own socket: outbound, the network; inbound, the workload.
+    other: TcpStream,
 }
 
 /// Shakes hands as the client, over `network`, which was dialled for the flow in `permit`.
@@ -77,13 +83,13 @@ pub async fn connect(permit: Permit, network: TcpStream, terms: Terms) -> Result
         driver::run(&network, Machine::Client(machine), Opening::default()).await
     };
     match in_time(&network, terms.deadline, outcome).await {
-        Ok(finished) => Session::new(permit, Some(network), &judge, finished),
+        Ok(finished) => Ok(Accepted::new(permit, &judge, finished)?.joined(network)),
         Err(cause) => Err(Error::judged(cause, &judge, permit)),
     }
 }
 
 /// Shakes hands as the server, over the flow's own socket. A client without a certificate is refused.
-pub async fn accept(permit: Permit, terms: Terms) -> Result<Session, Error> {
+pub async fn accept(permit: Permit, terms: Terms) -> Result<Accepted, Error> {
     let judge = judge(&permit, Role::Client);
     let outcome = async {
         let network = &permit.parties().flow.socket;
@@ -97,7 +103,7 @@ pub async fn accept(permit: Permit, terms: Terms) -> Result<Session, Error> {
         driver::run(network, Machine::Server(machine), opening).await
     };
     match in_time(&permit.parties().flow.socket, terms.deadline, outcome).await {
-        Ok(finished) => Session::new(permit, None, &judge, finished),
+        Ok(finished) => Accepted::new(permit, &judge, finished),
         Err(cause) => Err(Error::judged(cause, &judge, permit)),
     }
 }
@@ -119,13 +125,8 @@ async fn in_time(
     }
 }
 
-impl Session {
-    fn new(
-        permit: Permit,
-        dialled: Option<TcpStream>,
-        judge: &PeerVerifier,
-        finished: Finished,
-    ) -> Result<Self, Error> {
+impl Accepted {
+    fn new(permit: Permit, judge: &PeerVerifier, finished: Finished) -> Result<Self, Error> {
         let Some(Ok(admitted)) = judge.verdict() else {
             return Err(Error::judged(Cause::Unjudged, judge, permit));
         };
@@ -141,7 +142,7 @@ impl Session {
             reusable: finished.reusable,
             since: std::time::Instant::now(),
         });
-        Ok(Self { permit, dialled, agreement, rule, secrets: finished.secrets })
+        Ok(Self { permit, agreement, rule, secrets: finished.secrets })
     }
 
     /// The permit that it was made under, with the flow's own socket.
@@ -172,9 +173,31 @@ impl Session {
     pub fn into_permit(self) -> Permit {
         self.permit
     }
-    /// Takes it apart, for `offload` alone.
-    pub(crate) fn into_parts(self) -> (Permit, Option<TcpStream>, Secrets, Arc<Agreement>) {
-        (self.permit, self.dialled, self.secrets, self.agreement)
+    /// Makes it whole with the other end: of an inbound flow, the connection to the workload.
+    pub fn joined(self, other: TcpStream) -> Session {
+        Session { accepted: self, other }
+    }
+}
+
+impl Session {
+    /// Who the peer is, and what was agreed.
+    pub fn accepted(&self) -> &Accepted {
+        &self.accepted
+    }
+    /// The socket on which the records go, and the secrets that protect them.
+    pub(crate) fn to_key(&mut self) -> (&TcpStream, &mut Secrets) {
+        let Accepted { permit, secrets, .. } = &mut self.accepted;
+        let flow = &permit.parties().flow;
+        let network = match flow.direction() {
+            Direction::Outbound => &self.other,
+            Direction::Inbound => &flow.socket,
+        };
+        (network, secrets)
+    }
+    /// Takes it apart, for `offload` alone: the permit with the flow's own socket, the other socket, and what was agreed on.
+    pub(crate) fn into_parts(self) -> (Permit, TcpStream, Secrets, Arc<Agreement>) {
+        let Accepted { permit, agreement, secrets, .. } = self.accepted;
+        (permit, self.other, secrets, agreement)
     }
 }
 

@@ -1,15 +1,15 @@
 //! Two hosts in one test: a trust domain, permits, sessions, and a foreign TLS stack that believes everybody.
 
-use super::{Ciphers, Session, Terms, accept, connect};
+use super::{Accepted, Ciphers, Session, Terms, accept, connect};
 use crate::{
     authorize::Permit,
+    flow::Direction,
     identify::{
         Credential, Parties,
         attest::Facts,
         bundle::Trust,
         testing::{TestCa, ca_params, domain_of, id_of, leaf_params},
     },
-    intercept::{Direction, Flow, OriginalDst},
     policy::{Matcher, Peers, Rule, Workload},
 };
 use rcgen::CertificateParams;
@@ -73,20 +73,7 @@ impl World {
     pub(crate) fn permit(&self, direction: Direction, socket: TcpStream, local: &str, peer: &str) -> Permit {
         let address = socket.local_addr().unwrap();
         let parties = Parties {
-            flow: Flow {
-                id: 1,
-                direction,
-                socket,
-                destination: OriginalDst(address),
-                source: address,
-                early: Vec::new(),
-                dial_from: None,
-                task: None,
-                cookie: 0,
-                sharers: Box::default(),
-                listener_cookie: 0,
-                listeners: 0,
-            },
+            flow: crate::flow::testing::flow(direction, socket, address, None),
             workload: Workload { number: 1, id: id_of(local) },
             credential: self.credential(local),
             trust: self.trust.clone(),
@@ -143,7 +130,7 @@ impl World {
 pub(crate) struct Sessions {
     pub(crate) client_application: TcpStream,
     pub(crate) client: Session,
-    pub(crate) server: Session,
+    pub(crate) server: Accepted,
 }
 
 pub(crate) fn terms(ciphers: Ciphers) -> Terms {

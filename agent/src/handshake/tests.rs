@@ -3,7 +3,7 @@ use super::{
     *,
 };
 use crate::{
-    intercept::Direction,
+    flow::Direction,
     refusal::{Culprit, Refusal},
 };
 use rustls::{
@@ -20,18 +20,18 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt};
 #[tokio::test]
 async fn both_ends_know_each_other_and_what_was_agreed() {
     let sessions = World::new().sessions(Ciphers::All).await;
-    for (session, peer) in [(&sessions.client, WEB), (&sessions.server, CURL)] {
-        assert_eq!(session.peer().id.as_str(), peer);
-        assert_eq!(&*session.rule().name, "test");
-        assert_eq!(session.group(), "X25519MLKEM768");
-        assert_eq!(session.cipher(), "TLS_AES_128_GCM_SHA256");
+    for (accepted, peer) in [(sessions.client.accepted(), WEB), (&sessions.server, CURL)] {
+        assert_eq!(accepted.peer().id.as_str(), peer);
+        assert_eq!(&*accepted.rule().name, "test");
+        assert_eq!(accepted.group(), "X25519MLKEM768");
+        assert_eq!(accepted.cipher(), "TLS_AES_128_GCM_SHA256");
     }
 }
 
 #[tokio::test]
 async fn a_host_that_cannot_take_fresh_keys_agrees_on_chacha_alone() {
     let sessions = World::new().sessions(Ciphers::ChaChaOnly).await;
-    assert_eq!(sessions.client.cipher(), "TLS_CHACHA20_POLY1305_SHA256");
+    assert_eq!(sessions.client.accepted().cipher(), "TLS_CHACHA20_POLY1305_SHA256");
 }
 
 /// What `accept` says of a client that does `client`, and what the client saw.

@@ -13,7 +13,7 @@ use super::{
     process::{Executable, Ids, Process, StartTime, is_gone},
 };
 use crate::{
-    intercept::Comm,
+    flow::Comm,
     lock::lock,
     policy::{Ambiguous, Evidence, Policy, Workload},
     refusal::{Culprit, Refusal},

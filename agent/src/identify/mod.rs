@@ -24,7 +24,7 @@ pub(crate) mod testing;
 pub(crate) mod x509;
 
 use crate::{
-    intercept::{Direction, Flow, Listens},
+    flow::{Flow, Listens, Origin},
     policy::{Policy, Workload},
     refusal::{Culprit, Refusal},
     spiffe::SpiffeId,
@@ -35,7 +35,6 @@ pub use files::FileError;
 pub use pem::Unread;
 use provider::{Provider, ProviderError};
 use std::{fmt, sync::Arc, time::SystemTime};
-use wimsey_common::Task;
 pub use x509::Malformed;
 
 /// An X.509-SVID with its key, ready for a handshake.
@@ -137,12 +136,10 @@ impl Identities {
     }
 
     async fn local(&self, flow: &Flow, registry: &dyn Registry) -> Result<(Workload, Facts, Arc<Credential>), Error> {
-        let (workload, facts) = match (flow.direction, &flow.task) {
-            (Direction::Outbound, Some(task)) => known(self.attestor.dialler(task, registry).await?)?,
-            (Direction::Outbound, None) => return Err(Error::NoRecord),
-            (Direction::Inbound, task) => {
-                self.listener(task.as_ref(), flow.listener_cookie, &flow.sharers, registry).await?
-            }
+        let (workload, facts) = match &flow.origin {
+            Origin::Outbound { task: Some(task), .. } => known(self.attestor.dialler(task, registry).await?)?,
+            Origin::Outbound { task: None, .. } => return Err(Error::NoRecord),
+            Origin::Inbound(listens) => self.listener(listens, registry).await?,
         };
         let credential = match self.provider.ready(&workload) {
             Some(credential) => credential,
@@ -155,7 +152,7 @@ impl Identities {
 impl Identities {
     /// Is whoever listens now this workload, all of them?
     pub async fn is_still(&self, workload: &Workload, now: &Listens, registry: &dyn Registry) -> Result<(), Error> {
-        let (found, facts) = self.listener(now.task.as_ref(), now.cookie, &now.sharers, registry).await?;
+        let (found, facts) = self.listener(now, registry).await?;
         if found.id == workload.id {
             return Ok(());
         }
@@ -163,14 +160,9 @@ impl Identities {
     }
 
     /// Whose is a listening socket, with all that share its address?
-    async fn listener(
-        &self,
-        task: Option<&Task>,
-        cookie: u64,
-        sharers: &[(Task, u64)],
-        registry: &dyn Registry,
-    ) -> Result<(Workload, Facts), Error> {
-        let (workload, facts) = known(self.attestor.owner(task, cookie, registry).await?)?;
+    async fn listener(&self, listens: &Listens, registry: &dyn Registry) -> Result<(Workload, Facts), Error> {
+        let Listens { task, cookie, sharers, .. } = listens;
+        let (workload, facts) = known(self.attestor.owner(task.as_ref(), *cookie, registry).await?)?;
         for (task, cookie) in sharers {
             let task = Some(task).filter(|task| task.tgid != 0);
             let other = self.attestor.owner(task, *cookie, registry).await?;
@@ -264,7 +256,7 @@ impl Refusal for Unidentified {
 mod tests {
     use super::{embedded::*, testing::*, *};
     use crate::{
-        intercept::OriginalDst,
+        flow::Direction,
         policy::{Accounts, Source},
     };
     use std::{os::unix::process::CommandExt, path::PathBuf, process::Command, time::Duration};
@@ -329,20 +321,7 @@ mod tests {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let socket = tokio::net::TcpStream::connect(address).await.unwrap();
-        Flow {
-            id: 1,
-            direction,
-            socket,
-            destination: OriginalDst(address),
-            source: address,
-            early: Vec::new(),
-            dial_from: None,
-            task,
-            cookie: 0,
-            sharers: Box::default(),
-            listener_cookie: 0,
-            listeners: 0,
-        }
+        crate::flow::testing::flow(direction, socket, address, task)
     }
 
     fn policy(entries: &[(&str, &[String])]) -> Policy {

@@ -6,10 +6,11 @@
 //! *Invariant:* a destination is never guessed. What the kernel has no record of is reset.
 
 use super::{
-    Direction, Error, Flow, OriginalDst, host, owners,
+    Error, host, owners,
     registry::Shared,
     tables::{Tables, address, canonical, map_error, socket_address},
 };
+use crate::flow::{Flow, Listens, Origin, OriginalDst};
 use crate::sys::{self, bpf};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
@@ -95,19 +96,6 @@ pub struct Dialler {
     congestion: Congestion,
 }
 
-/// Who listens at an address.
-#[derive(Debug)]
-pub struct Listens {
-    /// For whom the listening socket is, if that was recorded.
-    pub task: Option<Task>,
-    /// Its cookie, or 0.
-    pub cookie: u64,
-    /// Others that share the address, and the cookies of their sockets.
-    pub sharers: Box<[(Task, u64)]>,
-    /// [`wimsey_common::who_listens`], over all places where the kernel looks.
-    pub who: u64,
-}
-
 impl Doorway {
     /// Makes the listeners of a shard and shows them to the kernel programs.
     pub(super) fn make(shard: usize, tables: &Tables, netns: u64, flows: Arc<AtomicU64>) -> Result<Self, Error> {
@@ -177,17 +165,10 @@ impl Door {
         );
         Ok(Flow {
             id: self.dialler.next_id(),
-            direction: Direction::Outbound,
             socket,
-            early: Vec::new(),
             destination: OriginalDst(socket_address(&origin.destination, origin.destination_port)),
             source,
-            dial_from,
-            task: Some(origin.task),
-            sharers: Box::default(),
-            cookie: origin.cookie,
-            listener_cookie: 0,
-            listeners: 0,
+            origin: Origin::Outbound { task: Some(origin.task), dial_from },
         })
     }
 
@@ -207,20 +188,8 @@ impl Dialler {
     /// A connection from `source` to a listener of this host, on a socket that is here already: who listens there is asked
     /// now. An error resets the socket.
     pub fn inbound(&self, socket: TcpStream, source: SocketAddr, destination: OriginalDst) -> Result<Flow, Error> {
-        let mut flow = Flow {
-            id: self.next_id(),
-            direction: Direction::Inbound,
-            socket,
-            early: Vec::new(),
-            destination,
-            source,
-            dial_from: None,
-            task: None,
-            sharers: Box::default(),
-            cookie: 0,
-            listener_cookie: 0,
-            listeners: 0,
-        };
+        let origin = Origin::Inbound(Listens::default());
+        let mut flow = Flow { id: self.next_id(), socket, destination, source, origin };
         match self.look_again(&mut flow) {
             Ok(_) => Ok(flow),
             Err(error) => {
@@ -233,10 +202,10 @@ impl Dialler {
     /// Asks again who listens where an inbound flow goes: a socket may have taken the place of another. Says whether it is
     /// somebody else, or more is known.
     pub fn look_again(&self, flow: &mut Flow) -> Result<bool, Error> {
-        let before = (flow.task, flow.listener_cookie, flow.listeners);
         let now = self.look(flow.destination, false)?;
-        (flow.task, flow.listener_cookie, flow.sharers, flow.listeners) = (now.task, now.cookie, now.sharers, now.who);
-        Ok(before != (flow.task, flow.listener_cookie, flow.listeners))
+        let is_as_before = flow.listens().is_some_and(|before| before.is_the_same(&now));
+        flow.origin = Origin::Inbound(now);
+        Ok(!is_as_before)
     }
 
     /// Who listens there now. `everywhere`: also on the loopback device, beside those on any device.

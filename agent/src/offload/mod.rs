@@ -15,8 +15,8 @@ pub(crate) use record::{Opener, Sealer};
 
 use crate::{
     authorize::Permit,
+    flow::Direction,
     handshake::{Agreement, Secrets, Session},
-    intercept::Flow,
     refusal::{Culprit, Refusal},
 };
 use socket2::{SockRef, TcpKeepalive};
@@ -51,34 +51,27 @@ pub(crate) struct UserKeys {
     pub(crate) secrets: Secrets,
 }
 
-/// Arms the engine for a session. `dialled` is the leg to the workload of an inbound flow; an outbound flow's own socket
-/// is the application's, and it has none.
+/// Arms the engine for a session.
 ///
 /// Where the kernel does not even take up TLS on the socket, engine `user` carries this session. Where it fails later,
 /// the connection cannot be used any further: the error gives the permit back, so that an outbound flow may dial again
 /// with engine `user`.
-pub fn arm(session: Session, dialled: Option<TcpStream>, choice: Choice) -> Result<Pipe, Error> {
-    let (permit, network, mut secrets, agreement) = session.into_parts();
-    let wrong = |permit| Error { cause: Cause::Legs, permit: Some(Box::new(permit)) };
+pub fn arm(mut session: Session, choice: Choice) -> Result<Pipe, Error> {
     // Keys first: they need the sockets only by reference, and a failure gives the permit back whole.
-    let socket = network.as_ref().unwrap_or(&permit.parties().flow.socket);
-    let lane = match (network.is_some(), dialled.is_some()) {
-        (true, false) | (false, true) => key(socket, &mut secrets, choice),
-        _ => return Err(wrong(permit)),
-    };
-    let lane = match lane {
+    let (network, secrets) = session.to_key();
+    let keyed = key(network, secrets, choice).inspect_err(|_| reset(network));
+    let (mut permit, other, secrets, agreement) = session.into_parts();
+    let lane = match keyed {
         Ok(Keyed::User(sealer, opener)) => Lane::User(Box::new(UserKeys { sealer, opener, secrets })),
         Ok(Keyed::Kernel(armed)) => Lane::Kernel(Box::new(KernelKeys::new(armed, secrets))),
-        Err(cause) => {
-            reset(socket);
-            return Err(Error { cause, permit: Some(Box::new(permit)) });
-        }
+        Err(cause) => return Err(Error { cause, permit: Some(Box::new(permit)) }),
     };
-    let Flow { socket: own, early, .. } = permit.into_parties().flow;
-    let (application, network) = match (network, dialled) {
-        (Some(network), _) => (own, network),
-        (None, Some(application)) => (application, own),
-        (None, None) => return Err(Error { cause: Cause::Legs, permit: None }),
+    let early = std::mem::take(permit.early());
+    let direction = permit.parties().flow.direction();
+    let own = permit.into_parties().flow.socket;
+    let (application, network) = match direction {
+        Direction::Outbound => (own, other),
+        Direction::Inbound => (other, own),
     };
     let agreement = Some(agreement).filter(|agreement| agreement.reusable);
     Pipe::new(application, network, lane, agreement).map(|pipe| Pipe { early, ..pipe })
@@ -189,9 +182,6 @@ pub enum Cause {
     /// A socket could not be set up.
     #[error("a socket could not be set up: {0}")]
     Socket(io::Error),
-    /// The legs do not fit the direction.
-    #[error("a pipe needs one socket of the application and one of the network: this is a defect, please report it")]
-    Legs,
 }
 
 impl Error {
@@ -221,7 +211,7 @@ impl Refusal for Error {
     fn culprit(&self) -> Culprit {
         match self.cause {
             Cause::Kernel { .. } | Cause::Socket(_) => Culprit::Host,
-            Cause::Secrets(_) | Cause::Legs => Culprit::Ourselves,
+            Cause::Secrets(_) => Culprit::Ourselves,
         }
     }
 
@@ -230,7 +220,6 @@ impl Refusal for Error {
             Cause::Kernel { .. } => "kernel-tls-failed",
             Cause::Secrets(_) => "no-secrets",
             Cause::Socket(_) => "socket-error",
-            Cause::Legs => "pipe-without-legs",
         }
     }
 }
@@ -262,12 +251,12 @@ mod tests {
         let mut map = SockMap::try_from(Map::SockMap(map)).unwrap();
         map.set(0, &sessions.server.permit().parties().flow.socket, 0).unwrap();
         let (_application, leg) = program().await;
-        let error = arm(sessions.server, Some(leg), choice).map(|_| "a pipe").unwrap_err();
+        let error = arm(sessions.server.joined(leg), choice).map(|_| "a pipe").unwrap_err();
         assert!(error.may_redial(), "{error}");
         assert_eq!((error.code(), error.culprit()), ("kernel-tls-failed", Culprit::Host));
         drop(error);
-        let (_permit, network, ..) = sessions.client.into_parts();
-        let heard = network.unwrap().read(&mut [0; 64]).await.map_err(|error| error.kind());
+        let (_permit, mut network, ..) = sessions.client.into_parts();
+        let heard = network.read(&mut [0; 64]).await.map_err(|error| error.kind());
         assert_eq!(heard, Err(io::ErrorKind::ConnectionReset));
     }
 }

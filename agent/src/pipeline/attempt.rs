@@ -5,8 +5,9 @@
 use super::{Error, Shared};
 use crate::audit::{self, Bytes, Decision, End, Method, Process, Record};
 use crate::authorize::Permit;
+use crate::flow::{Direction, Flow};
 use crate::handshake::{self, Agreement};
-use crate::intercept::{self, Direction, Flow};
+use crate::intercept;
 use crate::live::{Basis, Live};
 use crate::refusal::{Culprit, Refusal};
 use crate::relay::{self, Progress, Stop, Tally};
@@ -75,10 +76,10 @@ impl<'a> Attempt<'a> {
             began: Instant::now(),
             time: OffsetDateTime::now_utc(),
             flow: flow.id,
-            direction: flow.direction,
+            direction: flow.direction(),
             source: End { id: None, address: flow.source },
             destination: End { id: None, address: flow.destination.0 },
-            process: flow.task.as_ref().map(Process::from),
+            process: flow.task().map(Process::from),
             method: Method::None,
             tls: None,
             engine: None,

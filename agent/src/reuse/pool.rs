@@ -27,7 +27,7 @@ impl Key {
         let parties = permit.parties();
         Self {
             workload: parties.workload.number,
-            from: parties.flow.dial_from.map(|from| from.ip()),
+            from: parties.flow.dial_from().map(|from| from.ip()),
             destination: parties.flow.destination.0,
         }
     }

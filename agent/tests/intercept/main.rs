@@ -18,7 +18,8 @@ use std::{
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
-use wimsey::intercept::{Direction, Door, Error, KernelFacts, Notice, Opening, OriginalDst, Work};
+use wimsey::flow::{Direction, OriginalDst};
+use wimsey::intercept::{Door, Error, KernelFacts, Notice, Opening, Work};
 use wimsey_common::*;
 use world::{Client, Facts, HERE, SERVER, SERVER6, WORKLOAD, World, world};
 
@@ -31,7 +32,7 @@ fn the_client_role() {
 }
 
 /// Lets the client's connection in and answers on it, as a relay would.
-fn answer(world: &World) -> wimsey::intercept::Flow {
+fn answer(world: &World) -> wimsey::flow::Flow {
     let door = world.door();
     world.run(async {
         let mut flow = door.accept_outbound().await.unwrap();
@@ -49,9 +50,9 @@ fn an_allowed_connection_comes_to_the_agent_with_its_origin() {
     let generation = world.install(facts);
     let mut client = world.client("connect 10.77.0.2:80;read");
     let flow = answer(&world);
-    assert_eq!(flow.direction, Direction::Outbound);
+    assert_eq!(flow.direction(), Direction::Outbound);
     assert_eq!(flow.destination, OriginalDst(SERVER.parse().unwrap()));
-    let task = flow.task.unwrap();
+    let task = *flow.task().unwrap();
     assert_eq!((task.tgid, task.uid, task.workload), (client.pid(), 0, WORKLOAD));
     assert_eq!(generation, 1);
     // The program sees what it would see without the agent.
@@ -85,11 +86,11 @@ fn an_application_bound_to_an_address_keeps_it() {
     let mut client = world.client(&format!("connect {SERVER} from {HERE}:4567;read"));
     let flow = answer(&world);
     assert_eq!(flow.source, "10.77.0.1:4567".parse().unwrap());
-    assert_eq!(flow.dial_from, Some("10.77.0.1:4567".parse().unwrap()));
+    assert_eq!(flow.dial_from(), Some("10.77.0.1:4567".parse().unwrap()));
     assert_eq!(client.line(), "connected to 10.77.0.2:80 from 10.77.0.1");
     // Its port is taken, by itself; its address is not.
     let door = world.door();
-    let dialled = world.run(door.dialler().dial(SERVER.parse().unwrap(), flow.dial_from)).unwrap();
+    let dialled = world.run(door.dialler().dial(SERVER.parse().unwrap(), flow.dial_from())).unwrap();
     assert_eq!(dialled.local_addr().unwrap().ip().to_string(), HERE);
     assert_eq!(server.accept().unwrap().1.ip().to_string(), HERE);
 }
@@ -183,7 +184,7 @@ fn a_candidate_is_turned_to_the_agent_at_a_mesh_destination_only() {
     let mut client = world.client("connect 10.77.0.2:80;read;connect 10.77.0.1:9999");
     let flow = answer(&world);
     assert_eq!(flow.destination, OriginalDst("10.77.0.2:80".parse().unwrap()));
-    assert_eq!(flow.task.unwrap().workload, 0);
+    assert_eq!(flow.task().unwrap().workload, 0);
     assert_eq!(client.line(), "connected to 10.77.0.2:80 from 10.77.0.2");
     assert_eq!(client.line(), "answer");
     // Nobody's traffic is the agent's: it goes its own way.
@@ -313,14 +314,14 @@ fn a_protected_listener_is_reached_through_the_agent_and_sees_the_true_client() 
         ));
         let door = world.door();
         let flow = world.run(door.accept_inbound()).unwrap();
-        assert_eq!(flow.direction, Direction::Inbound);
+        assert_eq!(flow.direction(), Direction::Inbound);
         assert_eq!(flow.destination, OriginalDst(to.parse().unwrap()));
         assert_eq!((flow.source.ip().to_string(), flow.source.port()), (from.to_string(), 7000));
-        assert_eq!((flow.task.unwrap().tgid, flow.listener_cookie), (server.pid(), listening.cookie));
+        assert_eq!((flow.task().unwrap().tgid, flow.listens().map(|listens| listens.cookie)), (server.pid(), Some(listening.cookie)));
         assert!(remote.line().starts_with("connected"));
 
         let mut leg =
-            world.run(door.dialler().leg(flow.destination, flow.source, flow.listeners, Opening::Waits)).unwrap();
+            world.run(door.dialler().leg(flow.destination, flow.source, flow.listens().unwrap().who, Opening::Waits)).unwrap();
         world.run(leg.write_all(b"hello")).unwrap();
         let shown = match at.starts_with('[') && !from.contains(':') {
             true => format!("[::ffff:{from}]:7000"),
@@ -449,7 +450,7 @@ fn an_address_stays_protected_while_another_socket_shares_it() {
     protected(&mut world);
     world.listen_for(Duration::from_millis(100));
     let flow = protected(&mut world);
-    assert_eq!(flow.task.unwrap().tgid, server.pid());
+    assert_eq!(flow.task().unwrap().tgid, server.pid());
     server.go_on();
     assert_eq!(server.line(), "unshared");
     world.listen_for(Duration::from_millis(100));
@@ -491,7 +492,7 @@ fn a_listener_from_before_the_agent_is_found_with_its_owner() {
     let _remote = world.stranger("connect 10.77.0.2:8080");
     let door = world.door();
     let flow = world.run(door.accept_inbound()).unwrap();
-    assert_eq!(flow.task.unwrap().workload, WORKLOAD);
+    assert_eq!(flow.task().unwrap().workload, WORKLOAD);
 }
 
 #[test]
@@ -546,7 +547,7 @@ fn a_cgroup_that_appears_later_is_classified() {
         let mut client = world.client_in(&late, "connect 10.77.0.2:80");
         let flow = answer(world);
         client.line();
-        flow.task.unwrap().workload
+        flow.task().unwrap().workload
     };
     // Before the agent has heard of the cgroup, the kernel leaves the decision to it.
     assert_eq!(dials_from_there(&world), 0);
@@ -577,14 +578,14 @@ fn a_cgroup_for_which_there_is_no_room_stays_unknown_and_ends_nothing() {
         let mut client = world.client_in(&late, "connect 10.77.0.2:80");
         let flow = answer(&world);
         client.line();
-        assert_eq!(flow.task.unwrap().workload, 0);
+        assert_eq!(flow.task().unwrap().workload, 0);
         assert!(world.programs().retry().is_err());
     }
     // There is room again.
     world.install(Facts::enrolling(&name).allowing());
     world.programs().retry().unwrap();
     let mut client = world.client_in(&late, "connect 10.77.0.2:80");
-    assert_eq!(answer(&world).task.unwrap().workload, WORKLOAD);
+    assert_eq!(answer(&world).task().unwrap().workload, WORKLOAD);
     client.line();
 }
 

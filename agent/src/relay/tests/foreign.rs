@@ -2,11 +2,11 @@
 
 use super::*;
 use crate::{
+    flow::Direction,
     handshake::{
         accept, connect,
         testing::{CURL, WEB, terms},
     },
-    intercept::Direction,
 };
 use rustls::{ClientConnection, ConnectionCommon, ServerConnection, SideData};
 use std::{
@@ -21,7 +21,7 @@ async fn our_server(world: &World, socket: TcpStream, rekey: u64) -> JoinHandle<
     let permit = world.permit(Direction::Inbound, socket, WEB, CURL);
     let session = accept(permit, terms(engine().ciphers())).await.unwrap();
     let (application, leg) = program().await;
-    let pipe = arm(session, Some(leg), engine()).unwrap().rekey_after(rekey);
+    let pipe = arm(session.joined(leg), engine()).unwrap().rekey_after(rekey);
     tokio::spawn(echo(application));
     Relay::over(pair().await.0, pipe, Limits::default()).tally
 }
@@ -31,7 +31,7 @@ async fn our_client(world: &World, socket: TcpStream, rekey: u64) -> JoinHandle<
     let (application, own) = program().await;
     let permit = world.permit(Direction::Outbound, own, CURL, WEB);
     let session = connect(permit, socket, terms(engine().ciphers())).await.unwrap();
-    let pipe = arm(session, None, engine()).unwrap().rekey_after(rekey);
+    let pipe = arm(session, engine()).unwrap().rekey_after(rekey);
     tokio::spawn(echo(application));
     Relay::over(pair().await.0, pipe, Limits::default()).tally
 }

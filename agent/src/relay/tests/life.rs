@@ -3,11 +3,11 @@
 use super::*;
 use crate::relay::buffers::{Batch, Scratch};
 use crate::{
+    flow::Direction,
     handshake::{
         accept, connect,
         testing::{CURL, WEB, terms},
     },
-    intercept::Direction,
     refusal::Culprit,
 };
 
@@ -104,7 +104,7 @@ async fn waiting_costs_nothing_in_any_state() {
 #[tokio::test]
 async fn a_flow_is_small() {
     let sessions = World::new().sessions(engine().ciphers()).await;
-    let pipe = arm(sessions.client, None, engine()).unwrap();
+    let pipe = arm(sessions.client, engine()).unwrap();
     let (limits, progress) = (Limits::default(), Progress::default());
     let flow = carry(pipe, &limits, pending(), &progress);
     let size = size_of_val(&flow);
@@ -115,7 +115,7 @@ async fn a_flow_is_small() {
 async fn a_connection_that_says_nothing_for_the_idle_timeout_is_closed() {
     let sessions = World::new().sessions(engine().ciphers()).await;
     let limits = Limits { idle: Some(Duration::from_millis(400)), ..Limits::default() };
-    let pipe = arm(sessions.client, None, engine()).unwrap();
+    let pipe = arm(sessions.client, engine()).unwrap();
     let mut client = Relay::over(sessions.client_application, pipe, limits);
     let mut server = Relay::server(sessions.server).await;
     for _ in 0..4 {

@@ -3,7 +3,7 @@
 use super::*;
 use crate::{
     handshake::{
-        Ciphers, Secrets, Session,
+        Accepted, Ciphers, Secrets, Session,
         testing::{World, pair, program},
     },
     offload::{Choice, Opener, Sealer, arm, record, selftest},
@@ -94,12 +94,12 @@ impl Relay {
     }
 
     async fn client(session: Session, application: TcpStream) -> Self {
-        Self::over(application, arm(session, None, engine()).unwrap(), Limits::default())
+        Self::over(application, arm(session, engine()).unwrap(), Limits::default())
     }
 
-    async fn server(session: Session) -> Self {
+    async fn server(session: Accepted) -> Self {
         let (application, leg) = program().await;
-        Self::over(application, arm(session, Some(leg), engine()).unwrap(), Limits::default())
+        Self::over(application, arm(session.joined(leg), engine()).unwrap(), Limits::default())
     }
 
     async fn closed(self) -> Tally {
@@ -131,7 +131,7 @@ async fn chain(ciphers: Ciphers) -> (Relay, Relay) {
 /// A relay as the client, and the naked records of its server.
 async fn against_records() -> (Relay, Peer) {
     let sessions = World::new().sessions(engine().ciphers()).await;
-    (Relay::client(sessions.client, sessions.client_application).await, Peer::new(sessions.server))
+    (Relay::client(sessions.client, sessions.client_application).await, Peer::server(sessions.server).await)
 }
 
 /// The other end of a session, as naked records.
@@ -143,9 +143,19 @@ struct Peer {
 }
 
 impl Peer {
-    fn new(session: Session) -> Self {
-        let (permit, dialled, mut secrets, _) = session.into_parts();
-        let socket = dialled.unwrap_or_else(|| permit.into_parties().flow.socket);
+    /// Of a client.
+    fn client(session: Session) -> Self {
+        let (_, network, secrets, _) = session.into_parts();
+        Self::over(network, secrets)
+    }
+
+    /// Of a server that has no workload behind it.
+    async fn server(accepted: Accepted) -> Self {
+        let (permit, _, secrets, _) = accepted.joined(pair().await.0).into_parts();
+        Self::over(permit.into_parties().flow.socket, secrets)
+    }
+
+    fn over(socket: TcpStream, mut secrets: Secrets) -> Self {
         let (transmit, receive) = (secrets.next_transmit().unwrap(), secrets.next_receive().unwrap());
         let sealer = Sealer::new(&transmit).unwrap();
         let opener = Opener::new(&receive).unwrap();

@@ -46,8 +46,8 @@ async fn sessions() -> crate::handshake::testing::Sessions {
 async fn shared() -> (Use, Use) {
     let sessions = sessions().await;
     let (application, leg) = program().await;
-    let server = Use::first(application, arm(sessions.server, Some(leg), engine()).unwrap());
-    let client = arm(sessions.client, None, engine()).unwrap();
+    let server = Use::first(application, arm(sessions.server.joined(leg), engine()).unwrap());
+    let client = arm(sessions.client, engine()).unwrap();
     (Use::first(sessions.client_application, client), server)
 }
 
@@ -213,8 +213,8 @@ async fn bytes_that_did_not_go_with_the_word_are_the_first_of_the_use() {
 /// A relay as the client of a shared connection between two uses, and a server that says what it wants.
 async fn against_server() -> (Idle, Peer) {
     let sessions = sessions().await;
-    let mut relay = Use::first(sessions.client_application, arm(sessions.client, None, engine()).unwrap());
-    let mut peer = Peer::new(sessions.server);
+    let mut relay = Use::first(sessions.client_application, arm(sessions.client, engine()).unwrap());
+    let mut peer = Peer::server(sessions.server).await;
     relay.application.shutdown().await.unwrap();
     assert_eq!(peer.receive().await, Some((WORD, vec![3, 0, 0, 0, 1])));
     peer.send(WORD, &[3, 0, 0, 0, 1]).await;
@@ -297,15 +297,15 @@ async fn without_the_offer_or_the_answer_a_connection_is_used_once() {
     drop(client.application);
     drop(server.application);
     let sessions = World::new().sessions(engine().ciphers()).await;
-    assert!(!sessions.client.agreement().reusable && !sessions.server.agreement().reusable);
+    assert!(!sessions.client.accepted().agreement().reusable && !sessions.server.agreement().reusable);
 }
 
 /// A relay as the server of a shared connection, and a client that says what it wants.
 async fn against_client() -> (Use, Peer) {
     let sessions = sessions().await;
     let (application, leg) = program().await;
-    let relay = Use::first(application, arm(sessions.server, Some(leg), engine()).unwrap());
-    (relay, Peer::new(sessions.client))
+    let relay = Use::first(application, arm(sessions.server.joined(leg), engine()).unwrap());
+    (relay, Peer::client(sessions.client))
 }
 
 const WORD: u8 = 0xb7;
