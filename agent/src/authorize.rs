@@ -282,7 +282,8 @@ impl Permit {
 mod tests {
     use super::*;
     use crate::{
-        identify::{Credential, attest::Facts},
+        attest::Facts,
+        credential::Credential,
         policy::{Accounts, Source, Workload},
     };
     use std::time::SystemTime;

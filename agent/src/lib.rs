@@ -16,6 +16,8 @@
 pub mod refusal;
 pub mod lock;
 pub mod spiffe;
+pub mod trust;
+pub mod authority;
 pub mod sys;
 pub mod units;
 pub mod document;
@@ -24,6 +26,8 @@ pub mod config;
 pub mod cgroup2;
 pub mod flow;
 pub mod intercept;
+pub mod attest;
+pub mod credential;
 pub mod identify;
 pub mod authorize;
 pub mod handshake;

@@ -10,11 +10,11 @@ use places::{Place, Places};
 use crate::audit::{End, Process, Record, Tls};
 use crate::authorize::still_allowed;
 use crate::flow::Direction;
-use crate::identify::bundle::{Trust, TrustPath};
 use crate::lock::lock;
 use crate::policy::Policy;
 use crate::relay::{Progress, Stop};
 use crate::spiffe::SpiffeId;
+use crate::trust::bundle::{Trust, TrustPath};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -198,9 +198,9 @@ impl Drop for Entered {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::handshake::verify::{Role, verify_chain};
-    use crate::identify::testing::{TestCa, domain_of, id_of, leaf_params, numbered, unix_now};
     use crate::policy::{Accounts, Source};
+    use crate::trust::testing::{TestCa, domain_of, id_of, leaf_params, numbered, unix_now};
+    use crate::trust::verify::{Role, verify_chain};
 
     const POLICY: &str = r#"
         trust_domain = "example.org"

@@ -13,11 +13,11 @@ pub use pool::{Key, Pool, Spare};
 
 use crate::authorize::Permit;
 use crate::handshake::Agreement;
-use crate::identify::x509::display_time;
 use crate::policy::Rule;
 use crate::refusal::{Culprit, Refusal};
 use crate::relay::{CloseReason, Idle, Left, Limits, Progress, Shared, Stop, Tally, Unbegun, first_bytes};
 use crate::spiffe::SpiffeId;
+use crate::trust::x509::display_time;
 use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};

@@ -4,8 +4,8 @@ use super::Wrong;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::SystemTime;
-use wimsey::identify::ca;
-use wimsey::identify::revoke::{self, Order, RevokeError};
+use wimsey::authority::ca;
+use wimsey::authority::revoke::{self, Order, RevokeError};
 use wimsey::spiffe::{SpiffeId, TrustDomain};
 use wimsey::units;
 

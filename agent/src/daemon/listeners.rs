@@ -6,7 +6,7 @@
 //! *Invariant:* left alone is said only after all three were looked at. What cannot be found out stays refused, and status
 //! says why.
 
-use crate::identify::attest::{Attested, Attestor};
+use crate::attest::{Attested, Attestor};
 use crate::intercept::{self, Held, Listening, Programs, Walk};
 use crate::policy::Policy;
 use arc_swap::ArcSwap;

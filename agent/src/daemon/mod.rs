@@ -14,12 +14,12 @@ mod troubles;
 
 use crate::admin;
 use crate::admission::Admission;
+use crate::attest::{AttestError, Attestor};
 use crate::audit;
 use crate::config::{Config, EngineChoice, Shards, WhenFull};
+use crate::credential::embedded::{Bundle, Embedded, EmbeddedError, Settings};
 use crate::document::Purpose;
 use crate::identify::Identities;
-use crate::identify::attest::{AttestError, Attestor};
-use crate::identify::embedded::{Bundle, Embedded, EmbeddedError, Settings};
 use crate::intercept::{self, Options, Programs, Rooms};
 use crate::live::Registry;
 use crate::offload::selftest::{self, Matrix, Verdict};

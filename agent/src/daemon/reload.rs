@@ -8,9 +8,9 @@
 
 use super::{Error, settings};
 use crate::config::Config;
+use crate::credential::Provider;
+use crate::credential::embedded::{self, Embedded};
 use crate::document::Purpose;
-use crate::identify::embedded::{self, Embedded};
-use crate::identify::provider::Provider;
 use crate::policy::Policy;
 use arc_swap::ArcSwap;
 use std::sync::Arc;

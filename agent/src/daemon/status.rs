@@ -6,8 +6,8 @@ use crate::admin::{
     PolicyStatus, RefusedStatus, RevocationStatus, Status, TableStatus,
 };
 use crate::audit::End;
+use crate::credential::Provider;
 use crate::flow::Direction;
-use crate::identify::provider::Provider;
 use crate::live::{Basis, Live, Refused, Registry};
 use std::collections::BTreeMap;
 use time::OffsetDateTime;

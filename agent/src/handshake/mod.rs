@@ -18,7 +18,8 @@ pub use error::{Cause, Error, alert_name};
 pub use secrets::{Aead, Secrets, Traffic};
 pub use settings::Ciphers;
 
-use crate::{authorize::Permit, flow::Direction, identify::Credential, policy::Rule};
+use crate::trust::verify::{Role, VerifiedPeer};
+use crate::{authorize::Permit, credential::Credential, flow::Direction, policy::Rule};
 use driver::{Finished, Machine, Opening};
 use rustls::{client::UnbufferedClientConnection, pki_types::ServerName, server::UnbufferedServerConnection};
 use std::{future::Future, sync::Arc};
@@ -26,7 +27,7 @@ use tokio::{
     net::TcpStream,
     time::{Instant, timeout_at},
 };
-use verify::{PeerVerifier, Role, VerifiedPeer};
+use verify::PeerVerifier;
 
 /// What a handshake needs to know besides the permit.
 #[derive(Clone, Copy, Debug)]

@@ -3,7 +3,7 @@
 //! *Invariant:* TLS 1.3 alone; both ends show a certificate; nothing of one connection is kept for another (R56, R57).
 
 use super::{Cause, verify::PeerVerifier};
-use crate::identify::Credential;
+use crate::credential::Credential;
 use rustls::{
     CipherSuite, ClientConfig, ServerConfig, SupportedCipherSuite,
     client::Resumption,

@@ -2,15 +2,16 @@
 
 use super::{Accepted, Ciphers, Session, Terms, accept, connect};
 use crate::{
+    attest::Facts,
     authorize::Permit,
+    credential::Credential,
     flow::Direction,
-    identify::{
-        Credential, Parties,
-        attest::Facts,
+    identify::Parties,
+    policy::{Matcher, Peers, Rule, Workload},
+    trust::{
         bundle::Trust,
         testing::{TestCa, ca_params, domain_of, id_of, leaf_params},
     },
-    policy::{Matcher, Peers, Rule, Workload},
 };
 use rcgen::CertificateParams;
 use rustls::{

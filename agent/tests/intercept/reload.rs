@@ -10,14 +10,16 @@ use std::{
     time::{Duration, SystemTime},
 };
 use wimsey::{
-    config::Config,
-    daemon::{self, reload::Prepared},
-    identify::{
+    authority::{
         ca,
-        embedded::{Embedded, Settings},
-        provider::Provider,
         revoke::{self, Order},
     },
+    config::Config,
+    credential::{
+        Provider,
+        embedded::{Embedded, Settings},
+    },
+    daemon::{self, reload::Prepared},
     intercept::Error,
     policy::Policy,
 };

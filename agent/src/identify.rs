@@ -1,55 +1,22 @@
 //! identify: a [`Flow`] in, [`Parties`] out.
 //!
-//! Two steps: which registration entry is the process on this host's end ([`attest`]), and the credential of that entry
-//! ([`provider`]). A process without an entry is no failure of this room: it says so in its own way
+//! Two steps: which registration entry is the process on this host's end ([`crate::attest`]), and the credential of that entry
+//! ([`crate::credential`]). A process without an entry is no failure of this room: it says so in its own way
 //! ([`Error::is_unknown`]), and the pipeline says why that is refused by where the connection goes.
 //!
 //! *Invariant:* `Parties` are only made here, with a credential that is valid now and belongs to the attested workload;
 //! the agent has no identity of its own to put on the wire (R58).
 
-pub mod attest;
-pub mod bundle;
-pub mod ca;
-mod cgroup;
-pub mod crl;
-mod digest;
-pub mod embedded;
-mod files;
-mod pem;
-mod process;
-pub mod provider;
-pub mod revoke;
-#[cfg(test)]
-pub(crate) mod testing;
-pub(crate) mod x509;
-
 use crate::{
+    attest::{AttestError, Attested, Attestor, Facts, Registry},
+    credential::{Credential, Provider, ProviderError},
     flow::{Flow, Listens, Origin},
     policy::{Policy, Workload},
     refusal::{Culprit, Refusal},
     spiffe::SpiffeId,
+    trust::bundle::Trust,
 };
-use attest::{AttestError, Attested, Attestor, Facts, Registry};
-use bundle::Trust;
-pub use files::FileError;
-pub use pem::Unread;
-use provider::{Provider, ProviderError};
-use std::{fmt, sync::Arc, time::SystemTime};
-pub use x509::Malformed;
-
-/// An X.509-SVID with its key, ready for a handshake.
-pub struct Credential {
-    /// Whose it is.
-    pub id: SpiffeId,
-    /// Chain, leaf first, and the signing key.
-    pub certified: Arc<rustls::sign::CertifiedKey>,
-    /// Before that it is not valid yet.
-    pub not_before: SystemTime,
-    /// When it must no longer be used (R41).
-    pub not_after: SystemTime,
-    /// Serial number in hexadecimal, for the audit line.
-    pub serial: Arc<str>,
-}
+use std::{fmt, sync::Arc};
 
 /// A flow whose local end is known.
 #[derive(Debug)]
@@ -182,13 +149,6 @@ fn known(Attested { workload, facts }: Attested) -> Result<(Workload, Facts), Er
     }
 }
 
-impl Credential {
-    /// May it be used at this time?
-    pub fn is_valid(&self, now: SystemTime) -> bool {
-        self.not_before <= now && now < self.not_after
-    }
-}
-
 impl Error {
     /// May it be over in a moment?
     pub fn is_passing(&self) -> bool {
@@ -221,16 +181,6 @@ impl Refusal for Error {
     }
 }
 
-impl fmt::Debug for Credential {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Credential")
-            .field("id", &self.id)
-            .field("serial", &self.serial)
-            .field("not_after", &self.not_after)
-            .finish_non_exhaustive()
-    }
-}
-
 impl fmt::Display for Unidentified {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         self.error.fmt(f)
@@ -254,12 +204,20 @@ impl Refusal for Unidentified {
 
 #[cfg(test)]
 mod tests {
-    use super::{embedded::*, testing::*, *};
+    use super::*;
     use crate::{
+        authority::ca,
+        credential::embedded::*,
         flow::Direction,
         policy::{Accounts, Source},
+        trust::testing::*,
     };
-    use std::{os::unix::process::CommandExt, path::PathBuf, process::Command, time::Duration};
+    use std::{
+        os::unix::process::CommandExt,
+        path::PathBuf,
+        process::Command,
+        time::{Duration, SystemTime},
+    };
     use wimsey_common::Task;
 
     /// A user that is not root, so that an entry may name it alone.
@@ -303,7 +261,7 @@ mod tests {
                 uid: NOBODY,
                 gid: NOBODY,
                 workload: 0,
-                cgroup: cgroup::Hierarchy::discover().unwrap().id_of(cgroup).unwrap().unwrap(),
+                cgroup: crate::attest::number_of(cgroup),
                 at: u64::try_from(now.tv_sec).unwrap() * 1_000_000_000 + u64::try_from(now.tv_nsec).unwrap(),
                 comm: [0; 16],
             }
@@ -342,7 +300,7 @@ mod tests {
         let Some(bench) = Bench::new() else { return };
         let path = format!("unix:path:{}", bench.executable.display());
         let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, &std::fs::read(&bench.executable).unwrap());
-        let digest = format!("unix:sha256:{}", x509::hex(digest.as_ref()));
+        let digest = format!("unix:sha256:{}", crate::trust::x509::hex(digest.as_ref()));
         let policy = policy(&[
             ("any", &[nobody()]),
             ("sleep", &[nobody(), path.clone()]),

@@ -29,7 +29,7 @@ use x509_parser::{
 };
 
 /// An authority that may sign lists: itself as an anchor, and its certificate.
-pub(super) type Authority<'a> = (&'a TrustAnchor<'a>, &'a CertificateDer<'a>);
+pub(crate) type Authority<'a> = (&'a TrustAnchor<'a>, &'a CertificateDer<'a>);
 
 /// The list of one authority.
 #[derive(Debug)]
@@ -205,7 +205,7 @@ impl Refusal for CrlError {
 }
 
 /// Reads the lists of a trust domain from a PEM file and checks all of them. `known`: those that are there already.
-pub(super) fn load(
+pub(crate) fn load(
     domain: &TrustDomain,
     path: &Path,
     authorities: &[Authority<'_>],
@@ -226,7 +226,7 @@ pub(super) fn load(
 }
 
 /// The same from the content of the file and without a look at the clock; `path` is for the errors.
-pub(super) fn parse(
+pub(crate) fn parse(
     domain: &TrustDomain,
     path: &Path,
     pem: &[u8],
@@ -257,7 +257,7 @@ pub(super) fn parse(
 }
 
 /// Reads a list without doubt; whose it is and whether it is current is another matter.
-pub(super) fn read(der: &[u8]) -> Result<Reading<'_>, ListFault> {
+pub(crate) fn read(der: &[u8]) -> Result<Reading<'_>, ListFault> {
     let malformed = |why: &str| ListFault::Malformed(why.into());
     let reading = match Reading::from_der(der) {
         Ok(([], reading)) => reading,

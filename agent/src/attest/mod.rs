@@ -7,22 +7,29 @@
 //! *Invariant:* what was read counts only if the process is still there and still the same at the end. Nothing that a
 //! process says about itself is looked at.
 
-use super::{
-    cgroup::Hierarchy,
-    digest::Digests,
-    process::{Executable, Ids, Process, StartTime, is_gone},
-};
+mod cgroup;
+mod digest;
+mod error;
+mod evidence;
+mod facts;
+mod process;
+
+pub use error::AttestError;
+pub use facts::{Attested, Facts};
+
 use crate::{
     flow::Comm,
     lock::lock,
     policy::{Ambiguous, Evidence, Policy, Workload},
-    refusal::{Culprit, Refusal},
 };
+use cgroup::Hierarchy;
+use digest::Digests;
+use evidence::{Decision, Gathered, Known, Need};
+use process::{Executable, Ids, Process, StartTime, is_gone};
 use std::{
-    cell::Cell,
     collections::HashMap,
-    fmt, io,
-    path::{Path, PathBuf},
+    io,
+    path::Path,
     sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
@@ -57,34 +64,6 @@ struct Verified {
     at: Instant,
 }
 
-/// What was found out about a process, for the audit line and for people.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Facts {
-    /// Its number in the initial pid namespace.
-    pub pid: u32,
-    /// Real user id.
-    pub uid: u32,
-    /// Real group id.
-    pub gid: u32,
-    /// What it calls itself; it proves nothing.
-    pub comm: Comm,
-    /// Its executable, as far as it was looked at.
-    pub executable: Option<PathBuf>,
-    /// Its cgroup's path from the root of the unified hierarchy.
-    pub cgroup: Option<Arc<str>>,
-    /// Why something could not be attested.
-    pub note: Option<String>,
-}
-
-/// A process, and the entry that it is, if any.
-#[derive(Clone, Debug)]
-pub struct Attested {
-    /// The entry.
-    pub workload: Option<Workload>,
-    /// The process.
-    pub facts: Facts,
-}
-
 /// Whatever can say which workload shows this evidence: the policy.
 pub trait Registry: Sync {
     /// As [`Policy::identify`].
@@ -94,106 +73,6 @@ pub trait Registry: Sync {
 impl Registry for Policy {
     fn workload(&self, evidence: &dyn Evidence) -> Result<Option<Workload>, Ambiguous> {
         self.identify(evidence).map(|workload| workload.cloned())
-    }
-}
-
-/// Why a process cannot be attested.
-#[derive(Debug, thiserror::Error)]
-pub enum AttestError {
-    /// The agent cannot see processes as the kernel programs record them.
-    #[error(
-        "the agent runs in a pid namespace of its own ({0}), where processes have other numbers: run it in the host's"
-    )]
-    PidNamespace(String),
-    /// There is no hierarchy to look cgroups up in.
-    #[error("the unified cgroup hierarchy: {0}")]
-    Hierarchy(io::Error),
-    /// It ended before it could be looked at.
-    #[error("{0} ended before it was attested: nothing to do, unless a program should wait for its connection")]
-    Died(Box<Facts>),
-    /// Its number belongs to a younger process by now.
-    #[error("{0} ended, and another process has its number now")]
-    Reused(Box<Facts>),
-    /// It is in another cgroup than when it acted.
-    #[error("{facts} has moved to cgroup {now} since: start it in the cgroup in which it is to run")]
-    Moved {
-        /// The process as recorded.
-        facts: Box<Facts>,
-        /// Where it is now.
-        now: String,
-    },
-    /// It has other ids than when it acted.
-    #[error("{facts} has changed to uid {uid}, gid {gid} since: name ids in the policy that it keeps")]
-    IdsChanged {
-        /// The process as recorded.
-        facts: Box<Facts>,
-        /// Real user id now.
-        uid: u32,
-        /// Real group id now.
-        gid: u32,
-    },
-    /// It started another program while it was looked at.
-    #[error("{0} started another program while it was attested")]
-    Exec(Box<Facts>),
-    /// The agent knows of no listening socket.
-    #[error(
-        "no listening socket is known there: the server has just ended, or the tables have no room for it (see `wimsey status`)"
-    )]
-    NoListener,
-    /// Nobody holds the listening socket.
-    #[error("no process can be found that holds the listening socket (cookie {cookie}){detail}")]
-    NoOwner {
-        /// The socket.
-        cookie: u64,
-        /// Where was looked.
-        detail: String,
-    },
-    /// Two entries match equally well.
-    #[error("{facts}: {source}")]
-    Ambiguous {
-        /// The process.
-        facts: Box<Facts>,
-        /// The entries.
-        source: Ambiguous,
-    },
-    /// The kernel does not say what it should.
-    #[error("{facts}: cannot be attested: {source}. The agent needs CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH")]
-    Unreadable {
-        /// The process.
-        facts: Box<Facts>,
-        /// What happened.
-        source: io::Error,
-    },
-}
-
-impl AttestError {
-    /// May it be over in a moment? What was looked for had just ended, and something may be about to take its place.
-    pub fn is_passing(&self) -> bool {
-        matches!(self, Self::NoListener | Self::NoOwner { .. } | Self::Died(_) | Self::Reused(_) | Self::Exec(_))
-    }
-}
-
-impl Refusal for AttestError {
-    fn culprit(&self) -> Culprit {
-        match self {
-            AttestError::Ambiguous { .. } => Culprit::Policy,
-            _ => Culprit::Host,
-        }
-    }
-    fn code(&self) -> &'static str {
-        match self {
-            AttestError::PidNamespace(_) => "attest-pid-namespace",
-            AttestError::Hierarchy(_) => "attest-no-cgroup2",
-            AttestError::Died(_) => "process-died",
-            AttestError::Reused(_) => "pid-reused",
-            AttestError::Moved { .. } => "cgroup-moved",
-            AttestError::IdsChanged { .. } => "ids-changed",
-            AttestError::Exec(_) => "process-exec",
-            AttestError::NoListener => "no-listener",
-            AttestError::NoOwner { .. } => "listener-without-owner",
-            AttestError::Ambiguous { .. } => "ambiguous-entries",
-            AttestError::Unreadable { .. } => "process-unreadable",
-        }
     }
 }
 
@@ -469,105 +348,6 @@ impl Attestor {
     }
 }
 
-impl fmt::Display for Facts {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "process {}", self.pid)?;
-        if !self.comm.is_empty() {
-            // Escaped: the name may hold anything, control characters included.
-            write!(f, " ({})", self.comm.to_string().escape_debug())?;
-        }
-        write!(f, ", uid {}, gid {}", self.uid, self.gid)?;
-        if let Some(executable) = &self.executable {
-            write!(f, ", executable {executable:?}")?;
-        }
-        if let Some(cgroup) = &self.cgroup {
-            write!(f, ", cgroup {cgroup:?}")?;
-        }
-        match &self.note {
-            Some(note) => write!(f, " ({note})"),
-            None => Ok(()),
-        }
-    }
-}
-
-/// Evidence that notes what it was asked for and did not have.
-#[derive(Debug)]
-struct Gathered {
-    uid: Option<u32>,
-    gid: Option<u32>,
-    cgroup: Known<Arc<str>>,
-    path: Known<PathBuf>,
-    sha256: Known<[u8; 32]>,
-    asked: Cell<Option<Need>>,
-}
-
-#[derive(Debug)]
-enum Known<T> {
-    NotYet,
-    Is(Option<T>),
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Need {
-    Cgroup,
-    Path,
-    Sha256,
-}
-
-enum Decision {
-    /// It does not depend on anything that is not known.
-    Final(Option<Workload>),
-    Needs(Need),
-}
-
-impl Gathered {
-    fn new(uid: Option<u32>, gid: Option<u32>, cgroup: Option<Arc<str>>) -> Self {
-        let cgroup = cgroup.map_or(Known::NotYet, |cgroup| Known::Is(Some(cgroup)));
-        Self { uid, gid, cgroup, path: Known::NotYet, sha256: Known::NotYet, asked: Cell::new(None) }
-    }
-
-    /// Asks the registry. An answer that depends on what is not known yet is none, also when it is that entries are
-    /// ambiguous: one with more selectors may still win.
-    fn decide(&self, registry: &dyn Registry, facts: &Facts) -> Result<Decision, AttestError> {
-        self.asked.set(None);
-        let answer = registry.workload(self);
-        match self.asked.get() {
-            Some(need) => Ok(Decision::Needs(need)),
-            None => answer
-                .map(Decision::Final)
-                .map_err(|source| AttestError::Ambiguous { facts: Box::new(facts.clone()), source }),
-        }
-    }
-
-    fn look<'a, T>(&self, known: &'a Known<T>, need: Need) -> Option<&'a T> {
-        match known {
-            Known::Is(value) => value.as_ref(),
-            Known::NotYet => {
-                self.asked.set(Some(need));
-                None
-            }
-        }
-    }
-}
-
-impl Evidence for Gathered {
-    fn uid(&self) -> Option<u32> {
-        self.uid
-    }
-    fn gid(&self) -> Option<u32> {
-        self.gid
-    }
-    fn cgroup(&self) -> Option<&str> {
-        self.look(&self.cgroup, Need::Cgroup).map(AsRef::as_ref)
-    }
-    fn path(&self) -> Option<&Path> {
-        self.look(&self.path, Need::Path).map(AsRef::as_ref)
-    }
-    fn sha256(&self) -> Option<[u8; 32]> {
-        self.look(&self.sha256, Need::Sha256).copied()
-    }
-}
-
 fn pin(task: &Task, facts: &Facts) -> Result<Process, AttestError> {
     let process = Process::pin(task.tgid).map_err(|error| failed(error, facts))?;
     let process = process.ok_or_else(|| AttestError::Died(Box::new(facts.clone())))?;
@@ -594,9 +374,18 @@ fn failed(error: io::Error, facts: &Facts) -> AttestError {
     if is_gone(&error) { AttestError::Died(facts) } else { AttestError::Unreadable { facts, source: error } }
 }
 
+/// The number of a cgroup of this host, by its path.
+#[cfg(test)]
+pub(crate) fn number_of(cgroup: &str) -> u64 {
+    Hierarchy::discover().unwrap().id_of(cgroup).unwrap().unwrap()
+}
+
 #[cfg(test)]
 mod tests {
-    use super::{super::testing::id_of, *};
+    use super::*;
+    use crate::refusal::{Culprit, Refusal};
+    use crate::trust::testing::id_of;
+    use std::path::PathBuf;
     use std::process::{Child, Command};
 
     /// A process that waits, killed at the end.

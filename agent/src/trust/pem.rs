@@ -19,21 +19,21 @@ use zeroize::Zeroizing;
 
 /// What a file holds, and nothing else.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Content {
+pub(crate) enum Content {
     Certificates,
     Lists,
     Key,
 }
 
 /// One section, decoded: exactly one DER structure.
-pub(super) struct Section {
+pub(crate) struct Section {
     /// The line of its BEGIN, from 1.
-    pub(super) line: usize,
-    pub(super) der: Zeroizing<Vec<u8>>,
+    pub(crate) line: usize,
+    pub(crate) der: Zeroizing<Vec<u8>>,
 }
 
 impl Section {
-    pub(super) fn certificate(&self) -> CertificateDer<'static> {
+    pub(crate) fn certificate(&self) -> CertificateDer<'static> {
         CertificateDer::from(self.der.to_vec())
     }
 }
@@ -61,7 +61,7 @@ const SHOWN_OF_KEYS: usize = 24;
 const PLAIN_TEXT: &str = "save the file as plain text, UTF-8 without a byte order mark";
 
 /// Every section of a file, in order. A file without any has none.
-pub(super) fn sections(file: &[u8], content: Content) -> Result<Vec<Section>, Unread> {
+pub(crate) fn sections(file: &[u8], content: Content) -> Result<Vec<Section>, Unread> {
     let mut sections = Vec::new();
     let mut open: Option<Open> = None;
     // Reserved beforehand: a vector that grows leaves unwiped copies of a key behind.
@@ -364,7 +364,7 @@ fn is_padded_rightly(base64: &[u8]) -> bool {
 #[cfg(test)]
 mod tests {
     use super::{super::files, *};
-    use crate::identify::testing::tlv;
+    use crate::trust::testing::tlv;
     use proptest::{collection::vec, prelude::*};
 
     /// A structure in DER that fills a few lines, and no other's.

@@ -6,11 +6,12 @@
 //!
 //! *Invariant:* neither function ever returns a credential that is expired or not yet valid (R41).
 
-use super::{Credential, bundle::Trust};
+use super::Credential;
 use crate::{
     policy::Workload,
     refusal::{Culprit, Refusal},
     spiffe::SpiffeId,
+    trust::bundle::Trust,
 };
 use std::{fmt, future::Future, pin::Pin, sync::Arc};
 use tokio::sync::watch;

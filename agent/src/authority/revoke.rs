@@ -6,16 +6,16 @@
 //!
 //! *Invariant:* an entry never leaves a list, and the number of a list only grows, also after the file was removed.
 
-use super::{
-    ca::{self, Authority, CaError},
-    crl::{self, About, CrlError, ListFault},
-    files::{self, FileError, Guard},
-    pem::{self, Content, Unread},
-    x509::{Parsed, display_time, hex, unix_time},
-};
+use super::ca::{self, Authority, CaError};
 use crate::{
     refusal::{Culprit, Refusal},
     spiffe::TrustDomain,
+    trust::{
+        crl::{self, About, CrlError, ListFault},
+        files::{self, FileError, Guard},
+        pem::{self, Content, Unread},
+        x509::{Parsed, display_time, hex, unix_time},
+    },
 };
 use rcgen::{CertificateRevocationListParams, KeyIdMethod, RevokedCertParams, SerialNumber};
 use std::{
@@ -305,9 +305,9 @@ fn lock(dir: &Path) -> Result<File, RevokeError> {
 
 #[cfg(test)]
 mod tests {
-    use super::{super::testing::*, *};
-    use crate::identify::bundle::Trust;
-    use crate::identify::crl::IssuerAndSerial;
+    use super::*;
+    use crate::trust::bundle::Trust;
+    use crate::trust::{crl::IssuerAndSerial, testing::*};
     use rustls::pki_types::{CertificateRevocationListDer, pem::PemObject};
     use std::os::unix::fs::PermissionsExt;
 

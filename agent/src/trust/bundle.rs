@@ -294,7 +294,7 @@ impl Anchors {
     }
 
     /// Who may have signed a list.
-    pub(super) fn authorities(&self) -> Vec<crl::Authority<'_>> {
+    pub(crate) fn authorities(&self) -> Vec<crl::Authority<'_>> {
         self.anchors.iter().zip(&self.certificates).collect()
     }
 
@@ -374,7 +374,7 @@ impl Validity {
 }
 
 /// Why a certificate is no authority.
-pub(super) enum AuthorityFault {
+pub(crate) enum AuthorityFault {
     Malformed(super::x509::Malformed),
     NotAnAuthority(&'static str),
 }
@@ -386,7 +386,7 @@ impl From<super::x509::Malformed> for AuthorityFault {
 }
 
 /// May this certificate sign SVIDs (R28, R29, R33)?
-pub(super) fn check_authority(parsed: &Parsed<'_>) -> Result<(), AuthorityFault> {
+pub(crate) fn check_authority(parsed: &Parsed<'_>) -> Result<(), AuthorityFault> {
     if !parsed.is_ca()? {
         return Err(AuthorityFault::NotAnAuthority("its basic constraints do not say cA"));
     }
@@ -402,7 +402,7 @@ pub(super) fn check_authority(parsed: &Parsed<'_>) -> Result<(), AuthorityFault>
 }
 
 /// The URI that shows that an authority belongs to another trust domain, where it carries one (R32).
-pub(super) fn other_domain(
+pub(crate) fn other_domain(
     parsed: &Parsed<'_>,
     domain: &TrustDomain,
 ) -> Result<Option<String>, super::x509::Malformed> {

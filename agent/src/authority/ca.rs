@@ -6,15 +6,15 @@
 //! *Invariant:* an authority that is expired, exposed, or of another trust domain is never loaded, and no certificate
 //! that it signs outlives it.
 
-use super::{
-    bundle::{Anchors, AuthorityFault, BundleError, Validity, check_authority, other_domain},
-    files::{self, FileError, Guard},
-    pem::{self, Content, Section, Unread},
-    x509::{Parsed, display_time, hex, unix_time},
-};
 use crate::{
     refusal::{Culprit, Refusal},
     spiffe::{InvalidId, SpiffeId, TrustDomain},
+    trust::{
+        bundle::{Anchors, AuthorityFault, BundleError, Validity, check_authority, other_domain},
+        files::{self, FileError, Guard},
+        pem::{self, Content, Section, Unread},
+        x509::{Parsed, display_time, hex, unix_time},
+    },
 };
 use aws_lc_rs::{
     rand::SystemRandom,
@@ -443,7 +443,7 @@ fn check_certificate(
     expected: Option<&TrustDomain>,
     now: SystemTime,
 ) -> Result<TrustDomain, CaError> {
-    let malformed = |error: super::x509::Malformed| CaError::Malformed { path: path.into(), why: error.to_string() };
+    let malformed = |error: crate::trust::Malformed| CaError::Malformed { path: path.into(), why: error.to_string() };
     let parsed = Parsed::parse(certificate).map_err(malformed)?;
     check_authority(&parsed).map_err(|fault| match fault {
         AuthorityFault::Malformed(error) => malformed(error),
@@ -539,7 +539,8 @@ fn crypto(what: &'static str, why: impl std::fmt::Display) -> CaError {
 
 #[cfg(test)]
 mod tests {
-    use super::{super::testing::*, *};
+    use super::*;
+    use crate::trust::testing::*;
     use rustls::pki_types::pem::PemObject;
     use std::os::unix::fs::PermissionsExt;
     use x509_parser::prelude::{FromDer, X509Certificate};

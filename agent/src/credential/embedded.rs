@@ -7,19 +7,18 @@
 //! *Invariant:* one registration entry, one key; a credential is handed out only within its validity, also when the
 //! clock was set back.
 
-use super::{
-    Credential,
-    bundle::{Anchors, BundleError, Trust},
-    ca::{Authority, CaError, LIST_FILE},
-    crl::{CrlError, IssuerAndSerial},
-    provider::{AnchorStatus, CredentialStatus, ListStatus, Pending, Provider, ProviderError, ProviderStatus},
-    x509::display_time,
-};
+use super::{AnchorStatus, Credential, CredentialStatus, ListStatus, Pending, Provider, ProviderError, ProviderStatus};
 use crate::{
+    authority::ca::{Authority, CERTIFICATE_FILE, CaError, LIST_FILE},
     lock::lock,
     policy::Workload,
     refusal::{Culprit, Refusal},
     spiffe::{SpiffeId, TrustDomain},
+    trust::{
+        bundle::{Anchors, BundleError, Trust},
+        crl::{CrlError, IssuerAndSerial},
+        x509::display_time,
+    },
 };
 use arc_swap::{ArcSwap, ArcSwapOption};
 use std::{
@@ -415,7 +414,7 @@ impl Source {
 
     /// The authority was valid when it was loaded; that may be long ago, or the clock may have been set.
     fn check_authority_at(&self, now: SystemTime) -> Result<(), CaError> {
-        let (path, validity) = (self.settings.ca_dir.join(super::ca::CERTIFICATE_FILE), self.authority.validity());
+        let (path, validity) = (self.settings.ca_dir.join(CERTIFICATE_FILE), self.authority.validity());
         if now < validity.not_before {
             let not_before = display_time(validity.not_before);
             return Err(CaError::NotYetValid { path, not_before, now: display_time(now) });
@@ -455,13 +454,13 @@ fn rotation_share() -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use super::{
-        super::{
-            ca, files,
+    use super::*;
+    use crate::{
+        authority::{
+            ca,
             revoke::{self, Order},
-            testing::*,
         },
-        *,
+        trust::{files, testing::*},
     };
 
     const HOUR: Duration = Duration::from_secs(3600);
