@@ -1,0 +1,174 @@
+//! A local workload dials: the peer is reached, over a connection that is there already or over a new one.
+//!
+//! *Invariant:* whatever fails before a byte of the application has moved leaves its socket to be reset, or to be tried again.
+
+use super::{Carriage, Error, Made, Walk};
+use super::attempt::Attempt;
+use crate::authorize::Permit;
+use crate::flow::Flow;
+use crate::handshake;
+use crate::live::Basis;
+use crate::offload::{self, Choice};
+use crate::policy::{Policy, Rule};
+use crate::relay::Left;
+use crate::reuse::{self, Key};
+use crate::turns::Party;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::SystemTime;
+use tokio::net::TcpStream;
+
+/// The most destinations that are remembered as foreign.
+const MAX_FOREIGN: usize = 4096;
+
+/// Whom a connection may serve after this: where it came from, outbound.
+pub(super) struct PoolSlot {
+    key: Key,
+    policy: Arc<Policy>,
+}
+
+/// Outbound: keeps what is left of a connection for the next one.
+pub(super) async fn keep(site: &super::Site, origin: &PoolSlot, left: Option<Left>) {
+    let Some(left) = left else { return };
+    if let Some(idle) = Box::pin(left.settle()).await {
+        site.pool.borrow_mut().put(&origin.policy, &origin.key, idle);
+    }
+}
+
+impl<'a> Walk<'a> {
+    pub(super) async fn outbound(&self, mut attempt: Attempt<'a>, permit: Permit) -> Option<Made<'a>> {
+        let origin = Box::new(PoolSlot { key: Key::of(&permit), policy: self.policy.clone() });
+        let met = match self.meet_again(&mut attempt, permit, &origin.key).await {
+            Ok(Again::Met(met)) => Ok(met),
+            // What only a handshake needs is there only while one is made.
+            Ok(Again::Not(permit)) => Box::pin(self.meet(&mut attempt, permit)).await,
+            Err(unmet) => Err(unmet),
+        };
+        match met {
+            Ok(Met { carriage, basis, rule }) => {
+                Some(Made { attempt, carriage, basis, rule: Some(rule), origin: Some(origin) })
+            }
+            Err(unmet) => {
+                attempt.refuse(unmet.socket, &unmet.error);
+                None
+            }
+        }
+    }
+
+    /// Over a connection that is there already.
+    async fn meet_again(&self, attempt: &mut Attempt<'a>, mut permit: Permit, key: &Key) -> Result<Again, Box<Unmet>> {
+        loop {
+            let spare = self.site.pool.borrow_mut().take(&self.policy, key);
+            let Some(spare) = spare else { return Ok(Again::Not(permit)) };
+            // A peer that does not answer is waited for no longer than one that does not accept.
+            match reuse::begin(permit, spare, SystemTime::now(), self.shared.config.timeouts.dial).await {
+                Ok(bound) => {
+                    let (rule, idle) = (bound.rule().clone(), bound.idle());
+                    let basis = attempt.agreed(idle.agreement(), idle.uses());
+                    return Ok(Again::Met(Met { carriage: Carriage::Bound(bound), basis, rule }));
+                }
+                Err(refused) => {
+                    let (why, given_back) = *refused;
+                    tracing::debug!(%why, "a connection was not used again");
+                    if matches!(why, reuse::Unfit::Late | reuse::Unfit::Lost(_)) {
+                        // The others lead to the same host, and would be waited for one after the other.
+                        self.site.pool.borrow_mut().forget(key);
+                    }
+                    if why.is_final() {
+                        return Err(Unmet::with(Error::Reuse(why), given_back));
+                    }
+                    permit = given_back;
+                }
+            }
+        }
+    }
+
+    /// Dials and shakes hands; once more with engine `user` where the kernel failed after it had taken up TLS.
+    async fn meet(&self, attempt: &mut Attempt<'a>, mut permit: Permit) -> Result<Met, Box<Unmet>> {
+        let mut engine = self.shared.engine;
+        let destination = permit.parties().flow.destination.0;
+        let mut offer = self.shared.config.sessions.reuse && !self.site.foreign.borrow().contains(&destination);
+        loop {
+            let network = match self.dial(&permit.parties().flow).await {
+                Ok(network) => network,
+                Err(error) => return Err(Unmet::with(error, permit)),
+            };
+            let session = {
+                let terms = self.terms(engine, offer);
+                let party = Party::workload(permit.parties().workload.id.clone());
+                let _turn = match self.shared.turns.take(party, terms.deadline).await {
+                    Ok(turn) => turn,
+                    Err(error) => return Err(Unmet::with(Error::Turn(error), permit)),
+                };
+                match handshake::connect(permit, network, terms).await {
+                    Ok(session) => session,
+                    Err(error) if offer && error.declines_offer() => {
+                        self.remember_as_foreign(destination);
+                        (offer, permit) = (false, error.into_parts().1);
+                        continue;
+                    }
+                    Err(error) => {
+                        let (error, permit) = attempt.unmet(error);
+                        return Err(Unmet::with(error, permit));
+                    }
+                }
+            };
+            let accepted = session.accepted();
+            let (basis, rule) = (attempt.agreed(accepted.agreement(), 1), accepted.rule().clone());
+            match offload::arm(session, engine) {
+                Ok(pipe) => return Ok(Met { carriage: Carriage::Pipe(pipe), basis, rule }),
+                Err(error) if error.may_redial() && engine != Choice::User => {
+                    tracing::warn!(%error, "dialling again with engine user");
+                    engine = Choice::User;
+                    match error.into_permit() {
+                        Some(again) => permit = again,
+                        None => return Err(Box::new(Unmet { error: Error::Closing, socket: None })),
+                    }
+                }
+                Err(error) => return Err(Box::new(Unmet { error: Error::Offload(error), socket: None })),
+            }
+        }
+    }
+
+    fn remember_as_foreign(&self, destination: SocketAddr) {
+        let mut foreign = self.site.foreign.borrow_mut();
+        if foreign.len() >= MAX_FOREIGN {
+            foreign.clear();
+        }
+        foreign.insert(destination);
+    }
+
+    async fn dial(&self, flow: &Flow) -> Result<TcpStream, Error> {
+        let dial = self.site.dialler.dial(flow.destination.0, flow.dial_from());
+        match tokio::time::timeout(self.shared.config.timeouts.dial, dial).await {
+            Ok(outcome) => outcome.map_err(Error::Intercept),
+            Err(_) => Err(Error::DialTimeout(self.shared.config.timeouts.dial)),
+        }
+    }
+}
+
+/// A peer that was reached, and shaken hands with.
+struct Met {
+    carriage: Carriage,
+    basis: Basis,
+    rule: Arc<Rule>,
+}
+
+/// What came of looking for a connection that is there already.
+enum Again {
+    Met(Met),
+    /// There is none that serves, and the flow is as it was.
+    Not(Permit),
+}
+
+/// A peer that was not, and the application's socket where it is still open.
+struct Unmet {
+    error: Error,
+    socket: Option<TcpStream>,
+}
+
+impl Unmet {
+    fn with(error: Error, permit: Permit) -> Box<Self> {
+        Box::new(Self { error, socket: Some(permit.into_parties().flow.socket) })
+    }
+}

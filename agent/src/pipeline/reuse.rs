@@ -1,0 +1,94 @@
+//! A connection from another agent that has served one client waits for the next.
+//!
+//! *Invariant:* who listens, who may come and who the peer is are asked each time as if it were a new connection.
+
+use super::{Carriage, Error, Made, Shared, Site, Walk, attempt::turned_away, enter};
+use crate::admission::Place;
+use crate::flow::{Direction, OriginalDst};
+use crate::intercept::Opening;
+use crate::relay::{Idle, Left};
+use crate::reuse;
+use std::net::SocketAddr;
+use std::time::SystemTime;
+
+/// How much longer than the client the server keeps an unused connection, so that it is the client who closes it.
+const SERVER_PATIENCE: u32 = 2;
+
+/// Waits for the next use of a connection, and makes it: who listens, who may come and who the peer is are asked as if it
+/// were a new one. What is refused ends the connection, and the peer may make a new one and hear why.
+pub(super) async fn again<'a>(
+    shared: &'a Shared,
+    site: &'a Site,
+    left: Option<Left>,
+    (source, destination): (SocketAddr, OriginalDst),
+) -> Option<(Place, Made<'a>)> {
+    let mut idle = settled(left).await?;
+    if !is_asked(shared, site, &mut idle).await {
+        idle.close();
+        return None;
+    }
+    let (network, session) = idle.into_parts();
+    let agreement = session.agreement().clone();
+    let flow = match site.dialler.inbound(network, source, destination) {
+        Ok(flow) => flow,
+        Err(error) => {
+            turned_away(shared, Direction::Inbound, &error);
+            return None;
+        }
+    };
+    let peer = agreement.peer.id.clone();
+    let (place, mut attempt, flow) = enter(shared, flow, |admission, _| admission.inbound(peer))?;
+    attempt.session = Some(Box::new(session));
+    let walk = Walk::new(shared, site);
+    let (mut attempt, permit) = walk.admit(attempt, flow).await?;
+    let basis = attempt.agreed(&agreement, attempt.session.as_ref().map_or(0, |session| session.uses()));
+    let admission = match reuse::admit(&permit, &agreement, SystemTime::now()) {
+        Ok(admission) => admission,
+        Err(unfit) => {
+            attempt.refuse(permit.into_parties().flow.socket, &Error::Reuse(unfit));
+            return None;
+        }
+    };
+    let opening = match &attempt.session {
+        Some(session) if session.speaks() => Opening::Speaks,
+        _ => Opening::Waits,
+    };
+    let leg = match walk.leg(permit.parties(), opening).await {
+        Ok(leg) => leg,
+        Err(error) => {
+            attempt.refuse(permit.into_parties().flow.socket, &error);
+            return None;
+        }
+    };
+    let session = attempt.session.take()?;
+    match reuse::ready(admission, permit, *session, leg).await {
+        Ok(bound) => {
+            let rule = Some(bound.rule().clone());
+            Some((place, Made { attempt, carriage: Carriage::Bound(bound), basis, rule, origin: None }))
+        }
+        Err(unfit) => {
+            attempt.refuse(None, &Error::Reuse(unfit));
+            None
+        }
+    }
+}
+
+/// Waits for the client to begin. False: it has closed, or it is time that this side does.
+async fn is_asked(shared: &Shared, site: &Site, idle: &mut Idle) -> bool {
+    let sessions = &shared.config.sessions;
+    let (mut changed, mut closing) = (shared.changed.subscribe(), site.closing.clone());
+    let Some(_place) = shared.registry.wait(shared.config.limits.connections) else { return false };
+    if *closing.borrow() || !sessions.allows(idle.agreement().since, idle.uses()) {
+        return false;
+    }
+    tokio::select! {
+        next = idle.next() => next.is_ok(),
+        _ = changed.changed() => false,
+        _ = closing.wait_for(|closing| *closing) => false,
+        () = tokio::time::sleep(sessions.idle * SERVER_PATIENCE) => false,
+    }
+}
+
+async fn settled(left: Option<Left>) -> Option<Idle> {
+    left?.settle().await
+}
