@@ -4,20 +4,18 @@
 //! reading policy and trust for a reload run beside it and report back.
 
 use super::listeners::{Listeners, Report};
+use super::preexisting::Preexisting;
 use super::reload::Prepared;
+use super::status::{self, Known, Settled};
 use super::troubles::Troubles;
-use super::{Error, kernel_record, status, warn_of_second_authorities};
-use crate::admin::{self, Asked, PreexistingStatus, Request};
+use super::{Error, kernel_record, warn_of_second_authorities};
+use crate::admin::{self, Asked, Request};
 use crate::credential::Provider;
 use crate::credential::embedded::Embedded;
-use crate::intercept::{self, Notice, OldConnection, Programs, Rooms, Work};
+use crate::intercept::{self, Notice, Programs, Work};
 use crate::pipeline::Shared;
-use crate::policy::Preexisting;
-use crate::privilege::Sandbox;
 use crate::relay::Stop;
-use std::collections::HashMap;
 use std::io;
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
@@ -39,46 +37,35 @@ const LAST_WORDS: Duration = Duration::from_secs(5);
 /// What is on disk, read and checked, and what its policy says to the kernel.
 type Read = Result<(Prepared, intercept::Prepared), Error>;
 
-/// What was settled at start.
-pub(super) struct Settled {
-    /// Why this engine.
-    pub(super) engine_reason: String,
-    pub(super) shards: usize,
-    pub(super) sandbox: Sandbox,
-    pub(super) rooms: Rooms,
-}
-
 /// Everything that only the control thread has.
 pub(super) struct Control {
-    pub(super) shared: Arc<Shared>,
-    pub(super) provider: Arc<Embedded>,
-    pub(super) programs: Programs,
-    pub(super) settled: Settled,
-    pub(super) started: OffsetDateTime,
-    pub(super) policy_loaded: OffsetDateTime,
+    shared: Arc<Shared>,
+    provider: Arc<Embedded>,
+    programs: Programs,
+    settled: Settled,
+    started: OffsetDateTime,
+    policy_loaded: OffsetDateTime,
     /// Reloads that were taken or refused.
-    pub(super) reloads: u64,
+    reloads: u64,
     /// Why the last of them was refused.
-    pub(super) reload_refused: Option<String>,
+    reload_refused: Option<String>,
     /// What is on disk is being read for a reload.
     reading: Option<tokio::task::JoinHandle<Read>>,
     /// Another reload was asked for meanwhile: what has been read may be older than that.
     read_again: bool,
-    pub(super) draining: bool,
+    draining: bool,
     /// What listens, and what it was found to be.
-    pub(super) listeners: Listeners,
-    /// Connections from before, and when each is to be closed.
-    old: HashMap<(SocketAddr, SocketAddr), (OldConnection, Option<Instant>)>,
+    listeners: Listeners,
+    /// Connections from before.
+    preexisting: Preexisting,
     /// Flows there had been when it was tidied up last.
     tidied: u64,
     /// Events that the kernel had had no room for when the listeners were looked at last.
     lost: u64,
     /// What does not work at the moment.
-    pub(super) troubles: Troubles,
+    troubles: Troubles,
     /// The listening sockets are to be looked at anew.
     listeners_due: bool,
-    /// The connections from before are.
-    old_due: bool,
     /// When refusals that were not told are looked for.
     refusals_due: Option<Instant>,
 }
@@ -106,12 +93,11 @@ impl Control {
             read_again: false,
             draining: false,
             listeners,
-            old: HashMap::new(),
+            preexisting: Preexisting::default(),
             tidied: 0,
             lost,
             troubles: Troubles::default(),
             listeners_due: false,
-            old_due: false,
             refusals_due: None,
         })
     }
@@ -233,41 +219,8 @@ impl Control {
     }
 
     fn look_for_old_connections(&mut self) {
-        let policy = self.shared.policy.load_full();
-        let found = self.programs.preexisting(|to| policy.is_mesh(to));
-        self.old_due = found.is_err();
-        let Some(found) = self.troubles.heed(Work::OldConnections, found) else { return };
-        self.old.retain(|ends, _| found.iter().any(|old| (old.local, old.remote) == *ends));
-        for old in found {
-            let due = match policy.preexisting() {
-                Preexisting::Keep => None,
-                Preexisting::Drain(time) => Some(Instant::now() + time),
-                Preexisting::Kill => Some(Instant::now()),
-            };
-            self.old.entry((old.local, old.remote)).or_insert((old, due));
-        }
-        self.close_old_connections();
-    }
-
-    fn close_old_connections(&mut self) {
-        let now = Instant::now();
-        let (programs, troubles, again) = (&self.programs, &mut self.troubles, &mut self.old_due);
-        self.old.retain(|_, (old, due)| {
-            if due.is_none_or(|due| due > now) {
-                return true;
-            }
-            match programs.kill(old) {
-                Ok(_) => {
-                    tracing::info!(local = %old.local, remote = %old.remote, "closed a connection from before enrolment");
-                    false
-                }
-                Err(error) => {
-                    troubles.note(Work::OldConnections, &format!("{} - {}: {error}", old.local, old.remote));
-                    *again = true;
-                    true
-                }
-            }
-        });
+        let policy = self.shared.policy.load();
+        self.preexisting.look(&self.programs, &policy, &mut self.troubles);
     }
 
     /// Begins to read what is on disk, to put it in force when that is done.
@@ -289,7 +242,7 @@ impl Control {
         }));
     }
 
-    pub(super) fn is_reading(&self) -> bool {
+    fn is_reading(&self) -> bool {
         self.reading.is_some()
     }
 
@@ -358,30 +311,36 @@ impl Control {
         if self.listeners_due {
             self.look_at_listeners();
         }
-        match self.old_due {
+        match self.preexisting.is_due() {
             true => self.look_for_old_connections(),
-            false => self.close_old_connections(),
+            false => self.preexisting.close(&self.programs, &mut self.troubles),
+        }
+    }
+
+    fn known(&self) -> Known<'_> {
+        Known {
+            shared: &self.shared,
+            provider: &*self.provider,
+            programs: &self.programs,
+            settled: &self.settled,
+            since: self.started,
+            draining: self.draining,
+            policy_loaded: self.policy_loaded,
+            reloads: self.reloads,
+            is_reading: self.is_reading(),
+            reload_refused: self.reload_refused.as_deref(),
+            listeners: &self.listeners,
+            preexisting: &self.preexisting,
+            troubles: &self.troubles,
         }
     }
 
     fn answer(&self, request: Request) -> serde_json::Value {
         let answer = match request {
-            Request::Status => serde_json::to_value(status::status(self)),
+            Request::Status => serde_json::to_value(self.known().status()),
             Request::Connections => serde_json::to_value(status::connections(&self.shared.registry)),
         };
         answer.unwrap_or_else(|error| serde_json::json!({ "error": error.to_string() }))
-    }
-
-    pub(super) fn old_connections(&self) -> Vec<PreexistingStatus> {
-        let describe = |(old, due): &(OldConnection, Option<Instant>)| PreexistingStatus {
-            local: old.local,
-            remote: old.remote,
-            action: match due {
-                None => "keep".into(),
-                Some(due) => format!("closed in {} s", due.saturating_duration_since(Instant::now()).as_secs()),
-            },
-        };
-        self.old.values().map(describe).collect()
     }
 
     /// Takes no new connections, and waits until the last one is over or the time is. A second signal ends the wait.

@@ -1,6 +1,8 @@
 //! What the admin socket answers, put together from what the control thread knows.
 
-use super::control::Control;
+use super::listeners::Listeners;
+use super::preexisting::Preexisting;
+use super::troubles::Troubles;
 use crate::admin::{
     Agent, AuditStatus, BundleStatus, Connection, ConnectionCount, ConnectionEnd, IdentityStatus, ListenerStatus,
     PolicyStatus, RefusedStatus, RevocationStatus, Status, TableStatus,
@@ -8,7 +10,10 @@ use crate::admin::{
 use crate::audit::End;
 use crate::credential::Provider;
 use crate::flow::Direction;
+use crate::intercept::{Programs, Rooms};
 use crate::live::{Basis, Live, Refused, Registry};
+use crate::pipeline::Shared;
+use crate::privilege::Sandbox;
 use std::collections::BTreeMap;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
@@ -36,11 +41,49 @@ const COUNTERS: [&str; wimsey_common::counter::COUNT as usize] = [
     "unrecorded",
 ];
 
-pub(super) fn status(control: &Control) -> Status {
-    let shared = &control.shared;
+/// What was settled at start.
+pub(super) struct Settled {
+    /// Why this engine.
+    pub(super) engine_reason: String,
+    pub(super) shards: usize,
+    pub(super) sandbox: Sandbox,
+    pub(super) rooms: Rooms,
+}
+
+/// What the control thread knows, lent for an answer.
+pub(super) struct Known<'a> {
+    pub(super) shared: &'a Shared,
+    pub(super) provider: &'a dyn Provider,
+    pub(super) programs: &'a Programs,
+    pub(super) settled: &'a Settled,
+    /// When the agent was started.
+    pub(super) since: OffsetDateTime,
+    pub(super) draining: bool,
+    /// When the policy in force was read.
+    pub(super) policy_loaded: OffsetDateTime,
+    /// Reloads that were taken or refused.
+    pub(super) reloads: u64,
+    /// One is asked for, and not decided yet.
+    pub(super) is_reading: bool,
+    /// Why the last of them was refused.
+    pub(super) reload_refused: Option<&'a str>,
+    pub(super) listeners: &'a Listeners,
+    pub(super) preexisting: &'a Preexisting,
+    pub(super) troubles: &'a Troubles,
+}
+
+impl Known<'_> {
+    /// The answer to `wimsey status`.
+    pub(super) fn status(&self) -> Status {
+        status(self)
+    }
+}
+
+fn status(known: &Known<'_>) -> Status {
+    let shared = known.shared;
     let policy = shared.policy.load();
     let health = shared.audit.health();
-    let provider = control.provider.status();
+    let provider = known.provider.status();
     let identity = |workload: &crate::policy::Workload| {
         let held = provider.credentials.iter().find(|held| held.workload == workload.number);
         IdentityStatus {
@@ -76,22 +119,22 @@ pub(super) fn status(control: &Control) -> Status {
         agent: Agent {
             version: env!("CARGO_PKG_VERSION").into(),
             pid: std::process::id(),
-            since: text(control.started),
-            netns: control.programs.netns(),
+            since: text(known.since),
+            netns: known.programs.netns(),
             cgroup: shared.config.cgroup.clone(),
             engine: shared.engine.engine().name().into(),
-            engine_reason: control.settled.engine_reason.clone(),
-            shards: control.settled.shards,
-            sandbox: control.settled.sandbox.to_string(),
-            draining: control.draining,
+            engine_reason: known.settled.engine_reason.clone(),
+            shards: known.settled.shards,
+            sandbox: known.settled.sandbox.to_string(),
+            draining: known.draining,
         },
         policy: PolicyStatus {
             directory: shared.config.policy_dir.clone(),
-            generation: control.programs.generation(),
-            loaded: text(control.policy_loaded),
-            reloads: control.reloads,
-            reading: control.is_reading(),
-            refused: control.reload_refused.clone(),
+            generation: known.programs.generation(),
+            loaded: text(known.policy_loaded),
+            reloads: known.reloads,
+            reading: known.is_reading,
+            refused: known.reload_refused.map(str::to_owned),
             workloads: policy.workloads().len(),
             destinations: policy.destinations(),
         },
@@ -104,8 +147,8 @@ pub(super) fn status(control: &Control) -> Status {
         },
         identities: policy.workloads().iter().map(identity).collect(),
         bundles: bundles.into_values().collect(),
-        listeners: listeners(control),
-        preexisting: control.old_connections(),
+        listeners: listeners(known.listeners),
+        preexisting: known.preexisting.status(),
         refused: shared
             .registry
             .refused()
@@ -115,12 +158,12 @@ pub(super) fn status(control: &Control) -> Status {
                 (code.to_owned(), RefusedStatus { count, last: text(last), last_reason })
             })
             .collect(),
-        kernel: match control.programs.counters() {
+        kernel: match known.programs.counters() {
             Ok(counters) => COUNTERS.iter().map(|name| (*name).to_owned()).zip(counters).collect(),
             Err(_) => BTreeMap::new(),
         },
-        tables: tables(control),
-        troubles: control.troubles.status(text),
+        tables: tables(&known.settled.rooms),
+        troubles: known.troubles.status(text),
         connections: ConnectionCount {
             open: shared.registry.open_count(),
             total: shared.registry.total(),
@@ -132,17 +175,16 @@ pub(super) fn status(control: &Control) -> Status {
     }
 }
 
-fn tables(control: &Control) -> Vec<TableStatus> {
-    let rooms = control.settled.rooms.count().unwrap_or_else(|error| {
+fn tables(rooms: &Rooms) -> Vec<TableStatus> {
+    let rooms = rooms.count().unwrap_or_else(|error| {
         tracing::warn!(%error, "how full the kernel's tables are cannot be said");
         Vec::new()
     });
     rooms.into_iter().map(Into::into).collect()
 }
 
-fn listeners(control: &Control) -> Vec<ListenerStatus> {
-    let mut listeners: Vec<ListenerStatus> = control
-        .listeners
+fn listeners(all: &Listeners) -> Vec<ListenerStatus> {
+    let mut listeners: Vec<ListenerStatus> = all
         .iter()
         .filter(|known| known.listening.mode() != LISTENER_LEFT_ALONE)
         .map(|known| ListenerStatus {

@@ -8,6 +8,7 @@
 //! *Invariant:* at every moment each connection is decided as by the policy before or by the one after, or is refused. When a
 //! step fails, those before it are taken back.
 
+mod change;
 mod classes;
 mod plan;
 

@@ -3,7 +3,7 @@
 //! The structures are those of linux/tls.h. Nothing here sends or receives.
 //! *Invariant:* a failure after the protocol was put on the socket is reported as such: the caller gives the socket up.
 
-use super::{engine::Ability, record};
+use super::{matrix::Ability, record};
 use crate::{
     handshake::{Aead, Secrets, Traffic},
     sys::tls::{self, TlsHalf},

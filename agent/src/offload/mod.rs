@@ -4,12 +4,13 @@
 //! *Invariant:* a pipe exists only when both directions are keyed, confirmed by the kernel where it does the work; no
 //! failure here ever leads to plaintext, and no byte of the application moves before the pipe exists.
 
-mod engine;
+mod choice;
 mod kernel;
+pub mod matrix;
 pub mod record;
 pub mod selftest;
 
-pub use engine::{Choice, Engine, Unavailable};
+pub use choice::{Choice, Engine, Unavailable};
 pub(crate) use kernel::KernelKeys;
 pub(crate) use record::{Opener, Sealer};
 

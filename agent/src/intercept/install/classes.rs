@@ -2,7 +2,7 @@
 //!
 //! *Invariant:* a cgroup that has no row and would need one is below an open one that has.
 
-use super::{KernelFacts, candidate_rows, plan::Change};
+use super::{KernelFacts, candidate_rows, change::Change};
 use crate::intercept::cgroups::Cgroup;
 use std::collections::{HashMap, HashSet};
 use wimsey_common::*;

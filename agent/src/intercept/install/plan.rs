@@ -2,7 +2,11 @@
 //!
 //! *Invariant:* at every moment each connection is decided as by the policy before or by the one after, or is refused.
 
-use super::{Network, Rows, classes::Placement};
+use super::{
+    Network, Rows,
+    change::{Change, Changes},
+    classes::Placement,
+};
 use crate::{
     intercept::{
         Error,
@@ -13,22 +17,6 @@ use crate::{
 use aya::{Pod, maps::lpm_trie::Key};
 use std::cmp::Ordering;
 use wimsey_common::*;
-
-/// One row before and after.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Change<K, V> {
-    pub(super) key: K,
-    pub(super) before: Option<V>,
-    pub(super) after: Option<V>,
-}
-
-pub(super) type Changes<K, V> = Vec<Change<K, V>>;
-
-impl<K, V> Change<K, V> {
-    pub(super) fn new(key: K, after: V) -> Self {
-        Self { key, before: None, after: Some(after) }
-    }
-}
 
 /// What two sorted lists of rows differ in: rows that go, and rows that come or change.
 pub(super) fn differences<K: Ord + Copy, V: PartialEq + Copy>(

@@ -2,12 +2,11 @@
 //!
 //! *Invariant:* every wait has an end; nothing but loopback is touched, and no key is used for anything else.
 
-use super::{Outcome, Row};
 use crate::{
     handshake::{Aead, Traffic},
     offload::{
-        engine::Ability,
         kernel::{self, ArmError, CryptoInfo},
+        matrix::{Ability, Outcome, Row},
         record::{self, ContentType, Opener, Sealer},
     },
     sys::tls::{self, TlsHalf},

@@ -2,7 +2,7 @@
 //!
 //! *Invariant:* the kernel is chosen for what the self-test saw it do, never for its version, and never half.
 
-use super::selftest::{Matrix, Verdict};
+use super::matrix::{Ability, Matrix, Verdict};
 use crate::{
     config::EngineChoice,
     handshake::Ciphers,
@@ -36,13 +36,6 @@ pub enum Choice {
     Kernel(Ability),
     /// This process.
     User,
-}
-
-/// What the kernel was seen to do.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Ability {
-    /// It takes fresh keys in an open connection, so that KeyUpdate works (Linux 6.14 on).
-    pub rekey: bool,
 }
 
 /// The configuration insists on an engine that this host does not have.
