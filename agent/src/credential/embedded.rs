@@ -7,7 +7,10 @@
 //! *Invariant:* one registration entry, one key; a credential is handed out only within its validity, also when the
 //! clock was set back.
 
-use super::{AnchorStatus, Credential, CredentialStatus, ListStatus, Pending, Provider, ProviderError, ProviderStatus};
+use super::{
+    AnchorStatus, Credential, CredentialStatus, FailingStatus, ListStatus, NotReloaded, Pending, Provider,
+    ProviderError, ProviderStatus, Reloaded,
+};
 use crate::{
     authority::ca::{Authority, CERTIFICATE_FILE, CaError, LIST_FILE},
     lock::lock,
@@ -99,7 +102,6 @@ pub struct Embedded {
     changes: watch::Sender<u64>,
     issued: AtomicU64,
     failed: AtomicU64,
-    last_error: Mutex<Option<String>>,
 }
 
 /// The number keeps two entries of one SPIFFE ID apart (R40). Numbers move when the policy is edited; the ID beside it
@@ -124,8 +126,17 @@ struct Slot {
     held: ArcSwapOption<Held>,
     /// Somebody asked for it since it was made.
     used: AtomicBool,
-    /// Held while one is made, so that it is made once; and when to try again after a failure.
-    making: Mutex<Option<Instant>>,
+    /// Held while one is made, so that it is made once.
+    making: Mutex<Making>,
+}
+
+/// What came of making it.
+#[derive(Default)]
+struct Making {
+    /// When to try again after a failure.
+    retry: Option<Instant>,
+    /// Why there is no new one, and since when, as long as that lasts.
+    error: Option<String>,
 }
 
 struct Held {
@@ -158,15 +169,13 @@ impl Embedded {
             changes: watch::Sender::new(0),
             issued: AtomicU64::new(0),
             failed: AtomicU64::new(0),
-            last_error: Mutex::default(),
         })
     }
 
     /// Reads authority, bundles and revocation lists again and checks all of them. Nothing changes before
     /// [`Embedded::commit`].
     pub fn prepare(&self, settings: Settings) -> Result<Prepared, EmbeddedError> {
-        let source = Source::load(settings, (self.clock)()).inspect_err(|error| self.note(error))?;
-        Ok(Prepared { source })
+        Ok(Prepared { source: Source::load(settings, (self.clock)())? })
     }
 
     /// Puts in force what was prepared. Where the authority is another one, every workload gets a new credential at its next
@@ -178,6 +187,8 @@ impl Embedded {
             let _registering = lock(&self.registering);
             self.slots.store(Arc::default());
         }
+        // What was read now may have mended it; what has not fails again, and says so.
+        self.slots.load().values().for_each(|slot| lock(&slot.making).error = None);
         self.drop_revoked();
         self.changes.send_modify(|generation| *generation += 1);
     }
@@ -216,7 +227,7 @@ impl Embedded {
     /// Signing takes about a tenth of a millisecond, so it is done where it is needed; whoever comes meanwhile waits for
     /// the same one.
     fn make(&self, id: &SpiffeId, slot: &Slot) -> Result<Arc<Credential>, ProviderError> {
-        let mut retry = lock(&slot.making);
+        let mut making = lock(&slot.making);
         let now = (self.clock)();
         let held = slot.held.load_full();
         if let Some(held) = held.as_ref().filter(|held| held.is_fresh(now)) {
@@ -224,12 +235,12 @@ impl Embedded {
         }
         // Good enough while a new one cannot be had.
         let old = held.filter(|held| held.credential.is_valid(now)).map(|held| held.credential.clone());
-        if let Some(old) = old.as_ref().filter(|_| retry.is_some_and(|until| Instant::now() < until)) {
+        if let Some(old) = old.as_ref().filter(|_| making.retry.is_some_and(|until| Instant::now() < until)) {
             return Ok(old.clone());
         }
         match self.issue(id, now) {
             Ok(held) => {
-                *retry = None;
+                *making = Making::default();
                 self.issued.fetch_add(1, Ordering::Relaxed);
                 let credential = held.credential.clone();
                 tracing::info!(%id, serial = %credential.serial, not_after = display_time(credential.not_after), "issued an SVID");
@@ -237,8 +248,11 @@ impl Embedded {
                 Ok(credential)
             }
             Err(error) => {
-                *retry = Some(Instant::now() + RETRY);
-                self.note(&error);
+                self.failed.fetch_add(1, Ordering::Relaxed);
+                *making = Making {
+                    retry: Some(Instant::now() + RETRY),
+                    error: Some(format!("{}: {error}", display_time(now))),
+                };
                 tracing::warn!(%id, %error, still_valid = old.is_some(), "no new SVID");
                 let (why, culprit) = (error.to_string().into(), error.culprit());
                 old.ok_or_else(|| ProviderError::Unavailable { id: id.clone(), why, culprit })
@@ -259,11 +273,6 @@ impl Embedded {
         };
         let life = issued.not_after.duration_since(now).unwrap_or_default();
         Ok(Held { credential: Arc::new(credential), rotates_at: now + life.mul_f64(rotation_share()) })
-    }
-
-    fn note(&self, error: &dyn std::error::Error) {
-        self.failed.fetch_add(1, Ordering::Relaxed);
-        *lock(&self.last_error) = Some(format!("{}: {error}", display_time((self.clock)())));
     }
 
     /// One round of maintenance; says how long until the next.
@@ -322,6 +331,12 @@ impl Provider for Embedded {
         self.changes.subscribe()
     }
 
+    fn reload(self: Arc<Self>, trust_domain: &TrustDomain) -> Result<Reloaded, NotReloaded> {
+        let settings = Settings { trust_domain: trust_domain.clone(), ..self.source.load().settings.clone() };
+        let prepared = self.prepare(settings).map_err(NotReloaded::new)?;
+        Ok(Reloaded::new(move || self.commit(prepared)))
+    }
+
     fn retain(&self, workloads: &[Workload]) {
         let _registering = lock(&self.registering);
         let mut next = HashMap::clone(&self.slots.load());
@@ -372,7 +387,7 @@ impl Provider for Embedded {
             lists: lists.collect(),
             issued: self.issued.load(Ordering::Relaxed),
             failed: self.failed.load(Ordering::Relaxed),
-            last_error: lock(&self.last_error).clone(),
+            failing: self.slots.load().iter().filter_map(|(key, slot)| fault_of(key, slot)).collect(),
         }
     }
 }
@@ -444,6 +459,11 @@ fn status_of((number, id): &Key, slot: &Slot) -> Option<CredentialStatus> {
     })
 }
 
+fn fault_of((number, id): &Key, slot: &Slot) -> Option<FailingStatus> {
+    let error = lock(&slot.making).error.clone()?;
+    Some(FailingStatus { workload: *number, id: id.to_string(), error })
+}
+
 /// Half of the life, a tenth of that more or less.
 fn rotation_share() -> f64 {
     let mut bytes = [0u8; 4];
@@ -466,7 +486,7 @@ mod tests {
     const HOUR: Duration = Duration::from_secs(3600);
 
     impl Embedded {
-        fn reload(&self, settings: Settings) -> Result<(), EmbeddedError> {
+        fn reloaded(&self, settings: Settings) -> Result<(), EmbeddedError> {
             self.prepare(settings).map(|prepared| self.commit(prepared))
         }
     }
@@ -596,7 +616,14 @@ mod tests {
         assert!(error.to_string().contains("expired"), "{error}");
         let status = bench.provider.status();
         assert_eq!(status.failed, 1);
-        assert!(status.last_error.unwrap().contains("expired"));
+        assert_eq!((status.failing.len(), status.failing[0].workload), (1, 1));
+        assert!(status.failing[0].error.contains("expired"), "{status:?}");
+        // It is said for as long as it lasts, and of whom it is true.
+        bench.at(0);
+        bench.provider.obtain(&workload(2)).await.unwrap();
+        assert_eq!(bench.provider.status().failing.len(), 1);
+        bench.obtain().await;
+        assert!(bench.provider.status().failing.is_empty());
     }
 
     #[tokio::test]
@@ -644,19 +671,19 @@ mod tests {
             path: "/nonexistent/bundle.pem".into(),
             crl: None,
         });
-        assert_eq!(bench.provider.reload(broken).unwrap_err().code(), "bundle-missing");
+        assert_eq!(bench.provider.reloaded(broken).unwrap_err().code(), "bundle-missing");
         let lifeless = Settings { svid_ttl: Duration::ZERO, ..bench.settings.clone() };
-        assert_eq!(bench.provider.reload(lifeless).unwrap_err().code(), "ca-no-life");
+        assert_eq!(bench.provider.reloaded(lifeless).unwrap_err().code(), "ca-no-life");
         assert!(Arc::ptr_eq(&old, &bench.provider.ready(&workload(1)).unwrap()));
-        assert!(bench.provider.status().last_error.is_some());
+        assert!(bench.provider.status().failing.is_empty(), "a reload that fails is no fault of a credential");
 
         let changes = bench.provider.changes();
-        bench.provider.reload(bench.settings.clone()).unwrap();
+        bench.provider.reloaded(bench.settings.clone()).unwrap();
         assert!(bench.provider.ready(&workload(1)).is_some(), "the same authority: nothing to reissue");
         let mut other = bench.settings.clone();
         other.ca_dir = bench.settings.ca_dir.with_file_name("ca2");
         ca::init(&other.ca_dir, &domain_of("example.org"), ca::DEFAULT_LIFE, now()).unwrap();
-        bench.provider.reload(other).unwrap();
+        bench.provider.reloaded(other).unwrap();
         assert!(bench.provider.ready(&workload(1)).is_none());
         assert_eq!(*changes.borrow(), 2);
     }
@@ -691,21 +718,20 @@ mod tests {
         assert_eq!(revoked(), None);
         revoke("05");
         assert_eq!(revoked(), None, "only what was loaded is in force");
-        bench.provider.reload(bench.settings.clone()).unwrap();
+        bench.provider.reloaded(bench.settings.clone()).unwrap();
         assert_eq!(revoked(), Some(1));
         std::fs::write(&list, "rubbish").unwrap();
-        let error = bench.provider.reload(bench.settings.clone()).unwrap_err();
+        let error = bench.provider.reloaded(bench.settings.clone()).unwrap_err();
         assert_eq!((error.code(), error.culprit()), ("crl-empty", Culprit::Host));
         assert_eq!(revoked(), Some(1));
         std::fs::remove_file(&list).unwrap();
         std::os::unix::fs::symlink("/nonexistent", &list).unwrap();
-        assert_eq!(bench.provider.reload(bench.settings.clone()).unwrap_err().code(), "crl-missing");
+        assert_eq!(bench.provider.reloaded(bench.settings.clone()).unwrap_err().code(), "crl-missing");
         assert_eq!(revoked(), Some(1));
-        assert!(bench.provider.status().last_error.unwrap().contains("crl.pem"));
         bench.at(3600);
         assert!(bench.provider.status().lists.first().unwrap().over);
         std::fs::remove_file(&list).unwrap();
-        bench.provider.reload(bench.settings.clone()).unwrap();
+        bench.provider.reloaded(bench.settings.clone()).unwrap();
         assert_eq!(revoked(), None);
     }
 
@@ -717,7 +743,7 @@ mod tests {
         let other = bench.provider.obtain(&workload(2)).await.unwrap();
         let order = Order::Serial(old.serial.to_string());
         revoke::revoke(&bench.settings.ca_dir, &order, HOUR, now()).unwrap();
-        bench.provider.reload(bench.settings.clone()).unwrap();
+        bench.provider.reloaded(bench.settings.clone()).unwrap();
         assert_ne!(bench.obtain().await.serial, old.serial);
         assert!(Arc::ptr_eq(&other, &bench.provider.ready(&workload(2)).unwrap()));
     }
@@ -735,7 +761,7 @@ mod tests {
             path: path("net.pem"),
             crl: Some(path("net.crl")),
         });
-        let reload = || bench.provider.reload(settings.clone()).map_err(|error| error.code());
+        let reload = || bench.provider.reloaded(settings.clone()).map_err(|error| error.code());
         assert_eq!(reload(), Err("crl-missing"));
         write(&TestCa::new("example.net").list(list_params(&[])));
         assert_eq!(reload(), Err("crl-other-authority"));
@@ -756,7 +782,7 @@ mod tests {
         std::fs::write(&path, TestCa::new("example.net").pem()).unwrap();
         let mut settings = bench.settings.clone();
         settings.bundles.push(Bundle { trust_domain: domain_of("example.net"), path, crl: None });
-        bench.provider.reload(settings).unwrap();
+        bench.provider.reloaded(settings).unwrap();
         let trust = bench.provider.trust();
         for domain in ["example.org", "example.net"] {
             assert_eq!(trust.anchors(&domain_of(domain)).unwrap().validity().len(), 1, "{domain}");

@@ -5,7 +5,10 @@
 pub mod embedded;
 mod provider;
 
-pub use provider::{AnchorStatus, CredentialStatus, ListStatus, Pending, Provider, ProviderError, ProviderStatus};
+pub use provider::{
+    AnchorStatus, CredentialStatus, FailingStatus, ListStatus, NotReloaded, Pending, Provider, ProviderError,
+    ProviderStatus, Reloaded,
+};
 
 use crate::spiffe::SpiffeId;
 use std::{fmt, sync::Arc, time::SystemTime};

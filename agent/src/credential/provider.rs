@@ -10,7 +10,7 @@ use super::Credential;
 use crate::{
     policy::Workload,
     refusal::{Culprit, Refusal},
-    spiffe::SpiffeId,
+    spiffe::{SpiffeId, TrustDomain},
     trust::bundle::Trust,
 };
 use std::{fmt, future::Future, pin::Pin, sync::Arc};
@@ -34,6 +34,10 @@ pub trait Provider: fmt::Debug + Send + Sync + 'static {
     /// have to be looked at again. Rotation is no such change.
     fn changes(&self) -> watch::Receiver<u64>;
 
+    /// Reads again what the source has on disk, for a policy of this trust domain, and checks all of it. Nothing changes
+    /// before it is [committed](Reloaded::commit).
+    fn reload(self: Arc<Self>, trust_domain: &TrustDomain) -> Result<Reloaded, NotReloaded>;
+
     /// Forgets the credentials of registration entries that are no longer in the policy (R88).
     fn retain(&self, workloads: &[Workload]);
 
@@ -42,6 +46,55 @@ pub trait Provider: fmt::Debug + Send + Sync + 'static {
 
     /// What `wimsey status` says about it.
     fn status(&self) -> ProviderStatus;
+}
+
+/// What a source has read anew and found sound, and is not in force.
+pub struct Reloaded(Box<dyn FnOnce() + Send>);
+
+impl Reloaded {
+    /// `commit` puts it in force, and cannot fail.
+    pub fn new(commit: impl FnOnce() + Send + 'static) -> Self {
+        Self(Box::new(commit))
+    }
+
+    /// Puts it in force.
+    pub fn commit(self) {
+        (self.0)();
+    }
+}
+
+impl fmt::Debug for Reloaded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Reloaded")
+    }
+}
+
+/// Why a source's files are not taken. What was in force stays in force.
+#[derive(Debug)]
+pub struct NotReloaded(Box<dyn Refusal>);
+
+impl NotReloaded {
+    /// For this reason.
+    pub fn new(why: impl Refusal) -> Self {
+        Self(Box::new(why))
+    }
+}
+
+impl fmt::Display for NotReloaded {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+impl std::error::Error for NotReloaded {}
+
+impl Refusal for NotReloaded {
+    fn culprit(&self) -> Culprit {
+        self.0.culprit()
+    }
+    fn code(&self) -> &'static str {
+        self.0.code()
+    }
 }
 
 /// Why there is no credential.
@@ -107,8 +160,19 @@ pub struct ProviderStatus {
     pub issued: u64,
     /// Failed attempts since the start.
     pub failed: u64,
-    /// The last failure, with its time.
-    pub last_error: Option<String>,
+    /// Those of which there is no new one, as long as that lasts.
+    pub failing: Vec<FailingStatus>,
+}
+
+/// A credential that cannot be had.
+#[derive(Clone, Debug, serde::Serialize)]
+pub struct FailingStatus {
+    /// Number of the registration entry.
+    pub workload: u32,
+    /// Whose.
+    pub id: String,
+    /// When it was tried last, and why it failed.
+    pub error: String,
 }
 
 /// One current credential.

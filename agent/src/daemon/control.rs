@@ -11,7 +11,6 @@ use super::troubles::Troubles;
 use super::{Error, kernel_record, warn_of_second_authorities};
 use crate::admin::{self, Asked, Request};
 use crate::credential::Provider;
-use crate::credential::embedded::Embedded;
 use crate::intercept::{self, Notice, Programs, Work};
 use crate::pipeline::Shared;
 use crate::relay::Stop;
@@ -40,7 +39,9 @@ type Read = Result<(Prepared, intercept::Prepared), Error>;
 /// Everything that only the control thread has.
 pub(super) struct Control {
     shared: Arc<Shared>,
-    provider: Arc<Embedded>,
+    provider: Arc<dyn Provider>,
+    /// Counts up where trust changes, also without a reload.
+    changes: watch::Receiver<u64>,
     programs: Programs,
     settled: Settled,
     started: OffsetDateTime,
@@ -73,7 +74,7 @@ pub(super) struct Control {
 impl Control {
     pub(super) fn new(
         shared: Arc<Shared>,
-        provider: Arc<Embedded>,
+        provider: Arc<dyn Provider>,
         programs: Programs,
         settled: Settled,
     ) -> Result<Self, Error> {
@@ -82,6 +83,7 @@ impl Control {
         let listeners = Listeners::new(programs.hierarchy());
         Ok(Self {
             shared,
+            changes: provider.changes(),
             provider,
             programs,
             settled,
@@ -112,7 +114,6 @@ impl Control {
         let admin = tokio::task::spawn_local(admin::serve(admin::bind(&socket)?, asked));
         let provider = self.provider.clone();
         let maintenance = tokio::task::spawn_local(async move { provider.maintain().await });
-        let mut changes = self.provider.changes();
         let mut rounds = Rounds::new();
         self.look_at_listeners();
         self.look_for_old_connections();
@@ -128,7 +129,7 @@ impl Control {
                     // Whoever asked may have gone away.
                     let _ = answer.send(self.answer(request));
                 }
-                Ok(()) = changes.changed() => self.revoke("the trust bundles changed"),
+                Ok(()) = self.changes.changed() => self.revoke("the trust bundles changed"),
                 _ = hangup.recv() => self.reload(),
                 read = finished(&mut self.reading) => self.put_in_force(read),
                 _ = stop(&mut terminate, &mut interrupt) => break,
@@ -252,7 +253,7 @@ impl Control {
         let ended = |error| Error::Host { what: "what is on disk could not be read", source: io::Error::other(error) };
         let done = read.unwrap_or_else(|error| Err(ended(error))).and_then(|(prepared, rows)| {
             let programs = &mut self.programs;
-            prepared.put_in_force(|_| programs.install_prepared(rows), &self.provider, &self.shared.policy)?;
+            prepared.put_in_force(|_| programs.install_prepared(rows), &*self.provider, &self.shared.policy)?;
             Ok(())
         });
         self.reloaded(done);
@@ -274,7 +275,9 @@ impl Control {
         self.look_at_listeners();
         self.look_for_old_connections();
         tracing::info!(generation = self.programs.generation(), "policy reloaded");
-        self.revoke("the policy changed");
+        // Policy and trust have changed together: one look at the connections is for both.
+        self.changes.mark_unchanged();
+        self.revoke("what was reloaded does not allow them");
     }
 
     fn revoke(&self, why: &'static str) {

@@ -18,6 +18,7 @@ use crate::admission::Admission;
 use crate::attest::{AttestError, Attestor};
 use crate::audit;
 use crate::config::{Config, EngineChoice, Shards, WhenFull};
+use crate::credential::NotReloaded;
 use crate::credential::embedded::{Bundle, Embedded, EmbeddedError, Settings};
 use crate::document::Purpose;
 use crate::identify::Identities;
@@ -50,6 +51,9 @@ pub enum Error {
     /// The authority, a trust bundle or a revocation list is not taken.
     #[error(transparent)]
     Identity(#[from] EmbeddedError),
+    /// The same at a reload.
+    #[error(transparent)]
+    Reload(#[from] NotReloaded),
     /// Processes cannot be attested on this host.
     #[error(transparent)]
     Attestation(#[from] AttestError),

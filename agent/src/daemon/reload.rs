@@ -6,10 +6,9 @@
 //! *Invariant:* whatever fails, it fails before anything has changed: trust, revocation lists, policy and, by the word of
 //! who installs them, the kernel's tables are what they were.
 
-use super::{Error, settings};
+use super::Error;
 use crate::config::Config;
-use crate::credential::Provider;
-use crate::credential::embedded::{self, Embedded};
+use crate::credential::{Provider, Reloaded};
 use crate::document::Purpose;
 use crate::policy::Policy;
 use arc_swap::ArcSwap;
@@ -19,14 +18,14 @@ use std::sync::Arc;
 #[derive(Debug)]
 pub struct Prepared {
     policy: Arc<Policy>,
-    identity: embedded::Prepared,
+    identity: Reloaded,
 }
 
 impl Prepared {
     /// Reads policy, authority, trust bundles and revocation lists.
-    pub fn read(config: &Config, provider: &Embedded) -> Result<Self, Error> {
+    pub fn read(config: &Config, provider: &Arc<dyn Provider>) -> Result<Self, Error> {
         let policy = Arc::new(Policy::load(&config.policy_dir, Purpose::InForce)?);
-        let identity = provider.prepare(settings(config, &policy))?;
+        let identity = provider.clone().reload(policy.trust_domain())?;
         Ok(Self { policy, identity })
     }
 
@@ -40,11 +39,11 @@ impl Prepared {
     pub fn put_in_force<E>(
         self,
         install: impl FnOnce(Arc<Policy>) -> Result<u32, E>,
-        provider: &Embedded,
+        provider: &dyn Provider,
         policy: &ArcSwap<Policy>,
     ) -> Result<(), E> {
         install(self.policy.clone())?;
-        provider.commit(self.identity);
+        self.identity.commit();
         policy.store(self.policy.clone());
         provider.retain(self.policy.workloads());
         Ok(())

@@ -86,10 +86,11 @@ fn status(known: &Known<'_>) -> Status {
     let provider = known.provider.status();
     let identity = |workload: &crate::policy::Workload| {
         let held = provider.credentials.iter().find(|held| held.workload == workload.number);
+        let failing = provider.failing.iter().find(|failing| failing.workload == workload.number);
         IdentityStatus {
             id: workload.id.to_string(),
             expires: held.map(|held| held.not_after.clone()),
-            error: provider.last_error.clone(),
+            error: failing.map(|failing| failing.error.clone()),
         }
     };
     let mut bundles: BTreeMap<&str, BundleStatus> = BTreeMap::new();

@@ -29,7 +29,7 @@ use wimsey_common::map;
 struct Agent {
     scratch: tempfile::TempDir,
     config: Config,
-    provider: Embedded,
+    provider: Arc<dyn Provider>,
     policy: ArcSwap<Policy>,
 }
 
@@ -54,7 +54,7 @@ impl Agent {
             svid_ttl: Duration::from_secs(3600),
             bundles: Vec::new(),
         });
-        Self { scratch, config, provider: provider.unwrap(), policy: ArcSwap::from_pointee(policy) }
+        Self { scratch, config, provider: Arc::new(provider.unwrap()), policy: ArcSwap::from_pointee(policy) }
     }
 
     fn list(&self) -> PathBuf {
@@ -72,7 +72,7 @@ impl Agent {
 
     fn reload(&self, world: &mut World) -> Result<(), Error> {
         let prepared = self.read().unwrap();
-        prepared.put_in_force(|policy| world.programs().install(policy), &self.provider, &self.policy)
+        prepared.put_in_force(|policy| world.programs().install(policy), &*self.provider, &self.policy)
     }
 
     /// How many certificates are revoked, and how many destinations there are, by what is in force.
