@@ -283,10 +283,8 @@ mod tests {
     use super::*;
     use crate::{
         attest::Facts,
-        credential::Credential,
         policy::{Accounts, Source, Workload},
     };
-    use std::time::SystemTime;
 
     const POLICY: &str = r#"
         trust_domain = "td"
@@ -318,28 +316,16 @@ mod tests {
         SpiffeId::parse(&format!("spiffe://td/{path}")).unwrap()
     }
 
-    /// What arrives from `identify`, with a real but unconnected socket and a throw-away key.
+    /// What arrives from `identify`, with a real but unconnected socket.
     fn parties(direction: Direction, workload: &str, destination: &str) -> Parties {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build().unwrap();
         let _context = runtime.enter();
         let socket = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::STREAM, None).unwrap();
         socket.set_nonblocking(true).unwrap();
         let socket = tokio::net::TcpStream::from_std(std::net::TcpStream::from(socket)).unwrap();
-        let pair = rcgen::KeyPair::generate().unwrap();
-        let certificate = rcgen::CertificateParams::default().self_signed(&pair).unwrap();
-        let key = rustls::pki_types::PrivateKeyDer::try_from(pair.serialize_der()).unwrap();
-        let key = rustls::crypto::aws_lc_rs::sign::any_supported_type(&key).unwrap();
-        let certified = Arc::new(rustls::sign::CertifiedKey::new(vec![certificate.der().clone()], key));
         Parties {
             flow: crate::flow::testing::flow(direction, socket, destination.parse().unwrap(), None),
             workload: Workload { number: 1, id: id(workload) },
-            credential: Arc::new(Credential {
-                id: id(workload),
-                certified,
-                not_before: SystemTime::UNIX_EPOCH,
-                not_after: SystemTime::UNIX_EPOCH,
-                serial: "00".into(),
-            }),
             trust: Arc::default(),
             facts: Facts { pid: 1, uid: 0, gid: 0, comm: "test".into(), executable: None, cgroup: None, note: None },
         }

@@ -1,11 +1,12 @@
 //! identify: a [`Flow`] in, [`Parties`] out.
 //!
-//! Two steps: which registration entry is the process on this host's end ([`crate::attest`]), and the credential of that entry
-//! ([`crate::credential`]). A process without an entry is no failure of this room: it says so in its own way
-//! ([`Error::is_unknown`]), and the pipeline says why that is refused by where the connection goes.
+//! Which registration entry is the process on this host's end ([`crate::attest`])? A process without an entry is no failure of
+//! this room: it says so in its own way ([`Error::is_unknown`]), and the pipeline says why that is refused by where the
+//! connection goes. The entry's credential ([`crate::credential`]) is asked for when a handshake needs it, and not before:
+//! what is denied, or carried in plaintext, needs none.
 //!
-//! *Invariant:* `Parties` are only made here, with a credential that is valid now and belongs to the attested workload;
-//! the agent has no identity of its own to put on the wire (R58).
+//! *Invariant:* `Parties` are only made here, of an attested workload; the agent has no identity of its own to put on the wire
+//! (R58).
 
 use crate::{
     attest::{AttestError, Attested, Attestor, Facts, Registry},
@@ -25,8 +26,6 @@ pub struct Parties {
     pub flow: Flow,
     /// The local workload.
     pub workload: Workload,
-    /// Its SVID.
-    pub credential: Arc<Credential>,
     /// The trust bundles to verify the peer with: one snapshot for the whole handshake.
     pub trust: Arc<Trust>,
     /// The process that was attested.
@@ -64,9 +63,6 @@ pub enum Error {
     /// It cannot be attested.
     #[error(transparent)]
     Attestation(#[from] AttestError),
-    /// There is no credential for it.
-    #[error(transparent)]
-    Credential(#[from] ProviderError),
 }
 
 /// What this room needs beside the policy. Cheap to clone: a shard has one of its own.
@@ -76,12 +72,10 @@ pub struct Identities {
     attestor: Arc<Attestor>,
 }
 
-/// Finds out who is on this host's end of a flow, and gets its credential.
+/// Finds out who is on this host's end of a flow.
 pub async fn identify(flow: Flow, policy: &Policy, identities: &Identities) -> Result<Parties, Box<Unidentified>> {
     match identities.local(&flow, policy).await {
-        Ok((workload, facts, credential)) => {
-            Ok(Parties { flow, workload, credential, trust: identities.provider.trust(), facts })
-        }
+        Ok((workload, facts)) => Ok(Parties { flow, workload, trust: identities.provider.trust(), facts }),
         Err(error) => Err(Box::new(Unidentified { flow, error })),
     }
 }
@@ -102,17 +96,20 @@ impl Identities {
         &self.attestor
     }
 
-    async fn local(&self, flow: &Flow, registry: &dyn Registry) -> Result<(Workload, Facts, Arc<Credential>), Error> {
-        let (workload, facts) = match &flow.origin {
-            Origin::Outbound { task: Some(task), .. } => known(self.attestor.dialler(task, registry).await?)?,
-            Origin::Outbound { task: None, .. } => return Err(Error::NoRecord),
-            Origin::Inbound(listens) => self.listener(listens, registry).await?,
-        };
-        let credential = match self.provider.ready(&workload) {
-            Some(credential) => credential,
-            None => self.provider.obtain(&workload).await?,
-        };
-        Ok((workload, facts, credential))
+    /// The SVID of a workload, valid now.
+    pub async fn credential(&self, workload: &Workload) -> Result<Arc<Credential>, ProviderError> {
+        match self.provider.ready(workload) {
+            Some(credential) => Ok(credential),
+            None => self.provider.obtain(workload).await,
+        }
+    }
+
+    async fn local(&self, flow: &Flow, registry: &dyn Registry) -> Result<(Workload, Facts), Error> {
+        match &flow.origin {
+            Origin::Outbound { task: Some(task), .. } => known(self.attestor.dialler(task, registry).await?),
+            Origin::Outbound { task: None, .. } => Err(Error::NoRecord),
+            Origin::Inbound(listens) => self.listener(listens, registry).await,
+        }
     }
 }
 
@@ -167,7 +164,6 @@ impl Refusal for Error {
             Error::Unknown(_) => Culprit::Policy,
             Error::NoRecord | Error::Shared { .. } => Culprit::Host,
             Error::Attestation(error) => error.culprit(),
-            Error::Credential(error) => error.culprit(),
         }
     }
     fn code(&self) -> &'static str {
@@ -176,7 +172,6 @@ impl Refusal for Error {
             Error::NoRecord => "no-origin",
             Error::Shared { .. } => "listener-shared",
             Error::Attestation(error) => error.code(),
-            Error::Credential(error) => error.code(),
         }
     }
 }
@@ -310,8 +305,9 @@ mod tests {
         let flow = flow(Direction::Outbound, Some(bench.task())).await;
         let parties = identify(flow, &policy, &bench.identities).await.unwrap();
         assert_eq!(parties.workload.id, id_of("spiffe://example.org/exact"));
-        assert_eq!(parties.credential.id, parties.workload.id);
-        assert!(parties.credential.is_valid(SystemTime::now()));
+        let credential = bench.identities.credential(&parties.workload).await.unwrap();
+        assert_eq!(credential.id, parties.workload.id);
+        assert!(credential.is_valid(SystemTime::now()));
         assert!(parties.trust.anchors(&domain_of("example.org")).is_some());
         assert_eq!(parties.facts.executable.as_ref(), Some(&bench.executable));
     }
@@ -371,7 +367,7 @@ mod tests {
         let policy = policy(&[("any", &[nobody()])]);
         let flow = flow(Direction::Outbound, Some(bench.task())).await;
         let parties = identify(flow, &policy, &bench.identities).await.unwrap();
-        let text = format!("{:?}", parties.credential);
+        let text = format!("{:?}", bench.identities.credential(&parties.workload).await.unwrap());
         assert!(text.contains("spiffe://example.org/any") && !text.contains("certified"), "{text}");
     }
 }

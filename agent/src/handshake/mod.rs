@@ -73,24 +73,31 @@ pub struct Session {
     other: TcpStream,
 }
 
-/// Shakes hands as the client, over `network`, which was dialled for the flow in `permit`.
-pub async fn connect(permit: Permit, network: TcpStream, terms: Terms) -> Result<Session, Error> {
+/// Shakes hands as the client, over `network`, which was dialled for the flow in `permit`. `credential`: that of the permit's
+/// own workload.
+pub async fn connect(
+    permit: Permit,
+    credential: Arc<Credential>,
+    network: TcpStream,
+    terms: Terms,
+) -> Result<Session, Error> {
     let judge = judge(&permit, Role::Server);
     let outcome = async {
-        let config = settings::client(&permit.parties().credential, judge.clone(), terms.ciphers, terms.reuse)?;
+        let config = settings::client(&credential, judge.clone(), terms.ciphers, terms.reuse)?;
         // The address only fills a required argument: it is not sent (RFC 6066 section 3), and it names nobody (R48).
         let name = ServerName::IpAddress(permit.parties().flow.destination.0.ip().into());
         let machine = UnbufferedClientConnection::new(config, name).map_err(Cause::unready)?;
         driver::run(&network, Machine::Client(machine), Opening::default()).await
     };
     match in_time(&network, terms.deadline, outcome).await {
-        Ok(finished) => Ok(Accepted::new(permit, &judge, finished)?.joined(network)),
+        Ok(finished) => Ok(Accepted::new(permit, credential, &judge, finished)?.joined(network)),
         Err(cause) => Err(Error::judged(cause, &judge, permit)),
     }
 }
 
-/// Shakes hands as the server, over the flow's own socket. A client without a certificate is refused.
-pub async fn accept(permit: Permit, terms: Terms) -> Result<Accepted, Error> {
+/// Shakes hands as the server, over the flow's own socket. A client without a certificate is refused. `credential`: that of
+/// the permit's own workload.
+pub async fn accept(permit: Permit, credential: Arc<Credential>, terms: Terms) -> Result<Accepted, Error> {
     let judge = judge(&permit, Role::Client);
     let outcome = async {
         let network = &permit.parties().flow.socket;
@@ -98,13 +105,12 @@ pub async fn accept(permit: Permit, terms: Terms) -> Result<Accepted, Error> {
             true => driver::hear_offer(network).await?,
             false => Default::default(),
         };
-        let credential = &permit.parties().credential;
-        let config = settings::server(credential, judge.clone(), terms.ciphers, offers)?;
+        let config = settings::server(&credential, judge.clone(), terms.ciphers, offers)?;
         let machine = UnbufferedServerConnection::new(config).map_err(Cause::unready)?;
         driver::run(network, Machine::Server(machine), opening).await
     };
     match in_time(&permit.parties().flow.socket, terms.deadline, outcome).await {
-        Ok(finished) => Accepted::new(permit, &judge, finished),
+        Ok(finished) => Accepted::new(permit, credential, &judge, finished),
         Err(cause) => Err(Error::judged(cause, &judge, permit)),
     }
 }
@@ -127,14 +133,13 @@ async fn in_time(
 }
 
 impl Accepted {
-    fn new(permit: Permit, judge: &PeerVerifier, finished: Finished) -> Result<Self, Error> {
+    fn new(permit: Permit, local: Arc<Credential>, judge: &PeerVerifier, finished: Finished) -> Result<Self, Error> {
         let Some(Ok(admitted)) = judge.verdict() else {
             return Err(Error::judged(Cause::Unjudged, judge, permit));
         };
         let (peer, rule) = (admitted.peer.clone(), admitted.rule.clone());
         let group = finished.group.and_then(|group| group.name().as_str()).unwrap_or("unknown");
         let cipher = settings::cipher_name(finished.secrets.suite());
-        let local = permit.parties().credential.clone();
         let agreement = Arc::new(Agreement {
             local,
             peer,

@@ -1,6 +1,6 @@
 //! Two hosts in one test: a trust domain, permits, sessions, and a foreign TLS stack that believes everybody.
 
-use super::{Accepted, Ciphers, Session, Terms, accept, connect};
+use super::{Accepted, Ciphers, Error, Session, Terms, accept, connect};
 use crate::{
     attest::Facts,
     authorize::Permit,
@@ -76,7 +76,6 @@ impl World {
         let parties = Parties {
             flow: crate::flow::testing::flow(direction, socket, address, None),
             workload: Workload { number: 1, id: id_of(local) },
-            credential: self.credential(local),
             trust: self.trust.clone(),
             facts: Facts { pid: 1, uid: 0, gid: 0, comm: "test".into(), executable: None, cgroup: None, note: None },
         };
@@ -112,6 +111,18 @@ impl World {
             .unwrap()
     }
 
+    /// Shakes hands as the client, as the permit's workload.
+    pub(crate) async fn connect(&self, permit: Permit, network: TcpStream, terms: Terms) -> Result<Session, Error> {
+        let credential = self.credential(permit.parties().workload.id.as_str());
+        connect(permit, credential, network, terms).await
+    }
+
+    /// Shakes hands as the server, as the permit's workload.
+    pub(crate) async fn accept(&self, permit: Permit, terms: Terms) -> Result<Accepted, Error> {
+        let credential = self.credential(permit.parties().workload.id.as_str());
+        accept(permit, credential, terms).await
+    }
+
     /// Both ends of one connection, shaken: curl dials web. The applications' sockets are the other ends of the flows.
     pub(crate) async fn sessions(&self, ciphers: Ciphers) -> Sessions {
         self.sessions_by(terms(ciphers)).await
@@ -123,7 +134,7 @@ impl World {
         let (network_client, network_server) = pair().await;
         let client = self.permit(Direction::Outbound, client_own, CURL, WEB);
         let server = self.permit(Direction::Inbound, network_server, WEB, CURL);
-        let (client, server) = tokio::join!(connect(client, network_client, terms), accept(server, terms));
+        let (client, server) = tokio::join!(self.connect(client, network_client, terms), self.accept(server, terms));
         Sessions { client_application, client: client.unwrap(), server: server.unwrap() }
     }
 }

@@ -45,7 +45,7 @@ async fn accepting<T: Send + 'static>(client: impl FnOnce(std::net::TcpStream) -
     let permit = world.permit(Direction::Inbound, ours, WEB, CURL);
     let mut terms = terms(Ciphers::All);
     terms.deadline = Instant::now() + Duration::from_secs(1);
-    let error = accept(permit, terms).await.err().expect("nobody may get in here");
+    let error = world.accept(permit, terms).await.err().expect("nobody may get in here");
     assert!(error.permit().parties().flow.socket.local_addr().is_ok(), "the flow is given back");
     assert!(!error.to_string().is_empty());
     let (summary, permit) = (Summary { code: error.code(), culprit: error.culprit() }, error.into_parts().1);
@@ -128,7 +128,7 @@ async fn a_good_certificate_that_no_rule_admits_is_denied_by_name() {
     let client = world.permit(Direction::Outbound, own, "spiffe://example.org/stranger", WEB);
     let server = world.permit(Direction::Inbound, server_end, WEB, CURL);
     let (client, server) =
-        tokio::join!(connect(client, client_end, terms(Ciphers::All)), accept(server, terms(Ciphers::All)));
+        tokio::join!(world.connect(client, client_end, terms(Ciphers::All)), world.accept(server, terms(Ciphers::All)));
     assert!(client.is_ok(), "the client learns it afterwards, from whoever carries its records");
     let error = server.err().unwrap();
     assert_eq!((error.code(), error.culprit()), ("peer-not-permitted", Culprit::Policy));
@@ -140,7 +140,7 @@ async fn a_good_certificate_that_no_rule_admits_is_denied_by_name() {
     let client = world.permit(Direction::Outbound, own, CURL, "spiffe://example.org/other");
     let server = world.permit(Direction::Inbound, server_end, WEB, CURL);
     let (client, server) =
-        tokio::join!(connect(client, client_end, terms(Ciphers::All)), accept(server, terms(Ciphers::All)));
+        tokio::join!(world.connect(client, client_end, terms(Ciphers::All)), world.accept(server, terms(Ciphers::All)));
     assert_eq!(client.err().unwrap().code(), "peer-not-permitted");
     assert_eq!(server.err().unwrap().code(), "peer-alert:access_denied");
 }
@@ -215,7 +215,7 @@ async fn a_client_shows_neither_a_server_name_nor_protocols_and_prefers_what_it_
             }
         }
     });
-    let (error, hello) = tokio::join!(connect(permit, client_end, terms(Ciphers::All)), hello);
+    let (error, hello) = tokio::join!(world.connect(permit, client_end, terms(Ciphers::All)), hello);
     assert_eq!(error.err().unwrap().code(), "peer-closed");
     let (name, protocols, suites, groups) = hello.unwrap();
     assert_eq!((name, protocols), (None, false));
@@ -248,7 +248,7 @@ async fn an_offer_of_protocols_is_ignored_and_no_ticket_is_given() {
         let nothing_more = tls.read_tls(&mut socket).is_err();
         (tls.alpn_protocol().map(<[u8]>::to_vec), tls.protocol_version(), tls.tls13_tickets_received(), nothing_more)
     });
-    let session = accept(world.permit(Direction::Inbound, server_end, WEB, CURL), terms(Ciphers::All)).await;
+    let session = world.accept(world.permit(Direction::Inbound, server_end, WEB, CURL), terms(Ciphers::All)).await;
     assert!(session.is_ok());
     assert_eq!(client.await.unwrap(), (None, Some(TLS13.version), 0, true));
 }
@@ -270,7 +270,7 @@ async fn a_server_of_another_name_is_refused_whatever_its_address() {
         }
     });
     let permit = world.permit(Direction::Outbound, own, CURL, WEB);
-    let error = connect(permit, client_end, terms(Ciphers::All)).await.err().unwrap();
+    let error = world.connect(permit, client_end, terms(Ciphers::All)).await.err().unwrap();
     assert_eq!(error.code(), "peer-not-permitted");
     assert!(server.await.unwrap().contains("AccessDenied"));
 }

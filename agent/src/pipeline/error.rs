@@ -3,6 +3,7 @@
 //! *Invariant:* every refusal names its room, who has to act, and a stable code.
 
 use crate::admission::Full;
+use crate::credential::ProviderError;
 use crate::refusal::{Culprit, Refusal};
 use crate::{authorize, handshake, identify, intercept, offload, reuse, turns};
 use std::net::SocketAddr;
@@ -51,6 +52,9 @@ pub enum Error {
     /// identify refused.
     #[error(transparent)]
     Identify(identify::Error),
+    /// There is no credential for the workload.
+    #[error(transparent)]
+    Credential(ProviderError),
     /// authorize refused.
     #[error(transparent)]
     Authorize(authorize::Reason),
@@ -78,7 +82,7 @@ impl Error {
             Self::TooMany(_) | Self::AuditUnwritable | Self::DialTimeout(_) | Self::Closing | Self::Intercept(_) => {
                 "intercept"
             }
-            Self::Identify(_) | Self::NotRelayed(_) | Self::ListenerUndecided(_) => "identify",
+            Self::Identify(_) | Self::Credential(_) | Self::NotRelayed(_) | Self::ListenerUndecided(_) => "identify",
             Self::Authorize(_) | Self::Reuse(_) | Self::BypassNotRelayed { .. } => "authorize",
             Self::Turn(_) | Self::Handshake(_) => "handshake",
             Self::Offload(_) => "offload",
@@ -95,6 +99,7 @@ impl Refusal for Error {
             Self::BypassNotRelayed { .. } => Culprit::Policy,
             Self::DialTimeout(_) => Culprit::Peer,
             Self::Identify(error) => error.culprit(),
+            Self::Credential(error) => error.culprit(),
             Self::Authorize(error) => error.culprit(),
             Self::Intercept(error) => error.culprit(),
             Self::Turn(error) => error.culprit(),
@@ -112,6 +117,7 @@ impl Refusal for Error {
             Self::DialTimeout(_) => "dial-timeout",
             Self::Closing => "agent-ending",
             Self::Identify(error) => error.code(),
+            Self::Credential(error) => error.code(),
             Self::Authorize(error) => error.code(),
             Self::Intercept(error) => error.code(),
             Self::Turn(error) => error.code(),

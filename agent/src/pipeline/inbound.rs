@@ -2,8 +2,8 @@
 //!
 //! *Invariant:* who is not admitted cannot even make the workload accept.
 
-use super::{Carriage, Error, Made, Walk};
 use super::attempt::Attempt;
+use super::{Carriage, Error, Made, Walk};
 use crate::admission::Place;
 use crate::audit::Method;
 use crate::authorize::Permit;
@@ -32,7 +32,12 @@ const LINGER_BYTES: u64 = 64 * 1024;
 const LEGS: usize = 3;
 
 impl<'a> Walk<'a> {
-    pub(super) async fn inbound(&self, mut attempt: Attempt<'a>, permit: Permit, place: &mut Place) -> Option<Made<'a>> {
+    pub(super) async fn inbound(
+        &self,
+        mut attempt: Attempt<'a>,
+        permit: Permit,
+        place: &mut Place,
+    ) -> Option<Made<'a>> {
         if let Some(rule) = permit.permissive().cloned() {
             // A socket that cannot be looked at is one that the handshake will fail on, and say why.
             if !handshake::looks_like_tls(&permit.parties().flow.socket, SILENCE).await.unwrap_or(true) {
@@ -48,6 +53,13 @@ impl<'a> Walk<'a> {
             }
         }
         let session = {
+            let credential = match self.shared.identities.credential(&permit.parties().workload).await {
+                Ok(credential) => credential,
+                Err(error) => {
+                    attempt.refuse(permit.into_parties().flow.socket, &Error::Credential(error));
+                    return None;
+                }
+            };
             let terms = self.terms(self.shared.engine, self.shared.config.sessions.reuse);
             // Whoever has said nothing yet takes nobody's turn.
             let spoke = handshake::speaks(&permit.parties().flow.socket, terms.deadline).await;
@@ -62,7 +74,7 @@ impl<'a> Walk<'a> {
                 },
                 false => None,
             };
-            let outcome = handshake::accept(permit, terms).await;
+            let outcome = handshake::accept(permit, credential, terms).await;
             drop(turn);
             match outcome {
                 Ok(session) => session,

@@ -2,8 +2,8 @@
 //!
 //! *Invariant:* whatever fails before a byte of the application has moved leaves its socket to be reset, or to be tried again.
 
-use super::{Carriage, Error, Made, Walk};
 use super::attempt::Attempt;
+use super::{Carriage, Error, Made, Walk};
 use crate::authorize::Permit;
 use crate::flow::Flow;
 use crate::handshake;
@@ -87,6 +87,10 @@ impl<'a> Walk<'a> {
     async fn meet(&self, attempt: &mut Attempt<'a>, mut permit: Permit) -> Result<Met, Box<Unmet>> {
         let mut engine = self.shared.engine;
         let destination = permit.parties().flow.destination.0;
+        let credential = match self.shared.identities.credential(&permit.parties().workload).await {
+            Ok(credential) => credential,
+            Err(error) => return Err(Unmet::with(Error::Credential(error), permit)),
+        };
         let mut offer = self.shared.config.sessions.reuse && !self.site.foreign.borrow().contains(&destination);
         loop {
             let network = match self.dial(&permit.parties().flow).await {
@@ -100,7 +104,7 @@ impl<'a> Walk<'a> {
                     Ok(turn) => turn,
                     Err(error) => return Err(Unmet::with(Error::Turn(error), permit)),
                 };
-                match handshake::connect(permit, network, terms).await {
+                match handshake::connect(permit, credential.clone(), network, terms).await {
                     Ok(session) => session,
                     Err(error) if offer && error.declines_offer() => {
                         self.remember_as_foreign(destination);

@@ -317,11 +317,15 @@ fn a_protected_listener_is_reached_through_the_agent_and_sees_the_true_client() 
         assert_eq!(flow.direction(), Direction::Inbound);
         assert_eq!(flow.destination, OriginalDst(to.parse().unwrap()));
         assert_eq!((flow.source.ip().to_string(), flow.source.port()), (from.to_string(), 7000));
-        assert_eq!((flow.task().unwrap().tgid, flow.listens().map(|listens| listens.cookie)), (server.pid(), Some(listening.cookie)));
+        assert_eq!(
+            (flow.task().unwrap().tgid, flow.listens().map(|listens| listens.cookie)),
+            (server.pid(), Some(listening.cookie))
+        );
         assert!(remote.line().starts_with("connected"));
 
-        let mut leg =
-            world.run(door.dialler().leg(flow.destination, flow.source, flow.listens().unwrap().who, Opening::Waits)).unwrap();
+        let mut leg = world
+            .run(door.dialler().leg(flow.destination, flow.source, flow.listens().unwrap().who, Opening::Waits))
+            .unwrap();
         world.run(leg.write_all(b"hello")).unwrap();
         let shown = match at.starts_with('[') && !from.contains(':') {
             true => format!("[::ffff:{from}]:7000"),

@@ -3,10 +3,7 @@
 use super::*;
 use crate::{
     flow::Direction,
-    handshake::{
-        accept, connect,
-        testing::{CURL, WEB, terms},
-    },
+    handshake::testing::{CURL, WEB, terms},
 };
 use rustls::{ClientConnection, ConnectionCommon, ServerConnection, SideData};
 use std::{
@@ -19,7 +16,7 @@ use std::{
 /// Our server behind a relay, for a foreign client at `socket`. The application echoes.
 async fn our_server(world: &World, socket: TcpStream, rekey: u64) -> JoinHandle<Tally> {
     let permit = world.permit(Direction::Inbound, socket, WEB, CURL);
-    let session = accept(permit, terms(engine().ciphers())).await.unwrap();
+    let session = world.accept(permit, terms(engine().ciphers())).await.unwrap();
     let (application, leg) = program().await;
     let pipe = arm(session.joined(leg), engine()).unwrap().rekey_after(rekey);
     tokio::spawn(echo(application));
@@ -30,7 +27,7 @@ async fn our_server(world: &World, socket: TcpStream, rekey: u64) -> JoinHandle<
 async fn our_client(world: &World, socket: TcpStream, rekey: u64) -> JoinHandle<Tally> {
     let (application, own) = program().await;
     let permit = world.permit(Direction::Outbound, own, CURL, WEB);
-    let session = connect(permit, socket, terms(engine().ciphers())).await.unwrap();
+    let session = world.connect(permit, socket, terms(engine().ciphers())).await.unwrap();
     let pipe = arm(session, engine()).unwrap().rekey_after(rekey);
     tokio::spawn(echo(application));
     Relay::over(pair().await.0, pipe, Limits::default()).tally

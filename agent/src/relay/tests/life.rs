@@ -4,10 +4,7 @@ use super::*;
 use crate::relay::buffers::{Batch, Scratch};
 use crate::{
     flow::Direction,
-    handshake::{
-        accept, connect,
-        testing::{CURL, WEB, terms},
-    },
+    handshake::testing::{CURL, WEB, terms},
     refusal::Culprit,
 };
 
@@ -166,8 +163,8 @@ async fn a_server_that_refuses_the_client_afterwards_is_reported_as_a_refusal() 
     let client = world.permit(Direction::Outbound, own, CURL, WEB);
     let server = world.permit(Direction::Inbound, network_server, WEB, "spiffe://example.org/somebody-else");
     let (client, server) = tokio::join!(
-        connect(client, network_client, terms(engine().ciphers())),
-        accept(server, terms(engine().ciphers()))
+        world.connect(client, network_client, terms(engine().ciphers())),
+        world.accept(server, terms(engine().ciphers()))
     );
     assert!(server.is_err());
     // The application has asked already; it must see a reset, and the record must say why.
