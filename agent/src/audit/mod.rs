@@ -109,6 +109,26 @@ pub struct Bytes {
     pub received: u64,
 }
 
+/// Where an attempt ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Stage {
+    /// In the kernel programs, before the agent saw it.
+    Kernel,
+    /// Where connections come in and are dialled, and before there is a place for them.
+    Intercept,
+    /// Whose it is.
+    Identify,
+    /// What the policy says.
+    Authorize,
+    /// Who the peer is.
+    Handshake,
+    /// Where keys go to who carries the records.
+    Offload,
+    /// While bytes moved, or after.
+    Relay,
+}
+
 /// One connection attempt.
 #[derive(Clone, Debug, Serialize)]
 pub struct Record {
@@ -148,8 +168,8 @@ pub struct Record {
     /// The local process.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub process: Option<Process>,
-    /// Room that ended it: `kernel`, `intercept`, `identify`, `authorize`, `handshake`, `offload` or `relay`.
-    pub stage: &'static str,
+    /// Where it ended.
+    pub stage: Stage,
     /// Who has to act, where something went wrong.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub culprit: Option<Culprit>,
@@ -231,7 +251,7 @@ pub(crate) mod tests_support {
             engine: Some("user"),
             rule: Some("curl-to-web".into()),
             process: Some(Process { pid: 4242, uid: 1000, cgroup: 77, comm: Comm::from("curl") }),
-            stage: "relay",
+            stage: Stage::Relay,
             culprit: None,
             code: "complete",
             reason: "complete".into(),
@@ -274,7 +294,7 @@ mod tests {
             engine: None,
             rule: None,
             process: None,
-            stage: "handshake",
+            stage: Stage::Handshake,
             culprit: Some(Culprit::Peer),
             code: "peer-not-tls",
             reason: "the peer answered with something that is not TLS".into(),

@@ -8,7 +8,7 @@
 //! *Invariant:* every record that comes in comes out, by itself or in the count of another; and in the long run no more
 //! lines come out than the stock grows by.
 
-use super::{Decision, Direction, Record};
+use super::{Decision, Direction, Record, Stage};
 use crate::spiffe::SpiffeId;
 use crate::units::network_of;
 use ipnet::IpNet;
@@ -265,7 +265,7 @@ const NOWHERE: SocketAddr = SocketAddr::new(IpAddr::V6(Ipv6Addr::UNSPECIFIED), 0
 impl Class {
     fn of(record: &Record) -> Self {
         match (record.direction, &record.source.id) {
-            _ if record.stage == "kernel" => Self::Kernel,
+            _ if record.stage == Stage::Kernel => Self::Kernel,
             (Direction::Outbound, _) => Self::Outbound,
             (Direction::Inbound, Some(_)) => Self::Peer,
             (Direction::Inbound, None) => Self::Stranger,
@@ -391,7 +391,7 @@ mod tests {
         let peer = || Record { direction: Direction::Inbound, decision: Decision::Denied, ..record(1) };
         assert!(repeats.take(peer(), moment).is_some());
         assert!(repeats.take(Record { direction: Direction::Outbound, ..peer() }, moment).is_some());
-        assert!(repeats.take(Record { stage: "kernel", ..peer() }, moment).is_some());
+        assert!(repeats.take(Record { stage: Stage::Kernel, ..peer() }, moment).is_some());
     }
 
     #[test]
@@ -413,7 +413,7 @@ mod tests {
     fn what_was_counted_by_the_kernel_stays_counted() {
         let (mut repeats, now) = (Repeats::default(), Instant::now());
         let several = |count| {
-            let mut record = Record { stage: "kernel", count, ..refusal(1, 80) };
+            let mut record = Record { stage: Stage::Kernel, count, ..refusal(1, 80) };
             record.last = Some(record.time + Duration::from_secs(count));
             record
         };

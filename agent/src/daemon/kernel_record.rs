@@ -1,6 +1,6 @@
 //! Audit records of what the kernel programs did by themselves.
 
-use crate::audit::{Bytes, Decision, End, Method, Process, Record};
+use crate::audit::{Bytes, Decision, End, Method, Process, Record, Stage};
 use crate::flow::Direction;
 use crate::intercept::{Refused, socket_address};
 use crate::policy::Policy;
@@ -131,7 +131,7 @@ fn record(
         engine: None,
         rule: policy.rule(event.rule).map(|rule| rule.name.clone()),
         process: (event.task.tgid != 0).then(|| Process::from(&event.task)),
-        stage: "kernel",
+        stage: Stage::Kernel,
         culprit,
         code,
         reason: match expected {

@@ -17,29 +17,7 @@ use crate::privilege::Sandbox;
 use std::collections::BTreeMap;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
-use wimsey_common::{LISTENER_LEFT_ALONE, LISTENER_PROTECTED};
-
-/// Names of the kernel programs' counters, by their numbers in [`wimsey_common::counter`].
-const COUNTERS: [&str; wimsey_common::counter::COUNT as usize] = [
-    "turned",
-    "left-alone",
-    "bypassed",
-    "refused-no-identity",
-    "refused-not-allowed",
-    "refused-map-full",
-    "guard-dropped",
-    "udp-allowed",
-    "udp-refused",
-    "steered",
-    "legs-admitted",
-    "refused-no-agent",
-    "events-lost",
-    "refused-undecided",
-    "no-listener",
-    "other-namespaces",
-    "protocol-dropped",
-    "unrecorded",
-];
+use wimsey_common::{LISTENER_LEFT_ALONE, LISTENER_PROTECTED, counter};
 
 /// What was settled at start.
 pub(super) struct Settled {
@@ -160,7 +138,7 @@ fn status(known: &Known<'_>) -> Status {
             })
             .collect(),
         kernel: match known.programs.counters() {
-            Ok(counters) => COUNTERS.iter().map(|name| (*name).to_owned()).zip(counters).collect(),
+            Ok(counters) => counter::NAMES.iter().map(|name| (*name).to_owned()).zip(counters).collect(),
             Err(_) => BTreeMap::new(),
         },
         tables: tables(&known.settled.rooms),

@@ -3,7 +3,7 @@
 //! *Invariant:* an attempt ends in exactly one record, by `refuse`, `finish` or `turned_away`.
 
 use super::{Error, Shared};
-use crate::audit::{self, Bytes, Decision, End, Method, Process, Record};
+use crate::audit::{self, Bytes, Decision, End, Method, Process, Record, Stage};
 use crate::authorize::Permit;
 use crate::flow::{Direction, Flow};
 use crate::handshake::{self, Agreement};
@@ -40,7 +40,7 @@ pub fn turned_away(shared: &Shared, direction: Direction, error: &intercept::Err
     };
     attempt.close(
         Decision::Denied,
-        "intercept",
+        Stage::Intercept,
         Ending {
             culprit: Some(error.culprit()),
             code: error.code(),
@@ -135,7 +135,7 @@ impl<'a> Attempt<'a> {
         }
     }
 
-    fn close(self, decision: Decision, stage: &'static str, end: Ending) {
+    fn close(self, decision: Decision, stage: Stage, end: Ending) {
         let record = Record {
             time: self.time,
             count: 1,
@@ -192,7 +192,7 @@ impl<'a> Attempt<'a> {
         };
         // In TLS 1.3 a client has finished before the server judges its certificate: what looked like a session was none.
         let refused = matches!(tally.closed, relay::CloseReason::PeerRefused(_));
-        self.close(if refused { Decision::Denied } else { decision }, "relay", end);
+        self.close(if refused { Decision::Denied } else { decision }, Stage::Relay, end);
     }
 }
 

@@ -3,6 +3,7 @@
 //! *Invariant:* every refusal names its room, who has to act, and a stable code.
 
 use crate::admission::Full;
+use crate::audit::Stage;
 use crate::credential::ProviderError;
 use crate::refusal::{Culprit, Refusal};
 use crate::{authorize, handshake, identify, intercept, offload, reuse, turns};
@@ -77,15 +78,17 @@ pub enum Error {
 
 impl Error {
     /// The room that refused.
-    pub fn stage(&self) -> &'static str {
+    pub fn stage(&self) -> Stage {
         match self {
             Self::TooMany(_) | Self::AuditUnwritable | Self::DialTimeout(_) | Self::Closing | Self::Intercept(_) => {
-                "intercept"
+                Stage::Intercept
             }
-            Self::Identify(_) | Self::Credential(_) | Self::NotRelayed(_) | Self::ListenerUndecided(_) => "identify",
-            Self::Authorize(_) | Self::Reuse(_) | Self::BypassNotRelayed { .. } => "authorize",
-            Self::Turn(_) | Self::Handshake(_) => "handshake",
-            Self::Offload(_) => "offload",
+            Self::Identify(_) | Self::Credential(_) | Self::NotRelayed(_) | Self::ListenerUndecided(_) => {
+                Stage::Identify
+            }
+            Self::Authorize(_) | Self::Reuse(_) | Self::BypassNotRelayed { .. } => Stage::Authorize,
+            Self::Turn(_) | Self::Handshake(_) => Stage::Handshake,
+            Self::Offload(_) => Stage::Offload,
         }
     }
 }
