@@ -13,12 +13,13 @@
 //! *Invariant:* bytes of an application move only in [`relay`], and only through a `Pipe` that a `Session` made, which a
 //! `Permit` allowed.
 
+#![forbid(unsafe_code)]
+
 pub mod refusal;
 pub mod lock;
 pub mod spiffe;
 pub mod trust;
 pub mod authority;
-pub mod sys;
 pub mod units;
 pub mod document;
 pub mod policy;

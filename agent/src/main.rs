@@ -3,6 +3,8 @@
 //! Exit codes: 0 done; 1 the thing asked for failed or was refused; 2 the command line, the configuration or the policy
 //! is wrong. `wimsey run` ends with the program's own.
 
+#![forbid(unsafe_code)]
+
 mod cli;
 
 use clap::{Parser, Subcommand};

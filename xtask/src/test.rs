@@ -118,7 +118,8 @@ fn pure(filter: &[String]) -> Fallible<Count> {
     let mut count = Count::default();
     let own = work("own").to_string_lossy().into_owned();
     let xtask = root().join("xtask/Cargo.toml").to_string_lossy().into_owned();
-    let mut targets = vec!["test", "--no-fail-fast", "-p", "wimsey", "-p", "wimsey-common", "--lib", "--bins"];
+    let mut targets = vec!["test", "--no-fail-fast", "-p", "wimsey", "-p", "wimsey-sys", "-p", "wimsey-common"];
+    targets.extend(["--lib", "--bins"]);
     let integration = integration_tests();
     targets.extend(integration.iter().flat_map(|name| ["--test", name]));
     let sets: [(&str, Vec<&str>); 3] = [

@@ -5,7 +5,7 @@
 //!
 //! *Invariant:* nothing here looks at a hierarchy of version 1; where no unified one is mounted, there is an error.
 
-use crate::{cgroup2, sys};
+use crate::cgroup2;
 use rustix::{
     fd::{AsFd, OwnedFd},
     fs::{Mode, OFlags, ResolveFlags, fstat, openat, openat2, readlinkat},
@@ -19,6 +19,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{Arc, PoisonError, RwLock},
 };
+use wimsey_sys as sys;
 
 /// Remembered paths; beyond that all are forgotten and read again.
 const REMEMBERED: usize = 8192;

@@ -118,7 +118,7 @@ impl Control {
         self.look_at_listeners();
         self.look_for_old_connections();
         ready();
-        match crate::sys::forget_code() {
+        match wimsey_sys::forget_code() {
             Ok(bytes) => tracing::debug!(bytes, "what only the start needed is given back"),
             Err(error) => tracing::debug!(%error, "what only the start needed stays in memory"),
         }

@@ -19,7 +19,6 @@ use super::{
     tables::{Tables, map_error, tuple_key},
     work::Work,
 };
-use crate::sys::{self, bpf};
 use aya::maps::{MapData, PerCpuArray, RingBuf};
 use aya_log::EbpfLogger;
 use std::{
@@ -33,6 +32,7 @@ use std::{
 };
 use tokio::io::unix::AsyncFd;
 use wimsey_common::*;
+use wimsey_sys::{self as sys, bpf};
 
 /// What to attach where.
 #[derive(Clone, Debug)]

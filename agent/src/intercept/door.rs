@@ -11,7 +11,6 @@ use super::{
     tables::{Tables, address, canonical, map_error, socket_address},
 };
 use crate::flow::{Flow, Listens, Origin, OriginalDst};
-use crate::sys::{self, bpf};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
@@ -29,6 +28,7 @@ use std::{
 };
 use tokio::net::{TcpListener, TcpStream};
 use wimsey_common::*;
+use wimsey_sys::{self as sys, bpf};
 
 /// Nanoseconds after which what was recorded at a `connect()` is not about the connection that comes. On loopback they are one
 /// step, unless the agent does not accept: then the kernel sends the first segment again for two minutes (tcp_syn_retries).

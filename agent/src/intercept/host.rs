@@ -6,7 +6,6 @@
 mod facts;
 
 use super::error::{During, Error, Holder};
-use crate::sys;
 use facts::{BPFFS, Facts};
 use rustix::{
     fs::{FlockOperation, Mode, OFlags},
@@ -21,6 +20,7 @@ use std::{
     path::{Path, PathBuf},
 };
 use wimsey_common::ABI;
+use wimsey_sys as sys;
 
 /// The namespace of this thread: a process may have threads in several.
 const NETNS: &str = "/proc/thread-self/ns/net";

@@ -22,10 +22,7 @@ use super::{
     tables::{Tables, address, map_error},
     work::Work,
 };
-use crate::{
-    policy::{KernelCandidate, KernelPolicy, Policy},
-    sys::bpf,
-};
+use crate::policy::{KernelCandidate, KernelPolicy, Policy};
 use aya::maps::lpm_trie::Key;
 use classes::{Placement, Room};
 use plan::{Plan, Step, differences};
@@ -39,6 +36,7 @@ use std::{
     time::Duration,
 };
 use wimsey_common::*;
+use wimsey_sys::bpf;
 
 /// Longer than any kernel program takes, also one that has to wait for the processor.
 const A_PROGRAM: Duration = Duration::from_millis(50);

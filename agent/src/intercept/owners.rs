@@ -10,7 +10,6 @@ use super::{
     Error,
     diagnostics::{self, Socket as Listed},
 };
-use crate::sys;
 use rustix::{
     fs::{CWD, Mode, OFlags, RawDir, openat, readlinkat_raw},
     io::Errno,
@@ -26,6 +25,7 @@ use std::{
     time::{Duration, Instant},
 };
 use wimsey_common::Task;
+use wimsey_sys as sys;
 
 /// Who holds a listening socket, and whether it is one that takes no IPv4.
 #[derive(Clone, Debug, Default)]

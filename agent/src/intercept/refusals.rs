@@ -7,9 +7,9 @@
 //! leave what it has passed on since its last event to be passed on again.
 
 use super::{Error, owners, tables::map_error};
-use crate::sys::bpf::Table;
 use std::collections::HashMap;
 use wimsey_common::*;
+use wimsey_sys::bpf::Table;
 
 /// For how long a kind of refusal is remembered after the last one, in nanoseconds.
 const QUIET: u64 = 10 * REFUSAL_INTERVAL;

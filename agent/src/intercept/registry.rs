@@ -13,7 +13,7 @@ use super::{
     owners::{self, holders},
     tables::{Tables, address, canonical, listener_key, map_error, socket_address},
 };
-use crate::{lock::lock, sys::bpf};
+use crate::lock::lock;
 use std::{
     collections::{HashMap, HashSet},
     io,
@@ -23,6 +23,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 use wimsey_common::*;
+use wimsey_sys::bpf;
 
 /// A listening socket, and who is behind it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -6,13 +6,13 @@ use super::{
     error::{During, Error},
     host,
 };
-use crate::sys::bpf::Rows;
 use aya::maps::MapType;
 use std::{
     fs,
     path::Path,
     time::{Duration, Instant},
 };
+use wimsey_sys::bpf::Rows;
 
 /// All tables together are counted for no longer: whoever asks for it waits, and so does what else its thread has to do.
 const PATIENCE: Duration = Duration::from_millis(200);

@@ -3,7 +3,6 @@
 //! *Invariant:* a handle is typed as `wimsey_common` types the map, and the sizes were compared when it was opened.
 
 use super::error::Error;
-use crate::sys::bpf::Table;
 use aya::maps::lpm_trie::Key;
 use std::{
     io,
@@ -11,6 +10,7 @@ use std::{
     path::Path,
 };
 use wimsey_common::*;
+use wimsey_sys::bpf::Table;
 
 /// Every map that user space reads or writes row by row.
 #[derive(Clone, Debug)]
@@ -74,7 +74,7 @@ impl Tables {
             None => ANY,
         };
         let given = self.quotas.get(&key(uid, QUOTA_BY_AGENT))?.unwrap_or(0);
-        self.quotas.put(&key(uid, QUOTA_BY_AGENT), &(given + 1), crate::sys::bpf::ANY)?;
+        self.quotas.put(&key(uid, QUOTA_BY_AGENT), &(given + 1), wimsey_sys::bpf::ANY)?;
         Ok(true)
     }
 }

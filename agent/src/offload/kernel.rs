@@ -4,14 +4,12 @@
 //! *Invariant:* a failure after the protocol was put on the socket is reported as such: the caller gives the socket up.
 
 use super::{matrix::Ability, record};
-use crate::{
-    handshake::{Aead, Secrets, Traffic},
-    sys::tls::{self, TlsHalf},
-};
+use crate::handshake::{Aead, Secrets, Traffic};
 use std::{
     io,
     os::fd::{AsFd, BorrowedFd},
 };
+use wimsey_sys::tls::{self, TlsHalf};
 use zeroize::Zeroizing;
 
 /// `TLS_1_3_VERSION`.

@@ -270,7 +270,7 @@ fn refused() -> Result<BTreeMap<i64, Vec<SeccompRule>>, BackendError> {
         (libc::SYS_bpf, vec![rule(ON_ELEMENTS.map(|command| (0, SeccompCmpOp::Ne, command)))?]),
         (libc::SYS_open_by_handle_at, vec![rule([(2, SeccompCmpOp::Ne, number(DIRECTORY_ALONE))])?]),
         // Whether threads share their descriptors is asked where somebody may hold a socket, and nothing else is compared.
-        (libc::SYS_kcmp, vec![rule([(2, SeccompCmpOp::Ne, number(crate::sys::KCMP_FILES))])?]),
+        (libc::SYS_kcmp, vec![rule([(2, SeccompCmpOp::Ne, number(wimsey_sys::KCMP_FILES))])?]),
         // abort() sends a signal, to this process.
         (libc::SYS_tgkill, vec![rule([(0, SeccompCmpOp::Ne, own)])?]),
         (libc::SYS_prlimit64, vec![rule([(0, SeccompCmpOp::Ne, 0), (0, SeccompCmpOp::Ne, own)])?]),
@@ -297,8 +297,8 @@ fn number(value: libc::c_int) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::sys::refused_call;
     use std::process::Command;
+    use wimsey_sys::refused_call;
 
     /// Set in the process that is sandboxed: a filter cannot be taken off again.
     const INSIDE: &str = "WIMSEY_TEST_SANDBOX";
@@ -410,7 +410,7 @@ mod tests {
                 drop(tokio::signal::unix::signal(tokio::signal::unix::SignalKind::hangup()).unwrap());
                 assert_eq!(tokio::task::spawn_blocking(|| 7).await.unwrap(), 7);
             });
-            assert!(crate::sys::compare_descriptors(std::process::id(), std::process::id()).unwrap().is_eq());
+            assert!(wimsey_sys::compare_descriptors(std::process::id(), std::process::id()).unwrap().is_eq());
             let diagnostics = Some(rustix::net::netlink::SOCK_DIAG);
             rustix::net::socket(rustix::net::AddressFamily::NETLINK, rustix::net::SocketType::RAW, diagnostics)
                 .unwrap();

@@ -12,7 +12,6 @@ use super::{
     lane::{Fault, Lane, Outbound, Say, Then},
     plain, socket,
 };
-use crate::sys::tls;
 use rustix::{
     io::writev,
     net::{SendFlags, Shutdown, send, shutdown},
@@ -33,6 +32,7 @@ use tokio::{
     net::TcpStream,
     time::{Instant, Sleep, sleep_until},
 };
+use wimsey_sys::tls;
 
 /// How often a lane that needs it is asked again while something is under way: the kernel's TLS may miss to wake an
 /// edge-triggered waiter when memory is short, and nothing tells when its last record has left.

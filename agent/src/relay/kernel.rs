@@ -12,16 +12,14 @@ use super::{
     plain,
     socket::{self, Read},
 };
-use crate::{
-    offload::{KernelKeys, record::ContentType},
-    sys::tls,
-};
+use crate::offload::{KernelKeys, record::ContentType};
 use rustix::{
     io::Errno,
     net::{SendFlags, send},
 };
 use std::{io, os::fd::AsFd};
 use tokio::net::TcpStream;
+use wimsey_sys::tls;
 
 pub(super) struct Kernel {
     keys: Box<KernelKeys>,

@@ -7,16 +7,14 @@ use super::{
     change::{Change, Changes},
     classes::Placement,
 };
-use crate::{
-    intercept::{
-        Error,
-        tables::{Tables, map_error},
-    },
-    sys::bpf,
+use crate::intercept::{
+    Error,
+    tables::{Tables, map_error},
 };
 use aya::{Pod, maps::lpm_trie::Key};
 use std::cmp::Ordering;
 use wimsey_common::*;
+use wimsey_sys::bpf;
 
 /// What two sorted lists of rows differ in: rows that go, and rows that come or change.
 pub(super) fn differences<K: Ord + Copy, V: PartialEq + Copy>(

@@ -9,7 +9,6 @@ use crate::{
         matrix::{Ability, Outcome, Row},
         record::{self, ContentType, Opener, Sealer},
     },
-    sys::tls::{self, TlsHalf},
 };
 use socket2::{Domain, Socket, Type};
 use std::{
@@ -19,6 +18,7 @@ use std::{
     thread::sleep,
     time::{Duration, Instant},
 };
+use wimsey_sys::tls::{self, TlsHalf};
 use zeroize::Zeroizing;
 
 /// The longest that a step may wait.
