@@ -3,10 +3,8 @@
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use std::{fmt::Write, hint::black_box, net::SocketAddr, path::Path};
-use wimsey::{
-    policy::{Accounts, Evidence, Policy, Source},
-    spiffe::SpiffeId,
-};
+use wimsey::policy::{Accounts, Evidence, Policy, Source};
+use wimsey_identity::spiffe::SpiffeId;
 
 /// `count` workloads, each the only client of the next one.
 fn text(count: usize) -> String {

@@ -2,7 +2,7 @@
 
 use criterion::{criterion_group, criterion_main};
 use std::hint::black_box;
-use wimsey::spiffe::{Pattern, SpiffeId};
+use wimsey_identity::spiffe::{Pattern, SpiffeId};
 
 fn identifiers(criterion: &mut criterion::Criterion) {
     let usual = "spiffe://example.org/ns/production/sa/orders-api";

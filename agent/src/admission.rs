@@ -9,13 +9,13 @@
 //! *Invariant:* never more places are taken than there are; whoever has none gets one as long as any is free.
 
 use crate::lock::lock;
-use crate::refusal::{Culprit, Refusal};
-use crate::spiffe::SpiffeId;
 use crate::whence::Whence;
 use ipnet::IpNet;
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::{Arc, Mutex};
+use wimsey_identity::refusal::{Culprit, Refusal};
+use wimsey_identity::spiffe::SpiffeId;
 
 /// Whoever answers for a connection.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

@@ -9,10 +9,12 @@ use crate::{
     flow::Direction,
     identify::Parties,
     policy::{Outbound, Peers, Policy, Rule},
+};
+use std::{net::SocketAddr, sync::Arc, time::Duration};
+use wimsey_identity::{
     refusal::{Culprit, Refusal},
     spiffe::SpiffeId,
 };
-use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 /// What the policy says about a connection that may be.
 #[derive(Debug)]

@@ -416,7 +416,7 @@ impl Problems {
 /// The known word that somebody who wrote `written` most likely meant.
 pub fn nearest<'k>(written: &str, known: impl IntoIterator<Item = &'k str>) -> Option<&'k str> {
     // The cost of comparing is the product of the lengths: what is much longer than every word is no typing error.
-    if written.len() > 2 * crate::spiffe::MAX_TRUST_DOMAIN {
+    if written.len() > 2 * wimsey_identity::spiffe::MAX_TRUST_DOMAIN {
         return None;
     }
     let close = |word: &str| (word.len().max(written.len()) / 3).max(1);

@@ -13,11 +13,13 @@ use crate::{
     credential::{Credential, Provider, ProviderError},
     flow::{Flow, Listens, Origin},
     policy::{Policy, Workload},
+};
+use std::{fmt, sync::Arc};
+use wimsey_identity::{
     refusal::{Culprit, Refusal},
     spiffe::SpiffeId,
     trust::bundle::Trust,
 };
-use std::{fmt, sync::Arc};
 
 /// A flow whose local end is known.
 #[derive(Debug)]
@@ -201,11 +203,9 @@ impl Refusal for Unidentified {
 mod tests {
     use super::*;
     use crate::{
-        authority::ca,
         credential::embedded::*,
         flow::Direction,
         policy::{Accounts, Source},
-        trust::testing::*,
     };
     use std::{
         os::unix::process::CommandExt,
@@ -214,6 +214,7 @@ mod tests {
         time::{Duration, SystemTime},
     };
     use wimsey_common::Task;
+    use wimsey_identity::{authority::ca, trust::testing::*};
 
     /// A user that is not root, so that an entry may name it alone.
     const NOBODY: u32 = 65534;
@@ -295,7 +296,7 @@ mod tests {
         let Some(bench) = Bench::new() else { return };
         let path = format!("unix:path:{}", bench.executable.display());
         let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, &std::fs::read(&bench.executable).unwrap());
-        let digest = format!("unix:sha256:{}", crate::trust::x509::hex(digest.as_ref()));
+        let digest = format!("unix:sha256:{}", wimsey_identity::trust::x509::hex(digest.as_ref()));
         let policy = policy(&[
             ("any", &[nobody()]),
             ("sleep", &[nobody(), path.clone()]),

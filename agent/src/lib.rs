@@ -15,11 +15,7 @@
 
 #![forbid(unsafe_code)]
 
-pub mod refusal;
 pub mod lock;
-pub mod spiffe;
-pub mod trust;
-pub mod authority;
 pub mod units;
 pub mod document;
 pub mod policy;

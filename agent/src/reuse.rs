@@ -14,14 +14,14 @@ pub use pool::{Key, Pool, Spare};
 use crate::authorize::Permit;
 use crate::handshake::Agreement;
 use crate::policy::Rule;
-use crate::refusal::{Culprit, Refusal};
 use crate::relay::{CloseReason, Idle, Left, Limits, Progress, Shared, Stop, Tally, Unbegun, first_bytes};
-use crate::spiffe::SpiffeId;
-use crate::trust::x509::display_time;
 use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use tokio::net::TcpStream;
+use wimsey_identity::refusal::{Culprit, Refusal};
+use wimsey_identity::spiffe::SpiffeId;
+use wimsey_identity::trust::x509::display_time;
 
 /// Why a use is not let onto a connection.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

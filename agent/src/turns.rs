@@ -9,12 +9,7 @@
 
 mod queue;
 
-use crate::{
-    admission::Holder,
-    lock::lock,
-    refusal::{Culprit, Refusal},
-    spiffe::SpiffeId,
-};
+use crate::{admission::Holder, lock::lock};
 use queue::{Answer, Queue, Ticket};
 use std::{
     fmt,
@@ -23,6 +18,10 @@ use std::{
 use tokio::{
     sync::oneshot,
     time::{Instant, timeout_at},
+};
+use wimsey_identity::{
+    refusal::{Culprit, Refusal},
+    spiffe::SpiffeId,
 };
 
 /// Who wants to shake hands, as far as that is known before.

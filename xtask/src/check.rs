@@ -14,6 +14,9 @@ use crate::run::{During, Fallible, root, seconds, step, tail, work};
 use crate::setup::{self, Need};
 use crate::source;
 
+/// Crates whose modules are listed in the order in which they may import each other.
+const CRATES: [&str; 3] = ["agent/src", "agent/identity/src", "agent/sys/src"];
+
 /// Lines of code before the tests of a file; a longer file becomes a folder with the same door.
 const LONGEST_FILE: usize = 700;
 
@@ -125,12 +128,14 @@ impl Checks {
     /// What is said about the tree by reading it.
     fn tree(&mut self) {
         self.own("order of modules", || {
-            let agent = root().join("agent/src");
-            let library = fs::read_to_string(agent.join("lib.rs")).during("agent/src/lib.rs")?;
-            let binary = fs::read_to_string(agent.join("main.rs")).during("agent/src/main.rs")?;
             let mut found = Vec::new();
-            for (path, text) in rust_files(&["agent/src"])? {
-                found.extend(source::upward_imports(&library, &binary, &path.replacen("agent/src/", "", 1), &text));
+            for folder in CRATES {
+                let library = fs::read_to_string(root().join(folder).join("lib.rs")).during(folder)?;
+                // Only the agent has a binary.
+                let binary = fs::read_to_string(root().join(folder).join("main.rs")).unwrap_or_default();
+                for (path, text) in rust_files(&[folder])? {
+                    found.extend(source::upward_imports(&library, &binary, folder, &path, &text));
+                }
             }
             Ok(found)
         });
@@ -139,7 +144,7 @@ impl Checks {
             Ok(files.iter().flat_map(|(path, text)| source::unsafe_outside(path, text)).collect())
         });
         self.own("length of files", || {
-            let files = rust_files(&["agent/src", "ebpf", "tests", "xtask/src"])?;
+            let files = rust_files(&["agent", "ebpf", "tests", "xtask/src"])?;
             let long = files.iter().map(|(path, text)| (path, source::lines_before_tests(text)));
             let long = long.filter(|(_, lines)| *lines > LONGEST_FILE);
             Ok(long.map(|(path, lines)| format!("{path}: {lines} lines before its tests; make it a folder")).collect())

@@ -4,23 +4,24 @@
 //!
 //! *Invariant:* pure; no file is read here.
 
-/// What a module of the agent imports from below itself in the reading order of lib.rs. `path` is from `agent/src/`;
-/// `binary` is main.rs.
-pub fn upward_imports(library: &str, binary: &str, path: &str, text: &str) -> Vec<String> {
+/// What a module of a crate imports from below itself in the reading order of lib.rs. `folder` has the crate's sources, among
+/// them `path`; `binary` is main.rs.
+pub fn upward_imports(library: &str, binary: &str, folder: &str, path: &str, text: &str) -> Vec<String> {
     let order = modules(library);
-    let own = path.split('/').next().unwrap_or(path).trim_end_matches(".rs");
+    let within = path.strip_prefix(folder).unwrap_or(path).trim_start_matches('/');
+    let own = within.split('/').next().unwrap_or(within).trim_end_matches(".rs");
     // lib.rs stands outside of the order, and what belongs to the binary is after all of it.
     let Some(place) = order.iter().position(|name| name == own) else {
         if own == "lib" || own == "main" || modules(binary).iter().any(|name| name == own) {
             return Vec::new();
         }
-        return vec![format!("agent/src/{path}: not listed in lib.rs")];
+        return vec![format!("{path}: not listed in lib.rs")];
     };
     let mut found = Vec::new();
     for (line, name) in imports(before_tests(text)) {
         let listed = order.iter().position(|other| *other == name);
         if listed.is_some_and(|listed| listed > place) {
-            found.push(format!("agent/src/{path}:{line}: imports {name}, which is listed after {own}"));
+            found.push(format!("{path}:{line}: imports {name}, which is listed after {own}"));
         }
     }
     found
@@ -234,7 +235,7 @@ mod tests {
 
     #[test]
     fn an_upward_import_is_found_wherever_it_is_written() {
-        let found = |text: &str| upward_imports(LIBRARY, "mod cli;", "policy/mod.rs", text);
+        let found = |text: &str| upward_imports(LIBRARY, "mod cli;", "agent/src", "agent/src/policy/mod.rs", text);
         assert!(found("use crate::spiffe::SpiffeId;\n").is_empty());
         assert_eq!(
             found("use crate::relay::Pipe;\n"),
@@ -247,7 +248,7 @@ mod tests {
 
     #[test]
     fn comments_strings_tests_and_other_crates_are_no_imports() {
-        let found = |text: &str| upward_imports(LIBRARY, "mod cli;", "policy.rs", text);
+        let found = |text: &str| upward_imports(LIBRARY, "mod cli;", "agent/src", "agent/src/policy.rs", text);
         assert!(found("//! See [`crate::relay`].\n/* crate::relay */ fn f() {}\n").is_empty());
         assert!(
             found("const X: &str = \"crate::relay\"; const Y: char = '\"'; const Z: &str = r#\"crate::relay\"#;\n")
@@ -260,9 +261,11 @@ mod tests {
 
     #[test]
     fn a_file_that_lib_does_not_list_is_told() {
-        assert_eq!(upward_imports(LIBRARY, "mod cli;", "stray.rs", "").len(), 1);
-        assert!(upward_imports(LIBRARY, "mod cli;", "main.rs", "use crate::relay;").is_empty());
-        assert!(upward_imports(LIBRARY, "mod cli;", "cli/run.rs", "use crate::relay;").is_empty());
+        assert_eq!(upward_imports(LIBRARY, "mod cli;", "agent/src", "agent/src/stray.rs", "").len(), 1);
+        assert!(upward_imports(LIBRARY, "mod cli;", "agent/src", "agent/src/main.rs", "use crate::relay;").is_empty());
+        assert!(
+            upward_imports(LIBRARY, "mod cli;", "agent/src", "agent/src/cli/run.rs", "use crate::relay;").is_empty()
+        );
     }
 
     #[test]

@@ -118,13 +118,16 @@ fn pure(filter: &[String]) -> Fallible<Count> {
     let mut count = Count::default();
     let own = work("own").to_string_lossy().into_owned();
     let xtask = root().join("xtask/Cargo.toml").to_string_lossy().into_owned();
-    let mut targets = vec!["test", "--no-fail-fast", "-p", "wimsey", "-p", "wimsey-sys", "-p", "wimsey-common"];
-    targets.extend(["--lib", "--bins"]);
+    let mut targets = vec!["test", "--no-fail-fast", "-p", "wimsey", "-p", "wimsey-identity", "-p", "wimsey-sys"];
+    targets.extend(["-p", "wimsey-common", "--lib", "--bins"]);
     let integration = integration_tests();
     targets.extend(integration.iter().flat_map(|name| ["--test", name]));
     let sets: [(&str, Vec<&str>); 3] = [
         ("tests of wimsey", targets),
-        ("examples in the documentation", vec!["test", "--no-fail-fast", "-p", "wimsey", "--doc"]),
+        (
+            "examples in the documentation",
+            vec!["test", "--no-fail-fast", "-p", "wimsey", "-p", "wimsey-identity", "-p", "wimsey-sys", "--doc"],
+        ),
         ("tests of xtask", vec!["test", "--no-fail-fast", "--manifest-path", &xtask, "--target-dir", &own]),
     ];
     for (label, mut args) in sets {

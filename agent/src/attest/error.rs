@@ -1,11 +1,9 @@
 //! Why a process cannot be attested, and whose fault that is.
 
 use super::Facts;
-use crate::{
-    policy::Ambiguous,
-    refusal::{Culprit, Refusal},
-};
+use crate::policy::Ambiguous;
 use std::io;
+use wimsey_identity::refusal::{Culprit, Refusal};
 
 /// Why a process cannot be attested.
 #[derive(Debug, thiserror::Error)]

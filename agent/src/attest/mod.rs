@@ -383,10 +383,10 @@ pub(crate) fn number_of(cgroup: &str) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::refusal::{Culprit, Refusal};
-    use crate::trust::testing::id_of;
     use std::path::PathBuf;
     use std::process::{Child, Command};
+    use wimsey_identity::refusal::{Culprit, Refusal};
+    use wimsey_identity::trust::testing::id_of;
 
     /// A process that waits, killed at the end.
     struct Waiting(Child);

@@ -12,13 +12,13 @@ mod repeats;
 pub use log::{Health, Log, OpenError, Sender};
 
 use crate::flow::{Comm, Direction};
-use crate::refusal::Culprit;
-use crate::spiffe::SpiffeId;
 use serde::Serialize;
 use std::borrow::Cow;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use time::OffsetDateTime;
+use wimsey_identity::refusal::Culprit;
+use wimsey_identity::spiffe::SpiffeId;
 
 /// What became of an attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]

@@ -9,13 +9,13 @@
 //! lines come out than the stock grows by.
 
 use super::{Decision, Direction, Record, Stage};
-use crate::spiffe::SpiffeId;
 use crate::units::network_of;
 use ipnet::IpNet;
 use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant};
 use time::OffsetDateTime;
+use wimsey_identity::spiffe::SpiffeId;
 
 /// How long what is counted waits to be written while there are lines in plenty, while less than half of the stock is left,
 /// and less than a quarter.

@@ -4,10 +4,10 @@ use super::Wrong;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::SystemTime;
-use wimsey::authority::ca;
-use wimsey::authority::revoke::{self, Order, RevokeError};
-use wimsey::spiffe::{SpiffeId, TrustDomain};
 use wimsey::units;
+use wimsey_identity::authority::ca;
+use wimsey_identity::authority::revoke::{self, Order, RevokeError};
+use wimsey_identity::spiffe::{SpiffeId, TrustDomain};
 
 /// Makes an authority.
 pub fn init(trust_domain: &str, dir: &Path, life: &str) -> anyhow::Result<ExitCode> {

@@ -8,7 +8,7 @@ use wimsey::admin::{self, Connection, Request, Status, TableStatus};
 use wimsey::config::{Config, EngineChoice};
 use wimsey::intercept::{self, Finding};
 use wimsey::offload::Choice;
-use wimsey::refusal::Refusal as _;
+use wimsey_identity::refusal::Refusal as _;
 
 /// Where configuration and socket are if nothing else is said.
 const DEFAULT_CONFIG: &str = "/etc/wimsey/agent.toml";

@@ -10,15 +10,15 @@ mod reading;
 #[cfg(test)]
 mod tests;
 
-use crate::{
-    document::{self, Document, Place, Problems, Purpose},
-    refusal::{Culprit, Refusal},
-    spiffe::TrustDomain,
-};
+use crate::document::{self, Document, Place, Problems, Purpose};
 use std::{
     num::NonZeroUsize,
     path::{Path, PathBuf},
     time::{Duration, Instant},
+};
+use wimsey_identity::{
+    refusal::{Culprit, Refusal},
+    spiffe::TrustDomain,
 };
 
 /// A checked configuration.

@@ -3,10 +3,10 @@
 use super::{Audit, Config, EngineChoice, Limits, Provider, Sessions, Shards, Timeouts, Trust, WhenFull};
 use crate::{
     document::{Place, Problems, Table, clip, nearest},
-    spiffe::TrustDomain,
     units,
 };
 use std::{collections::BTreeMap, num::NonZeroUsize, path::PathBuf, time::Duration};
+use wimsey_identity::spiffe::TrustDomain;
 
 /// Keys that the file has.
 pub(super) const ROOT: [&str; 13] = [

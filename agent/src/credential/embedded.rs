@@ -11,18 +11,7 @@ use super::{
     AnchorStatus, Credential, CredentialStatus, FailingStatus, ListStatus, NotReloaded, Pending, Provider,
     ProviderError, ProviderStatus, Reloaded,
 };
-use crate::{
-    authority::ca::{Authority, CERTIFICATE_FILE, CaError, LIST_FILE},
-    lock::lock,
-    policy::Workload,
-    refusal::{Culprit, Refusal},
-    spiffe::{SpiffeId, TrustDomain},
-    trust::{
-        bundle::{Anchors, BundleError, Trust},
-        crl::{CrlError, IssuerAndSerial},
-        x509::display_time,
-    },
-};
+use crate::{lock::lock, policy::Workload};
 use arc_swap::{ArcSwap, ArcSwapOption};
 use std::{
     collections::HashMap,
@@ -35,6 +24,16 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 use tokio::sync::watch;
+use wimsey_identity::{
+    authority::ca::{Authority, CERTIFICATE_FILE, CaError, LIST_FILE},
+    refusal::{Culprit, Refusal},
+    spiffe::{SpiffeId, TrustDomain},
+    trust::{
+        bundle::{Anchors, BundleError, Trust},
+        crl::{CrlError, IssuerAndSerial},
+        x509::display_time,
+    },
+};
 
 /// What the provider is made from.
 #[derive(Clone, Debug)]
@@ -475,7 +474,7 @@ fn rotation_share() -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{
+    use wimsey_identity::{
         authority::{
             ca,
             revoke::{self, Order},

@@ -7,14 +7,14 @@
 //! *Invariant:* neither function ever returns a credential that is expired or not yet valid (R41).
 
 use super::Credential;
-use crate::{
-    policy::Workload,
+use crate::policy::Workload;
+use std::{fmt, future::Future, pin::Pin, sync::Arc};
+use tokio::sync::watch;
+use wimsey_identity::{
     refusal::{Culprit, Refusal},
     spiffe::{SpiffeId, TrustDomain},
     trust::bundle::Trust,
 };
-use std::{fmt, future::Future, pin::Pin, sync::Arc};
-use tokio::sync::watch;
 
 /// A future that a trait object can return.
 pub type Pending<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;

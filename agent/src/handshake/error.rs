@@ -4,15 +4,15 @@
 //! record needs; it holds no secret.
 
 use super::verify::{PeerVerifier, Rejection};
-use crate::{
-    authorize::Permit,
-    refusal::{Culprit, Refusal},
-    spiffe::SpiffeId,
-};
+use crate::authorize::Permit;
 use rustls::{AlertDescription, CertificateError, PeerIncompatible, PeerMisbehaved};
 use std::{
     fmt,
     io::{self, ErrorKind},
+};
+use wimsey_identity::{
+    refusal::{Culprit, Refusal},
+    spiffe::SpiffeId,
 };
 
 /// A failed handshake.

@@ -18,7 +18,6 @@ pub use error::{Cause, Error, alert_name};
 pub use secrets::{Aead, Secrets, Traffic};
 pub use settings::Ciphers;
 
-use crate::trust::verify::{Role, VerifiedPeer};
 use crate::{authorize::Permit, credential::Credential, flow::Direction, policy::Rule};
 use driver::{Finished, Machine, Opening};
 use rustls::{client::UnbufferedClientConnection, pki_types::ServerName, server::UnbufferedServerConnection};
@@ -28,6 +27,7 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 use verify::PeerVerifier;
+use wimsey_identity::trust::verify::{Role, VerifiedPeer};
 
 /// What a handshake needs to know besides the permit.
 #[derive(Clone, Copy, Debug)]

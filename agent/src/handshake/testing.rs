@@ -8,10 +8,6 @@ use crate::{
     flow::Direction,
     identify::Parties,
     policy::{Matcher, Peers, Rule, Workload},
-    trust::{
-        bundle::Trust,
-        testing::{TestCa, ca_params, domain_of, id_of, leaf_params},
-    },
 };
 use rcgen::CertificateParams;
 use rustls::{
@@ -29,6 +25,10 @@ use std::{
 use tokio::{
     net::{TcpListener, TcpStream},
     time::Instant,
+};
+use wimsey_identity::trust::{
+    bundle::Trust,
+    testing::{TestCa, ca_params, domain_of, id_of, leaf_params},
 };
 
 pub(crate) const WEB: &str = "spiffe://example.org/web";

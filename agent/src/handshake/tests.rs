@@ -2,10 +2,7 @@ use super::{
     testing::{CURL, WEB, World, pair, program, terms},
     *,
 };
-use crate::{
-    flow::Direction,
-    refusal::{Culprit, Refusal},
-};
+use crate::flow::Direction;
 use rustls::{
     AlertDescription, CipherSuite, ClientConnection, NamedGroup, ServerConnection,
     server::Acceptor,
@@ -16,6 +13,7 @@ use std::{
     time::Duration,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use wimsey_identity::refusal::{Culprit, Refusal};
 
 #[tokio::test]
 async fn both_ends_know_each_other_and_what_was_agreed() {

@@ -1,19 +1,11 @@
 //! The judgement of a peer in one handshake: its certificate is good, and a rule admits it.
 //!
-//! [`PeerVerifier`] puts [`crate::trust::verify`] into rustls and keeps the verdict for the handshake to read, the refusal
+//! [`PeerVerifier`] puts [`wimsey_identity::trust::verify`] into rustls and keeps the verdict for the handshake to read, the refusal
 //! included, since rustls's own error cannot say it whole.
 //!
 //! *Invariant:* no handshake completes with a peer that the policy's peers do not admit.
 
-use crate::{
-    policy::{Peers, Rule},
-    refusal::{Culprit, Refusal},
-    spiffe::SpiffeId,
-    trust::{
-        bundle::Trust,
-        verify::{ALGORITHMS, PeerCertificateError, Role, VerifiedPeer, verify_chain},
-    },
-};
+use crate::policy::{Peers, Rule};
 use rustls::{
     CertificateError, DigitallySignedStruct, DistinguishedName, Error as TlsError, PeerIncompatible, SignatureScheme,
     client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
@@ -22,6 +14,14 @@ use rustls::{
     server::danger::{ClientCertVerified, ClientCertVerifier},
 };
 use std::sync::{Arc, OnceLock};
+use wimsey_identity::{
+    refusal::{Culprit, Refusal},
+    spiffe::SpiffeId,
+    trust::{
+        bundle::Trust,
+        verify::{ALGORITHMS, PeerCertificateError, Role, VerifiedPeer, verify_chain},
+    },
+};
 
 /// A peer that is who it says and that the policy admits.
 #[derive(Clone, Debug)]

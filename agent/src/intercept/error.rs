@@ -2,8 +2,8 @@
 //!
 //! *Invariant:* nothing here lets a connection through. A refusal of one connection has already reset it.
 
-use crate::refusal::{Culprit, Refusal};
 use std::{io, net::SocketAddr, path::PathBuf};
+use wimsey_identity::refusal::{Culprit, Refusal};
 
 /// Why the kernel programs are not in place, a policy did not get into the maps, or a connection was refused.
 #[derive(Debug, thiserror::Error)]

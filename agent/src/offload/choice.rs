@@ -3,11 +3,8 @@
 //! *Invariant:* the kernel is chosen for what the self-test saw it do, never for its version, and never half.
 
 use super::matrix::{Ability, Matrix, Verdict};
-use crate::{
-    config::EngineChoice,
-    handshake::Ciphers,
-    refusal::{Culprit, Refusal},
-};
+use crate::{config::EngineChoice, handshake::Ciphers};
+use wimsey_identity::refusal::{Culprit, Refusal};
 
 /// Who protects the records of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]

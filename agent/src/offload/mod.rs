@@ -18,11 +18,11 @@ use crate::{
     authorize::Permit,
     flow::Direction,
     handshake::{Agreement, Secrets, Session},
-    refusal::{Culprit, Refusal},
 };
 use socket2::{SockRef, TcpKeepalive};
 use std::{fmt, io, sync::Arc, time::Duration};
 use tokio::net::TcpStream;
+use wimsey_identity::refusal::{Culprit, Refusal};
 
 /// Two sockets and what turns the bytes of one into the bytes of the other.
 pub struct Pipe {

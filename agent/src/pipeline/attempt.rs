@@ -9,7 +9,6 @@ use crate::flow::{Direction, Flow};
 use crate::handshake::{self, Agreement};
 use crate::intercept;
 use crate::live::{Basis, Live};
-use crate::refusal::{Culprit, Refusal};
 use crate::relay::{self, Progress, Stop, Tally};
 use std::borrow::Cow;
 use std::sync::Arc;
@@ -17,6 +16,7 @@ use std::time::Instant;
 use time::OffsetDateTime;
 use tokio::net::TcpStream;
 use tokio::sync::watch;
+use wimsey_identity::refusal::{Culprit, Refusal};
 
 /// A connection that came to an agent's listener and is no flow: nobody turned it there.
 pub fn turned_away(shared: &Shared, direction: Direction, error: &intercept::Error) {

@@ -5,11 +5,11 @@
 use crate::admission::Full;
 use crate::audit::Stage;
 use crate::credential::ProviderError;
-use crate::refusal::{Culprit, Refusal};
 use crate::{authorize, handshake, identify, intercept, offload, reuse, turns};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
+use wimsey_identity::refusal::{Culprit, Refusal};
 
 /// Why a walk ended before the relay did.
 #[derive(Debug, thiserror::Error)]

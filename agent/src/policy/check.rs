@@ -12,15 +12,13 @@ use super::{
     selector::Selector,
     table::{Region, Table},
 };
-use crate::{
-    document::{At, Place, Problems, nearest},
-    spiffe::{SpiffeId, TrustDomain},
-};
+use crate::document::{At, Place, Problems, nearest};
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     fmt::Display,
     sync::Arc,
 };
+use wimsey_identity::spiffe::{SpiffeId, TrustDomain};
 
 /// Most `[[bypass]]`, and most `[[udp]]` rules: each is compared with every destination.
 const MAX_PLAIN: usize = 4096;

@@ -2,8 +2,8 @@
 //!
 //! *Invariant:* exactly those for which [`Pattern::matches`] says so.
 
-use crate::spiffe::{Pattern, SpiffeId};
 use std::collections::HashMap;
+use wimsey_identity::spiffe::{Pattern, SpiffeId};
 
 /// Patterns by their segments, the trust domain first.
 #[derive(Debug, Default)]

@@ -8,7 +8,6 @@
 //! denial (verdicts). They never allow more.
 
 use super::{Kind, Matcher, Plain, Policy, Ports, Selector, groups::Groups};
-use crate::spiffe::{Pattern, SpiffeId};
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet, hash_map::Entry},
     hash::{DefaultHasher, Hash, Hasher},
@@ -16,6 +15,7 @@ use std::{
     sync::Arc,
 };
 use wimsey_common::{MODE_MESH, MODE_PLAIN, VERDICT_BYPASS, VERDICT_MESH};
+use wimsey_identity::spiffe::{Pattern, SpiffeId};
 
 const TCP: u16 = 6;
 const UDP: u16 = 17;

@@ -6,11 +6,9 @@
 //! can write to is refused.
 
 use super::{Accounts, Policy, check, language};
-use crate::{
-    document::{self, Place, Problems, Purpose},
-    refusal::{Culprit, Refusal},
-};
+use crate::document::{self, Place, Problems, Purpose};
 use std::{path::Path, sync::Arc};
+use wimsey_identity::refusal::{Culprit, Refusal};
 
 /// Most files of one directory.
 const MAX_FILES: usize = 4096;

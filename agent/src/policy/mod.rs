@@ -21,10 +21,7 @@ pub use kernel::{KernelCandidate, KernelDestination, KernelPolicy, KernelVerdict
 pub use load::{Rejected, Source};
 pub use selector::Accounts;
 
-use crate::{
-    document::{Problems, Purpose},
-    spiffe::{Pattern, SpiffeId, TrustDomain},
-};
+use crate::document::{Problems, Purpose};
 use language::{Expectation, Ports};
 use selector::Selector;
 use std::{
@@ -35,6 +32,7 @@ use std::{
     time::Duration,
 };
 use table::{Region, Table};
+use wimsey_identity::spiffe::{Pattern, SpiffeId, TrustDomain};
 
 /// Most registration entries in one policy.
 pub const MAX_WORKLOADS: usize = 65_535;

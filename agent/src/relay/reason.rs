@@ -5,9 +5,9 @@
 use crate::{
     handshake::{alert_code, alert_name},
     offload::record::BadRecord,
-    refusal::Culprit,
 };
 use std::fmt;
+use wimsey_identity::refusal::Culprit;
 
 /// Why a connection ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -8,10 +8,8 @@ use std::{
     process::Command,
     time::Duration,
 };
-use wimsey::{
-    intercept::{Error, Room, Rooms},
-    refusal::Refusal,
-};
+use wimsey::intercept::{Error, Room, Rooms};
+use wimsey_identity::refusal::Refusal;
 
 const BPFFS: &str = "/sys/fs/bpf";
 const OTHER: u32 = 3000;

@@ -10,10 +10,6 @@ use std::{
     time::{Duration, SystemTime},
 };
 use wimsey::{
-    authority::{
-        ca,
-        revoke::{self, Order},
-    },
     config::Config,
     credential::{
         Provider,
@@ -24,6 +20,10 @@ use wimsey::{
     policy::Policy,
 };
 use wimsey_common::map;
+use wimsey_identity::authority::{
+    ca,
+    revoke::{self, Order},
+};
 
 /// What an agent has on disk, and what it has in force.
 struct Agent {

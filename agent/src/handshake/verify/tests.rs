@@ -1,11 +1,12 @@
 use super::*;
-use crate::{policy::Matcher, trust::testing::*};
+use crate::policy::Matcher;
 use rcgen::CertificateParams;
 use rustls::{
     AlertDescription, ClientConfig, ClientConnection, ServerConfig, ServerConnection,
     pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer},
 };
 use std::time::Duration;
+use wimsey_identity::trust::testing::*;
 
 const WEB: &str = "spiffe://example.org/web";
 

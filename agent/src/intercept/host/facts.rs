@@ -284,8 +284,8 @@ fn unseen((path, error): Unseen) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::refusal::Refusal;
     use rustix::fs::{Gid, Uid, chown};
+    use wimsey_identity::refusal::Refusal;
 
     fn step(place: Place, owner: u32, mode: u32) -> Step {
         Step { place, path: "/sys/fs/bpf/x".into(), owner, mode, directory: place != Place::Pin }

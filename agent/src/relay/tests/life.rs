@@ -5,8 +5,8 @@ use crate::relay::buffers::{Batch, Scratch};
 use crate::{
     flow::Direction,
     handshake::testing::{CURL, WEB, terms},
-    refusal::Culprit,
 };
+use wimsey_identity::refusal::Culprit;
 
 #[tokio::test]
 async fn either_side_may_end_first_and_still_hear_the_other() {

@@ -8,12 +8,12 @@
 
 pub mod bundle;
 pub mod crl;
-pub(crate) mod files;
+pub mod files;
 pub(crate) mod pem;
-#[cfg(test)]
-pub(crate) mod testing;
+#[cfg(any(test, feature = "testing"))]
+pub mod testing;
 pub mod verify;
-pub(crate) mod x509;
+pub mod x509;
 
 pub use files::FileError;
 pub use pem::Unread;

@@ -229,7 +229,7 @@ impl Refusal for PeerCertificateError {
 }
 
 /// Signature algorithms of aws-lc-rs, in certificates and in the handshake.
-pub(crate) static ALGORITHMS: LazyLock<WebPkiSupportedAlgorithms> =
+pub static ALGORITHMS: LazyLock<WebPkiSupportedAlgorithms> =
     LazyLock::new(|| rustls::crypto::aws_lc_rs::default_provider().signature_verification_algorithms);
 
 /// Exactly one URI of any scheme, and it is the SPIFFE ID of a workload, byte for byte as it is printed (R13, R24, R36).

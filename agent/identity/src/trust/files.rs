@@ -194,7 +194,7 @@ pub(crate) fn write(path: &Path, bytes: &[u8], guard: Guard, replace: bool) -> R
 }
 
 /// Wraps DER into PEM (RFC 7468).
-pub(crate) fn pem(label: &str, der: &[u8]) -> Zeroizing<String> {
+pub fn pem(label: &str, der: &[u8]) -> Zeroizing<String> {
     const LINE: usize = 64;
     let mut text = Zeroizing::new(String::with_capacity(der.len() * 3 / 2 + 2 * (label.len() + 20) + 8));
     text.push_str("-----BEGIN ");

@@ -1,4 +1,6 @@
 //! Authorities and certificates for tests, good and bad.
+#![expect(missing_docs, reason = "for tests: the names say it")]
+#![expect(clippy::unwrap_used, reason = "a test that cannot be set up fails")]
 
 use super::{
     bundle::{Anchors, Trust},
@@ -17,24 +19,24 @@ use std::{
 };
 
 /// A fixed time in whole seconds, so that tests do not depend on the clock: 2026-11-22T05:17:00Z.
-pub(crate) fn now() -> SystemTime {
+pub fn now() -> SystemTime {
     SystemTime::UNIX_EPOCH + Duration::from_secs(1_795_324_620)
 }
 
-pub(crate) fn unix_now() -> UnixTime {
+pub fn unix_now() -> UnixTime {
     x509::unix_time(now())
 }
 
-pub(crate) fn domain_of(name: &str) -> TrustDomain {
+pub fn domain_of(name: &str) -> TrustDomain {
     TrustDomain::parse(name).unwrap()
 }
 
-pub(crate) fn id_of(uri: &str) -> SpiffeId {
+pub fn id_of(uri: &str) -> SpiffeId {
     SpiffeId::parse(uri).unwrap()
 }
 
 /// A URI name with no check at all.
-pub(crate) fn uri(text: &str) -> SanType {
+pub fn uri(text: &str) -> SanType {
     SanType::URI(Ia5String::try_from(text).unwrap())
 }
 
@@ -46,7 +48,7 @@ fn subject(name: &str) -> DistinguishedName {
 }
 
 /// What a good authority asks for.
-pub(crate) fn ca_params(domain: &str) -> CertificateParams {
+pub fn ca_params(domain: &str) -> CertificateParams {
     let mut params = CertificateParams::default();
     params.distinguished_name = subject(&format!("{domain} authority {}", x509::hex(&random())));
     params.subject_alt_names = vec![uri(&format!("spiffe://{domain}"))];
@@ -58,7 +60,7 @@ pub(crate) fn ca_params(domain: &str) -> CertificateParams {
 }
 
 /// What a good SVID asks for.
-pub(crate) fn leaf_params(id: &str) -> CertificateParams {
+pub fn leaf_params(id: &str) -> CertificateParams {
     let mut params = CertificateParams::default();
     params.distinguished_name = subject("workload");
     params.subject_alt_names = vec![uri(id)];
@@ -72,7 +74,7 @@ pub(crate) fn leaf_params(id: &str) -> CertificateParams {
 }
 
 /// What a good list asks for that revokes these serial numbers.
-pub(crate) fn list_params(serials: &[&[u8]]) -> CertificateRevocationListParams {
+pub fn list_params(serials: &[&[u8]]) -> CertificateRevocationListParams {
     let entry = |serial: &&[u8]| RevokedCertParams {
         serial_number: SerialNumber::from_slice(serial),
         revocation_time: now().into(),
@@ -90,7 +92,7 @@ pub(crate) fn list_params(serials: &[&[u8]]) -> CertificateRevocationListParams 
 }
 
 /// The same with a serial number.
-pub(crate) fn numbered(mut params: CertificateParams, serial: &[u8]) -> CertificateParams {
+pub fn numbered(mut params: CertificateParams, serial: &[u8]) -> CertificateParams {
     params.serial_number = Some(SerialNumber::from_slice(serial));
     params
 }
@@ -102,7 +104,7 @@ fn random() -> [u8; 4] {
 }
 
 /// The same trust, and this list.
-pub(crate) fn with_list(trust: Trust, domain: &str, list: &[u8]) -> Trust {
+pub fn with_list(trust: Trust, domain: &str, list: &[u8]) -> Trust {
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("crl.pem");
     std::fs::write(&path, &*super::files::pem("X509 CRL", list)).unwrap();
@@ -110,7 +112,7 @@ pub(crate) fn with_list(trust: Trust, domain: &str, list: &[u8]) -> Trust {
 }
 
 /// DER: tag, length, value.
-pub(crate) fn tlv(tag: u8, value: &[u8]) -> Vec<u8> {
+pub fn tlv(tag: u8, value: &[u8]) -> Vec<u8> {
     let length = u16::try_from(value.len()).unwrap();
     let head = match length {
         0..0x80 => vec![tag, length as u8],
@@ -121,7 +123,7 @@ pub(crate) fn tlv(tag: u8, value: &[u8]) -> Vec<u8> {
 }
 
 /// The elements inside one of DER, each whole.
-pub(crate) fn parts(der: &[u8]) -> Vec<Vec<u8>> {
+pub fn parts(der: &[u8]) -> Vec<Vec<u8>> {
     let (head, length) = length(der);
     let mut rest = &der[head..head + length];
     let mut parts = Vec::new();
@@ -145,55 +147,55 @@ fn length(der: &[u8]) -> (usize, usize) {
 }
 
 /// An authority that signs whatever it is asked to.
-pub(crate) struct TestCa {
-    pub(crate) certificate: CertificateDer<'static>,
+pub struct TestCa {
+    pub certificate: CertificateDer<'static>,
     issuer: Issuer<'static, KeyPair>,
 }
 
 impl TestCa {
-    pub(crate) fn new(domain: &str) -> Self {
+    pub fn new(domain: &str) -> Self {
         Self::with(ca_params(domain))
     }
 
     /// Self-signed with these parameters.
-    pub(crate) fn with(params: CertificateParams) -> Self {
+    pub fn with(params: CertificateParams) -> Self {
         let key = KeyPair::generate().unwrap();
         let certificate = params.self_signed(&key).unwrap().der().clone();
         Self { certificate, issuer: Issuer::new(params, key) }
     }
 
     /// An authority below this one.
-    pub(crate) fn intermediate(&self, params: CertificateParams) -> Self {
+    pub fn intermediate(&self, params: CertificateParams) -> Self {
         let key = KeyPair::generate().unwrap();
         let certificate = params.signed_by(&key, &self.issuer).unwrap().der().clone();
         Self { certificate, issuer: Issuer::new(params, key) }
     }
 
-    pub(crate) fn leaf(&self, params: CertificateParams) -> CertificateDer<'static> {
+    pub fn leaf(&self, params: CertificateParams) -> CertificateDer<'static> {
         self.leaf_with_key(params).0
     }
 
-    pub(crate) fn leaf_with_key(&self, params: CertificateParams) -> (CertificateDer<'static>, KeyPair) {
+    pub fn leaf_with_key(&self, params: CertificateParams) -> (CertificateDer<'static>, KeyPair) {
         let key = KeyPair::generate().unwrap();
         (params.signed_by(&key, &self.issuer).unwrap().der().clone(), key)
     }
 
-    pub(crate) fn pem(&self) -> String {
+    pub fn pem(&self) -> String {
         super::files::pem("CERTIFICATE", &self.certificate).to_string()
     }
 
     /// A list of what it revoked, in DER.
-    pub(crate) fn list(&self, params: CertificateRevocationListParams) -> Vec<u8> {
+    pub fn list(&self, params: CertificateRevocationListParams) -> Vec<u8> {
         params.signed_by(&self.issuer).unwrap().der().to_vec()
     }
 
     /// The trust in it with a list that revokes these serial numbers.
-    pub(crate) fn trust_but(&self, domain: &str, serials: &[&[u8]]) -> Trust {
+    pub fn trust_but(&self, domain: &str, serials: &[&[u8]]) -> Trust {
         with_list(self.trust(domain), domain, &self.list(list_params(serials)))
     }
 
     /// The parts of a `TBSCertList`, changed and signed again whatever they say.
-    pub(crate) fn changed_list(&self, list: &[u8], change: impl FnOnce(&mut Vec<Vec<u8>>)) -> Vec<u8> {
+    pub fn changed_list(&self, list: &[u8], change: impl FnOnce(&mut Vec<Vec<u8>>)) -> Vec<u8> {
         let outer = parts(list);
         let mut body = parts(&outer[0]);
         change(&mut body);
@@ -202,12 +204,12 @@ impl TestCa {
         tlv(0x30, &[body, outer[1].clone(), tlv(3, &[&[0][..], &signature].concat())].concat())
     }
 
-    pub(crate) fn anchors(&self, domain: &str) -> Anchors {
+    pub fn anchors(&self, domain: &str) -> Anchors {
         Anchors::parse(&domain_of(domain), Path::new("test.pem"), self.pem().as_bytes(), now()).unwrap()
     }
 
     /// This authority alone, for that trust domain.
-    pub(crate) fn trust(&self, domain: &str) -> Trust {
+    pub fn trust(&self, domain: &str) -> Trust {
         Trust::new().with(domain_of(domain), self.anchors(domain))
     }
 }

@@ -160,7 +160,7 @@ impl<'a> Parsed<'a> {
 }
 
 /// Lower-case hexadecimal, as `openssl x509 -serial` writes it but for the case.
-pub(crate) fn hex(bytes: &[u8]) -> String {
+pub fn hex(bytes: &[u8]) -> String {
     use std::fmt::Write;
     bytes.iter().fold(String::with_capacity(2 * bytes.len()), |mut text, byte| {
         // Writing to a String cannot fail.
@@ -170,7 +170,7 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
 }
 
 /// A time for people and logs: `2026-11-22T05:17:00Z`.
-pub(crate) fn display_time(time: SystemTime) -> String {
+pub fn display_time(time: SystemTime) -> String {
     // The last second that four digits of year can say; humantime cannot print a later one.
     const LAST: Duration = Duration::from_secs(253_402_300_799);
     let since = time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default().min(LAST);
@@ -178,17 +178,17 @@ pub(crate) fn display_time(time: SystemTime) -> String {
 }
 
 /// The same point in time for rustls.
-pub(crate) fn unix_time(time: SystemTime) -> UnixTime {
+pub fn unix_time(time: SystemTime) -> UnixTime {
     UnixTime::since_unix_epoch(time.duration_since(SystemTime::UNIX_EPOCH).unwrap_or_default())
 }
 
 /// The same point in time for everybody else.
-pub(crate) fn from_unix_time(time: UnixTime) -> SystemTime {
+pub fn from_unix_time(time: UnixTime) -> SystemTime {
     SystemTime::UNIX_EPOCH.checked_add(Duration::from_secs(time.as_secs())).unwrap_or(SystemTime::UNIX_EPOCH)
 }
 
 /// The same point in time, from a certificate or a list.
-pub(crate) fn system_time(seconds: i64) -> SystemTime {
+pub fn system_time(seconds: i64) -> SystemTime {
     // Before 1970 is as good as 1970: long over for `not_after`, long begun for `not_before`.
     from_unix_time(UnixTime::since_unix_epoch(Duration::from_secs(u64::try_from(seconds).unwrap_or(0))))
 }
