@@ -9,7 +9,7 @@
 //! (R58).
 
 use crate::{
-    attest::{AttestError, Attested, Attestor, Facts, Registry},
+    attest::{AttestError, Attested, Attestor, EntrySource, Facts},
     credential::{Credential, Provider, ProviderError},
     flow::{Flow, Listens, Origin},
     policy::{Policy, Workload},
@@ -106,19 +106,19 @@ impl Identities {
         }
     }
 
-    async fn local(&self, flow: &Flow, registry: &dyn Registry) -> Result<(Workload, Facts), Error> {
+    async fn local(&self, flow: &Flow, entries: &dyn EntrySource) -> Result<(Workload, Facts), Error> {
         match &flow.origin {
-            Origin::Outbound { task: Some(task), .. } => known(self.attestor.dialler(task, registry).await?),
+            Origin::Outbound { task: Some(task), .. } => known(self.attestor.dialler(task, entries).await?),
             Origin::Outbound { task: None, .. } => Err(Error::NoRecord),
-            Origin::Inbound(listens) => self.listener(listens, registry).await,
+            Origin::Inbound(listens) => self.listener(listens, entries).await,
         }
     }
 }
 
 impl Identities {
     /// Is whoever listens now this workload, all of them?
-    pub async fn is_still(&self, workload: &Workload, now: &Listens, registry: &dyn Registry) -> Result<(), Error> {
-        let (found, facts) = self.listener(now, registry).await?;
+    pub async fn is_still(&self, workload: &Workload, now: &Listens, entries: &dyn EntrySource) -> Result<(), Error> {
+        let (found, facts) = self.listener(now, entries).await?;
         if found.id == workload.id {
             return Ok(());
         }
@@ -126,12 +126,12 @@ impl Identities {
     }
 
     /// Whose is a listening socket, with all that share its address?
-    async fn listener(&self, listens: &Listens, registry: &dyn Registry) -> Result<(Workload, Facts), Error> {
+    async fn listener(&self, listens: &Listens, entries: &dyn EntrySource) -> Result<(Workload, Facts), Error> {
         let Listens { task, cookie, sharers, .. } = listens;
-        let (workload, facts) = known(self.attestor.owner(task.as_ref(), *cookie, registry).await?)?;
+        let (workload, facts) = known(self.attestor.owner(task.as_ref(), *cookie, entries).await?)?;
         for (task, cookie) in sharers {
             let task = Some(task).filter(|task| task.tgid != 0);
-            let other = self.attestor.owner(task, *cookie, registry).await?;
+            let other = self.attestor.owner(task, *cookie, entries).await?;
             if other.workload.as_ref().map(|other| &other.id) != Some(&workload.id) {
                 return Err(Error::Shared { id: workload.id, other: Box::new(other.facts) });
             }

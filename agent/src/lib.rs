@@ -36,7 +36,7 @@ pub mod audit;
 pub mod live;
 pub mod whence;
 pub mod admission;
-pub mod turns;
+pub mod handshake_slots;
 pub mod pipeline;
 pub mod shard;
 pub mod admin;

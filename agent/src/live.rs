@@ -101,14 +101,14 @@ const PARTS: usize = 32;
 
 /// All of it. Shards write, the control thread reads.
 #[derive(Debug, Default)]
-pub struct Registry {
+pub struct OpenConnections {
     waiting: Arc<Places>,
     open: [Mutex<HashMap<u64, Arc<Live>>>; PARTS],
     refused: Mutex<BTreeMap<&'static str, Refused>>,
     flows: AtomicU64,
 }
 
-impl Registry {
+impl OpenConnections {
     /// Counts a flow that begins its walk.
     pub fn begin(&self) {
         self.flows.fetch_add(1, Ordering::Relaxed);
@@ -178,7 +178,7 @@ impl Registry {
 /// A connection is listed while this lives.
 #[derive(Debug)]
 pub struct Entered {
-    registry: Arc<Registry>,
+    registry: Arc<OpenConnections>,
     live: Arc<Live>,
 }
 
@@ -243,7 +243,7 @@ mod tests {
             let leaf = ca.leaf(numbered(leaf_params("spiffe://example.org/curl"), &[serial]));
             verify_chain(&[leaf], Role::Client, &ca.trust("example.org"), unix_now()).unwrap().path
         };
-        let registry = Arc::new(Registry::default());
+        let registry = Arc::new(OpenConnections::default());
         let (revoked, told) = connection(1, path(&ca, 5));
         let (another, another_told) = connection(2, path(&ca, 6));
         let (elsewhere, elsewhere_told) = connection(3, path(&other, 5));

@@ -14,7 +14,9 @@ pub use pool::{Key, Pool, Spare};
 use crate::authorize::Permit;
 use crate::handshake::Agreement;
 use crate::policy::Rule;
-use crate::relay::{CloseReason, Idle, Left, Limits, Progress, Shared, Stop, Tally, Unbegun, first_bytes};
+use crate::relay::{
+    CloseReason, HalfClosed, IdleSession, Limits, Progress, SessionState, StartError, Stop, Tally, first_bytes,
+};
 use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
@@ -88,7 +90,7 @@ pub struct Bound {
     application: TcpStream,
     /// First bytes of the application that are still to be sent.
     early: Vec<u8>,
-    idle: Idle,
+    idle: IdleSession,
     rule: Arc<Rule>,
 }
 
@@ -137,8 +139,8 @@ pub async fn begin(
             let application = permit.into_parties().flow.socket;
             return Ok(Bound { application, early, idle, rule });
         }
-        Ok(Err(Unbegun { reason, lost: true })) => Unfit::Lost(reason),
-        Ok(Err(Unbegun { reason, lost: false })) => Unfit::Closed(reason),
+        Ok(Err(StartError { reason, lost: true })) => Unfit::Lost(reason),
+        Ok(Err(StartError { reason, lost: false })) => Unfit::Closed(reason),
         Err(_) if along.is_empty() => Unfit::Late,
         Err(_) => Unfit::Lost(CloseReason::Stalled),
     };
@@ -157,7 +159,12 @@ pub fn admit(permit: &Permit, agreement: &Agreement, now: SystemTime) -> Result<
 }
 
 /// The server: its workload has accepted on `leg`, and the client will be told. The permit holds the socket of `shared`.
-pub async fn ready(Admission(rule): Admission, permit: Permit, shared: Shared, leg: TcpStream) -> Result<Bound, Unfit> {
+pub async fn ready(
+    Admission(rule): Admission,
+    permit: Permit,
+    shared: SessionState,
+    leg: TcpStream,
+) -> Result<Bound, Unfit> {
     let network = permit.into_parties().flow.socket;
     let idle = shared.ready(network).await.map_err(Unfit::Closed)?;
     Ok(Bound { application: leg, early: Vec::new(), idle, rule })
@@ -183,7 +190,7 @@ impl Bound {
         &self.rule
     }
     /// The connection.
-    pub fn idle(&self) -> &Idle {
+    pub fn idle(&self) -> &IdleSession {
         &self.idle
     }
     /// Carries the use to its end.
@@ -192,7 +199,7 @@ impl Bound {
         limits: &Limits,
         stop: impl Future<Output = Stop>,
         progress: &Progress,
-    ) -> impl Future<Output = (Tally, Option<Left>)> {
+    ) -> impl Future<Output = (Tally, Option<HalfClosed>)> {
         self.idle.carry(self.application, self.early, limits, stop, progress)
     }
 }

@@ -1,11 +1,11 @@
 //! A shard: one thread, one single-threaded runtime, one door. Flows live and die here.
 //!
-//! *Invariant:* no flow leaves the thread that accepted it, and nothing here is shared but what [`Shared`] holds.
+//! *Invariant:* no flow leaves the thread that accepted it, and nothing here is shared but what [`AgentState`] holds.
 
 use crate::awake;
 use crate::flow::Direction;
-use crate::intercept::{Door, Doorway, Error};
-use crate::pipeline::{self, Shared, Site};
+use crate::intercept::{Error, ShardListeners, UnboundListeners};
+use crate::pipeline::{self, AgentState, Site};
 use crate::reuse::Pool;
 use std::cell::RefCell;
 use std::collections::HashSet;
@@ -23,8 +23,8 @@ const SWEEP: Duration = Duration::from_secs(5);
 
 /// Starts the thread of one shard. It ends when `closing` turns true and its last flow is over.
 pub fn start(
-    doorway: Doorway,
-    shared: Arc<Shared>,
+    doorway: UnboundListeners,
+    shared: Arc<AgentState>,
     closing: watch::Receiver<bool>,
 ) -> std::io::Result<std::thread::JoinHandle<()>> {
     let index = doorway.shard();
@@ -42,7 +42,11 @@ pub fn start(
     })
 }
 
-async fn serve(shared: Arc<Shared>, doorway: Doorway, mut closing: watch::Receiver<bool>) -> Result<(), Error> {
+async fn serve(
+    shared: Arc<AgentState>,
+    doorway: UnboundListeners,
+    mut closing: watch::Receiver<bool>,
+) -> Result<(), Error> {
     let door = doorway.open()?;
     let site = Rc::new(Site {
         dialler: door.dialler(),
@@ -66,7 +70,7 @@ async fn serve(shared: Arc<Shared>, doorway: Doorway, mut closing: watch::Receiv
 }
 
 /// Closes the connections that wait for another use: all of them when policy or trust change, else what has waited too long.
-async fn tidy(shared: &Shared, site: &Site) {
+async fn tidy(shared: &AgentState, site: &Site) {
     let mut changed = shared.changed.subscribe();
     loop {
         match tokio::time::timeout(SWEEP, changed.changed()).await {
@@ -81,7 +85,7 @@ async fn tidy(shared: &Shared, site: &Site) {
     }
 }
 
-async fn accept(shared: &Arc<Shared>, site: &Rc<Site>, door: &Door, direction: Direction) {
+async fn accept(shared: &Arc<AgentState>, site: &Rc<Site>, door: &ShardListeners, direction: Direction) {
     loop {
         let accepted = match direction {
             Direction::Outbound => door.accept_outbound().await,

@@ -1,7 +1,7 @@
 //! Where a peer comes from that has not shown who it is: a user of this host, or a network.
 //!
 //! A program may take any address of its host for its source, all of 127.0.0.0/8 among them, and whoever is routed a prefix
-//! has every address in it. So neither an address nor a network of a fixed size is a party: those of this host are one,
+//! has every address in it. So neither an address nor a network of a fixed size is a tenant: those of this host are one,
 //! and of a network each wider one is one as well.
 //!
 //! *Invariant:* an address that a program of this host can take counts as no other host's.

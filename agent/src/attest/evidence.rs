@@ -1,6 +1,6 @@
 //! Evidence about a process that is gathered only as far as the policy asks for it.
 
-use super::{AttestError, Facts, Registry};
+use super::{AttestError, EntrySource, Facts};
 use crate::policy::{Evidence, Workload};
 use std::{
     cell::Cell,
@@ -44,11 +44,11 @@ impl Gathered {
         Self { uid, gid, cgroup, path: Known::NotYet, sha256: Known::NotYet, asked: Cell::new(None) }
     }
 
-    /// Asks the registry. An answer that depends on what is not known yet is none, also when it is that entries are
+    /// Asks the entries. An answer that depends on what is not known yet is none, also when it is that entries are
     /// ambiguous: one with more selectors may still win.
-    pub fn decide(&self, registry: &dyn Registry, facts: &Facts) -> Result<Decision, AttestError> {
+    pub fn decide(&self, entries: &dyn EntrySource, facts: &Facts) -> Result<Decision, AttestError> {
         self.asked.set(None);
-        let answer = registry.workload(self);
+        let answer = entries.workload(self);
         match self.asked.get() {
             Some(need) => Ok(Decision::Needs(need)),
             None => answer

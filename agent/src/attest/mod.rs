@@ -65,12 +65,12 @@ struct Verified {
 }
 
 /// Whatever can say which workload shows this evidence: the policy.
-pub trait Registry: Sync {
+pub trait EntrySource: Sync {
     /// As [`Policy::identify`].
     fn workload(&self, evidence: &dyn Evidence) -> Result<Option<Workload>, Ambiguous>;
 }
 
-impl Registry for Policy {
+impl EntrySource for Policy {
     fn workload(&self, evidence: &dyn Evidence) -> Result<Option<Workload>, Ambiguous> {
         self.identify(evidence).map(|workload| workload.cloned())
     }
@@ -95,16 +95,16 @@ impl Attestor {
     /// Where no entry asks for more than the kernel recorded, what was verified of a process holds for a tenth of a second, as long as
     /// it lives and its next connections are recorded with the same ids and cgroup: the record is made in the process's own
     /// context, so what is verified besides is only that nothing has changed since.
-    pub async fn dialler(&self, task: &Task, registry: &dyn Registry) -> Result<Attested, AttestError> {
+    pub async fn dialler(&self, task: &Task, entries: &dyn EntrySource) -> Result<Attested, AttestError> {
         let facts = self.recorded(task);
-        match self.recall(task, &facts, registry)? {
+        match self.recall(task, &facts, entries)? {
             Some(attested) => Ok(attested),
             // Seldom, and it takes room.
-            None => Box::pin(self.look_at(task, facts, registry)).await,
+            None => Box::pin(self.look_at(task, facts, entries)).await,
         }
     }
 
-    async fn look_at(&self, task: &Task, mut facts: Facts, registry: &dyn Registry) -> Result<Attested, AttestError> {
+    async fn look_at(&self, task: &Task, mut facts: Facts, entries: &dyn EntrySource) -> Result<Attested, AttestError> {
         let process = pin(task, &facts)?;
         let ids = process.ids().map_err(|error| failed(error, &facts))?;
         if (ids.real_uid, ids.real_gid) != (task.uid, task.gid) {
@@ -113,14 +113,14 @@ impl Attestor {
         }
         facts.cgroup = Some(self.check_cgroup(&process, task.cgroup, &facts)?);
         let gathered = Gathered::new(ids.uid(), ids.gid(), facts.cgroup.clone());
-        let attested = self.examine(&process, gathered, facts, registry).await?;
+        let attested = self.examine(&process, gathered, facts, entries).await?;
         self.remember(task, process, ids, attested.facts.cgroup.clone());
         Ok(attested)
     }
 
     /// The answer for a process that was verified a moment ago, where it depends on nothing that only a look at the process
     /// can tell.
-    fn recall(&self, task: &Task, facts: &Facts, registry: &dyn Registry) -> Result<Option<Attested>, AttestError> {
+    fn recall(&self, task: &Task, facts: &Facts, entries: &dyn EntrySource) -> Result<Option<Attested>, AttestError> {
         let known = lock(&self.verified).get(&task.tgid).cloned();
         let recorded = (task.uid, task.gid, task.cgroup);
         let is_fresh = |known: &Verified| known.recorded == recorded && known.at.elapsed() < HOLDS;
@@ -133,7 +133,7 @@ impl Attestor {
             return Ok(None);
         }
         let facts = Facts { cgroup: known.cgroup.clone(), ..facts.clone() };
-        match Gathered::new(known.ids.uid(), known.ids.gid(), known.cgroup).decide(registry, &facts)? {
+        match Gathered::new(known.ids.uid(), known.ids.gid(), known.cgroup).decide(entries, &facts)? {
             Decision::Final(Some(workload)) => Ok(Some(Attested { workload: Some(workload), facts })),
             Decision::Final(None) | Decision::Needs(_) => Ok(None),
         }
@@ -164,19 +164,19 @@ impl Attestor {
         &self,
         task: Option<&Task>,
         cookie: u64,
-        registry: &dyn Registry,
+        entries: &dyn EntrySource,
     ) -> Result<Attested, AttestError> {
         let Some(task) = task.filter(|task| task.tgid != 0) else {
-            return Box::pin(self.unrecorded(cookie, registry)).await;
+            return Box::pin(self.unrecorded(cookie, entries)).await;
         };
         let mut facts = self.recorded(task);
         facts.cgroup = self.hierarchy.path_of(task.cgroup).map_err(|error| failed(error, &facts))?;
         let gathered = Gathered::new(Some(task.uid), Some(task.gid), facts.cgroup.clone());
-        if let Decision::Final(workload) = gathered.decide(registry, &facts)? {
+        if let Decision::Final(workload) = gathered.decide(entries, &facts)? {
             return Ok(Attested { workload, facts });
         }
         // Seldom, and it takes room.
-        Box::pin(self.look_at_owner(task, facts, cookie, registry)).await
+        Box::pin(self.look_at_owner(task, facts, cookie, entries)).await
     }
 
     /// Do the facts that the kernel recorded of a task suffice for an entry that asks for more besides? In a cgroup that is not
@@ -201,7 +201,7 @@ impl Attestor {
         task: &Task,
         mut facts: Facts,
         cookie: u64,
-        registry: &dyn Registry,
+        entries: &dyn EntrySource,
     ) -> Result<Attested, AttestError> {
         let process = match pin(task, &facts) {
             Ok(process) => process,
@@ -217,10 +217,10 @@ impl Attestor {
         facts.pid = process.pid();
         facts.cgroup = Some(self.check_cgroup(&process, task.cgroup, &facts)?);
         let gathered = Gathered::new(Some(task.uid), Some(task.gid), facts.cgroup.clone());
-        self.examine(&process, gathered, facts, registry).await
+        self.examine(&process, gathered, facts, entries).await
     }
 
-    async fn unrecorded(&self, cookie: u64, registry: &dyn Registry) -> Result<Attested, AttestError> {
+    async fn unrecorded(&self, cookie: u64, entries: &dyn EntrySource) -> Result<Attested, AttestError> {
         if cookie == 0 {
             return Err(AttestError::NoListener);
         }
@@ -238,20 +238,20 @@ impl Attestor {
         (facts.uid, facts.gid) = (ids.real_uid, ids.real_gid);
         facts.cgroup = Some(process.cgroup().map_err(|error| failed(error, &facts))?.into());
         let gathered = Gathered::new(ids.uid(), ids.gid(), facts.cgroup.clone());
-        self.examine(&process, gathered, facts, registry).await
+        self.examine(&process, gathered, facts, entries).await
     }
 
-    /// Looks at the executable as far as the registry asks, and at the process once more at the end.
+    /// Looks at the executable as far as the entries ask, and at the process once more at the end.
     async fn examine(
         &self,
         process: &Process,
         mut gathered: Gathered,
         mut facts: Facts,
-        registry: &dyn Registry,
+        entries: &dyn EntrySource,
     ) -> Result<Attested, AttestError> {
         let mut executable = None;
         let workload = loop {
-            match gathered.decide(registry, &facts)? {
+            match gathered.decide(entries, &facts)? {
                 Decision::Final(workload) => break workload,
                 Decision::Needs(need) => {
                     if executable.is_none() {
@@ -478,10 +478,10 @@ mod tests {
         Workload { number: 1, id: id_of("spiffe://example.org/sleep") }
     }
 
-    /// A registry made of one question.
+    /// Entries made of one question.
     struct Ask<F>(F);
 
-    impl<F: Fn(&dyn Evidence) -> bool + Sync> Registry for Ask<F> {
+    impl<F: Fn(&dyn Evidence) -> bool + Sync> EntrySource for Ask<F> {
         fn workload(&self, evidence: &dyn Evidence) -> Result<Option<Workload>, Ambiguous> {
             Ok((self.0)(evidence).then(workload))
         }
@@ -501,14 +501,14 @@ mod tests {
         let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, &std::fs::read(&path).unwrap());
         let cgroup = Process::pin(process.0.id()).unwrap().unwrap().cgroup().unwrap();
         // The executable may not yet be sleep just after the fork; the command has returned, so it is.
-        let registry = Ask(|evidence: &dyn Evidence| {
+        let entries = Ask(|evidence: &dyn Evidence| {
             evidence.uid() == Some(uid)
                 && evidence.gid() == Some(gid)
                 && evidence.cgroup() == Some(&cgroup)
                 && evidence.path() == Some(&path)
                 && evidence.sha256().as_ref().map(<[u8; 32]>::as_slice) == Some(digest.as_ref())
         });
-        let attested = attestor.dialler(&task, &registry).await.unwrap();
+        let attested = attestor.dialler(&task, &entries).await.unwrap();
         assert_eq!(attested.workload.unwrap().id, workload().id);
         assert_eq!(attested.facts.executable, Some(path.clone()));
     }
@@ -517,8 +517,8 @@ mod tests {
     async fn an_executable_that_nobody_asks_for_is_not_read() {
         let Some(attestor) = attestor() else { return };
         let process = Waiting::new();
-        let registry = Ask(|evidence: &dyn Evidence| evidence.uid().is_some());
-        let attested = attestor.dialler(&task(&attestor, process.0.id()), &registry).await.unwrap();
+        let entries = Ask(|evidence: &dyn Evidence| evidence.uid().is_some());
+        let attested = attestor.dialler(&task(&attestor, process.0.id()), &entries).await.unwrap();
         assert!(attested.workload.is_some() && attested.facts.executable.is_none());
     }
 
@@ -571,11 +571,11 @@ mod tests {
         let Some(attestor) = attestor() else { return };
         let process = Mutex::new(Waiting::new());
         let task = task(&attestor, process.lock().unwrap().0.id());
-        let registry = Ask(|_: &dyn Evidence| {
+        let entries = Ask(|_: &dyn Evidence| {
             process.lock().unwrap().end();
             true
         });
-        assert_eq!(attestor.dialler(&task, &registry).await.unwrap_err().code(), "process-died");
+        assert_eq!(attestor.dialler(&task, &entries).await.unwrap_err().code(), "process-died");
     }
 
     #[tokio::test]
@@ -652,7 +652,7 @@ mod tests {
         let script = format!("while ! test -e {}; do :; done; exec sleep 60", go.display());
         let process = Waiting(Command::new("sh").args(["-c", &script]).spawn().unwrap());
         let task = task(&attestor, process.0.id());
-        let registry = Ask(|evidence: &dyn Evidence| {
+        let entries = Ask(|evidence: &dyn Evidence| {
             let Some(path) = evidence.path() else { return false };
             std::fs::write(&go, "").unwrap();
             while Process::pin(task.tgid).unwrap().unwrap().executable().unwrap().unwrap().path == path {
@@ -660,7 +660,7 @@ mod tests {
             }
             true
         });
-        assert_eq!(attestor.dialler(&task, &registry).await.unwrap_err().code(), "process-exec");
+        assert_eq!(attestor.dialler(&task, &entries).await.unwrap_err().code(), "process-exec");
     }
 
     #[tokio::test]
@@ -670,8 +670,8 @@ mod tests {
         let task = task(&attestor, process.0.id());
         process.end();
         let uid = task.uid;
-        let registry = Ask(|evidence: &dyn Evidence| evidence.uid() == Some(uid) && evidence.cgroup().is_some());
-        let attested = attestor.owner(Some(&task), 1, &registry).await.unwrap();
+        let entries = Ask(|evidence: &dyn Evidence| evidence.uid() == Some(uid) && evidence.cgroup().is_some());
+        let attested = attestor.owner(Some(&task), 1, &entries).await.unwrap();
         assert!(attested.workload.is_some());
     }
 
@@ -685,12 +685,12 @@ mod tests {
         // This process holds the socket; so it must be in the cgroup that was recorded, which it is.
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let cookie = rustix::net::sockopt::socket_cookie(&listener).unwrap();
-        let registry = Ask(|evidence: &dyn Evidence| evidence.path().is_some());
-        let attested = attestor.owner(Some(&task), cookie, &registry).await.unwrap();
+        let entries = Ask(|evidence: &dyn Evidence| evidence.path().is_some());
+        let attested = attestor.owner(Some(&task), cookie, &entries).await.unwrap();
         assert_eq!(attested.facts.pid, std::process::id());
         assert_eq!(attested.facts.executable, Some(std::env::current_exe().unwrap()));
         drop(listener);
-        let error = attestor.owner(Some(&task), cookie, &registry).await.unwrap_err();
+        let error = attestor.owner(Some(&task), cookie, &entries).await.unwrap_err();
         assert_eq!(error.code(), "listener-without-owner");
     }
 
@@ -699,20 +699,20 @@ mod tests {
         let Some(attestor) = attestor() else { return };
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let cookie = rustix::net::sockopt::socket_cookie(&listener).unwrap();
-        let registry = Ask(|evidence: &dyn Evidence| evidence.cgroup().is_some());
+        let entries = Ask(|evidence: &dyn Evidence| evidence.cgroup().is_some());
         for _ in 0..2 {
-            let attested = attestor.owner(None, cookie, &registry).await.unwrap();
+            let attested = attestor.owner(None, cookie, &entries).await.unwrap();
             assert_eq!((attested.facts.pid, attested.workload.is_some()), (std::process::id(), true));
         }
         for (nobody, code) in [(0, "no-listener"), (u64::MAX, "listener-without-owner")] {
-            assert_eq!(attestor.owner(None, nobody, &registry).await.unwrap_err().code(), code);
+            assert_eq!(attestor.owner(None, nobody, &entries).await.unwrap_err().code(), code);
         }
     }
 
     #[tokio::test]
     async fn ambiguous_entries_are_an_error_only_when_everything_is_known() {
         struct Two;
-        impl Registry for Two {
+        impl EntrySource for Two {
             fn workload(&self, evidence: &dyn Evidence) -> Result<Option<Workload>, Ambiguous> {
                 // A third entry with more selectors would win.
                 if evidence.path() == Some(Path::new("/nonexistent")) {

@@ -12,7 +12,7 @@ use super::{Error, kernel_record, warn_of_second_authorities};
 use crate::admin::{self, Asked, Request};
 use crate::credential::Provider;
 use crate::intercept::{self, Notice, Programs, Work};
-use crate::pipeline::Shared;
+use crate::pipeline::AgentState;
 use crate::relay::Stop;
 use std::io;
 use std::sync::Arc;
@@ -38,7 +38,7 @@ type Read = Result<(Prepared, intercept::Prepared), Error>;
 
 /// Everything that only the control thread has.
 pub(super) struct Control {
-    shared: Arc<Shared>,
+    shared: Arc<AgentState>,
     provider: Arc<dyn Provider>,
     /// Counts up where trust changes, also without a reload.
     changes: watch::Receiver<u64>,
@@ -73,7 +73,7 @@ pub(super) struct Control {
 
 impl Control {
     pub(super) fn new(
-        shared: Arc<Shared>,
+        shared: Arc<AgentState>,
         provider: Arc<dyn Provider>,
         programs: Programs,
         settled: Settled,

@@ -21,17 +21,17 @@ use crate::config::{Config, EngineChoice, Shards, WhenFull};
 use crate::credential::NotReloaded;
 use crate::credential::embedded::{Bundle, Embedded, EmbeddedError, Settings};
 use crate::document::Purpose;
+use crate::handshake_slots::HandshakeSlots;
 use crate::identify::Identities;
 use crate::intercept::{self, Options, Programs, Rooms};
-use crate::live::Registry;
+use crate::live::OpenConnections;
 use crate::offload::matrix::{Matrix, Verdict};
 use crate::offload::selftest;
 use crate::offload::{self, Choice};
-use crate::pipeline::Shared;
+use crate::pipeline::AgentState;
 use crate::policy::{Policy, Rejected};
 use crate::privilege::{self, Sandbox};
 use crate::shard;
-use crate::turns::Turns;
 use crate::whence::Here;
 use arc_swap::ArcSwap;
 use control::Control;
@@ -116,17 +116,17 @@ pub fn run(mut config: Config) -> Result<(), Error> {
         tracing::warn!(why, "the agent runs without its sandbox: whoever takes it over can call all of the kernel");
     }
     let log = audit::Log::open(&config.audit.path, config.audit.when_full == WhenFull::Refuse)?;
-    let shared = Arc::new(Shared {
+    let shared = Arc::new(AgentState {
         policy: ArcSwap::new(policy.clone()),
         identities: Identities::new(provider.clone(), attestor),
         engine,
-        registry: Arc::new(Registry::default()),
+        registry: Arc::new(OpenConnections::default()),
         admission: Admission::new(config.limits.connections),
         here: Here::default(),
         audit: log.sender(),
         changed: watch::Sender::new(()),
         shards,
-        turns: Turns::new(config.limits.handshakes, config.limits.waiting),
+        handshake_slots: HandshakeSlots::new(config.limits.handshakes, config.limits.waiting),
         config,
     });
     // Shards first: from the moment that the policy is in the kernel's maps, connections come.

@@ -11,8 +11,8 @@ use crate::audit::End;
 use crate::credential::Provider;
 use crate::flow::Direction;
 use crate::intercept::{Programs, Rooms};
-use crate::live::{Basis, Live, Refused, Registry};
-use crate::pipeline::Shared;
+use crate::live::{Basis, Live, OpenConnections, Refused};
+use crate::pipeline::AgentState;
 use crate::privilege::Sandbox;
 use std::collections::BTreeMap;
 use time::OffsetDateTime;
@@ -30,7 +30,7 @@ pub(super) struct Settled {
 
 /// What the control thread knows, lent for an answer.
 pub(super) struct Known<'a> {
-    pub(super) shared: &'a Shared,
+    pub(super) shared: &'a AgentState,
     pub(super) provider: &'a dyn Provider,
     pub(super) programs: &'a Programs,
     pub(super) settled: &'a Settled,
@@ -178,7 +178,7 @@ fn listeners(all: &Listeners) -> Vec<ListenerStatus> {
     listeners
 }
 
-pub(super) fn connections(registry: &Registry) -> Vec<Connection> {
+pub(super) fn connections(registry: &OpenConnections) -> Vec<Connection> {
     registry.open().iter().map(|live| connection(live)).collect()
 }
 

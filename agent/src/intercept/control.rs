@@ -6,7 +6,7 @@
 //! *Invariant:* a policy is in force whole or not at all.
 
 use super::{
-    Doorway, Error, Listening,
+    Error, Listening, UnboundListeners,
     cgroups::Cgroups,
     diagnostics::{self, Socket},
     error::During,
@@ -53,7 +53,7 @@ pub struct Programs {
     pub(super) tables: Tables,
     pub(super) cgroups: Cgroups,
     pub(super) commands: Commands,
-    doorways: Vec<Doorway>,
+    doorways: Vec<UnboundListeners>,
     /// Something has just failed: it is not tried again in the same breath.
     resting: bool,
     shards: u32,
@@ -164,8 +164,8 @@ impl Programs {
             tables.origins.remove(&stale).map_err(map_error(map::ORIGINS))?;
         }
         let flows = Arc::new(AtomicU64::new(0));
-        let doorways: Result<Vec<Doorway>, Error> = (0..options.shards)
-            .map(|shard| Doorway::make(shard, &tables, host.netns_cookie, Arc::clone(&flows)))
+        let doorways: Result<Vec<UnboundListeners>, Error> = (0..options.shards)
+            .map(|shard| UnboundListeners::make(shard, &tables, host.netns_cookie, Arc::clone(&flows)))
             .collect();
         let cgroups = Cgroups::watch(&host.cgroup2)?;
         let protected = tables.protected.keys().map_err(map_error(map::PROTECTED))?.into_iter().collect();
@@ -200,7 +200,7 @@ impl Programs {
     }
 
     /// The doors of the shards, to be sent to their threads. They are there once.
-    pub fn doorways(&mut self) -> Vec<Doorway> {
+    pub fn doorways(&mut self) -> Vec<UnboundListeners> {
         std::mem::take(&mut self.doorways)
     }
 

@@ -1,12 +1,12 @@
 //! intercept: sockets in, a [`Flow`](crate::flow::Flow) out.
 //!
 //! The kernel programs of `ebpf/` turn connections to the agent. [`Programs`] loads and attaches them, puts policies into
-//! their maps and tells what they have to tell, on the control runtime. Each shard has a [`Door`]: accepted connections come
+//! their maps and tells what they have to tell, on the control runtime. Each shard has a [`ShardListeners`]: accepted connections come
 //! in with what the kernel recorded about them, the agent's own connections go out.
 //!
 //! ```text
 //! control:  Programs::load ▶ doorways ▶ install(policy) ▶ listeners ▶ notice, notice, ...      release()
-//! shard:    Doorway::open ▶ Door ▶ accept_outbound / accept_inbound ▶ Flow ... Dialler: dial / leg
+//! shard:    UnboundListeners::open ▶ ShardListeners ▶ accept_outbound / accept_inbound ▶ Flow ... Dialler: dial / leg
 //! ```
 //!
 //! In this order at start: `load`, `install`, then `listeners` and `set_listener_mode` for each, then `preexisting`. After a
@@ -17,7 +17,7 @@
 mod cgroups;
 mod control;
 mod diagnostics;
-mod door;
+mod shard_listeners;
 mod error;
 mod host;
 mod install;
@@ -32,9 +32,6 @@ mod work;
 
 pub use control::{Notice, OldConnection, Options, Programs};
 pub use diagnostics::user_of;
-#[cfg(test)]
-pub(crate) use door::{Congestion, prepare};
-pub use door::{Dialler, Door, Doorway, Opening, claim_listener};
 pub use error::{Error, Holder};
 pub use host::{Finding, findings, hold_against_host};
 pub use install::{KernelFacts, Outlook, Prepared};
@@ -43,5 +40,8 @@ pub use programs::release;
 pub use refusals::Refused;
 pub use registry::Listening;
 pub use room::{Room, Rooms};
+#[cfg(test)]
+pub(crate) use shard_listeners::{Congestion, prepare};
+pub use shard_listeners::{Dialler, Opening, ShardListeners, UnboundListeners, claim_listener};
 pub use tables::{address, canonical, ip, listener_key, socket_address};
 pub use work::Work;

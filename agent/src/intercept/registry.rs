@@ -281,7 +281,7 @@ impl Programs {
 
 /// The sockets behind addresses that several share, as they were when the counts were these.
 #[derive(Clone, Debug, Default)]
-pub(super) struct Shared(Arc<Mutex<HashMap<ListenerKey, AtOnce>>>);
+pub(super) struct SharedAddresses(Arc<Mutex<HashMap<ListenerKey, AtOnce>>>);
 
 /// The counts of an address, and who listened there then.
 type AtOnce = (Listeners, Vec<Listening>);
@@ -289,7 +289,7 @@ type AtOnce = (Listeners, Vec<Listening>);
 /// Most shared addresses that are remembered.
 const REMEMBERED: usize = 1024;
 
-impl Shared {
+impl SharedAddresses {
     /// The sockets that listen at exactly this address, of which this is the row.
     fn at(&self, tables: &Tables, key: &ListenerKey, row: Listeners) -> io::Result<Vec<Listening>> {
         if row.cookie == 0 {

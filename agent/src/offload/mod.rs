@@ -28,7 +28,7 @@ use wimsey_identity::refusal::{Culprit, Refusal};
 pub struct Pipe {
     pub(crate) application: TcpStream,
     pub(crate) network: TcpStream,
-    pub(crate) lane: Lane,
+    pub(crate) protection: Protection,
     /// The application's first bytes, which are not in its socket any more.
     pub(crate) early: Vec<u8>,
     /// What the two ends agreed on, where the connection may be used again.
@@ -36,7 +36,7 @@ pub struct Pipe {
 }
 
 /// How the bytes of a pipe are protected on the network.
-pub(crate) enum Lane {
+pub(crate) enum Protection {
     /// Not at all: permissive inbound.
     Plain,
     /// By this process.
@@ -62,9 +62,9 @@ pub fn arm(mut session: Session, choice: Choice) -> Result<Pipe, Error> {
     let (network, secrets) = session.to_key();
     let keyed = key(network, secrets, choice).inspect_err(|_| reset(network));
     let (mut permit, other, secrets, agreement) = session.into_parts();
-    let lane = match keyed {
-        Ok(Keyed::User(sealer, opener)) => Lane::User(Box::new(UserKeys { sealer, opener, secrets })),
-        Ok(Keyed::Kernel(armed)) => Lane::Kernel(Box::new(KernelKeys::new(armed, secrets))),
+    let protection = match keyed {
+        Ok(Keyed::User(sealer, opener)) => Protection::User(Box::new(UserKeys { sealer, opener, secrets })),
+        Ok(Keyed::Kernel(armed)) => Protection::Kernel(Box::new(KernelKeys::new(armed, secrets))),
         Err(cause) => return Err(Error { cause, permit: Some(Box::new(permit)) }),
     };
     let early = std::mem::take(permit.early());
@@ -75,7 +75,7 @@ pub fn arm(mut session: Session, choice: Choice) -> Result<Pipe, Error> {
         Direction::Inbound => (other, own),
     };
     let agreement = Some(agreement).filter(|agreement| agreement.reusable);
-    Pipe::new(application, network, lane, agreement).map(|pipe| Pipe { early, ..pipe })
+    Pipe::new(application, network, protection, agreement).map(|pipe| Pipe { early, ..pipe })
 }
 
 enum Keyed {
@@ -109,13 +109,13 @@ const KEEPALIVE: TcpKeepalive =
 impl Pipe {
     /// A pipe without protection, for a permissive listener or a named bypass: the caller has recorded it as that.
     pub fn plain(application: TcpStream, network: TcpStream) -> Result<Self, Error> {
-        Self::new(application, network, Lane::Plain, None)
+        Self::new(application, network, Protection::Plain, None)
     }
 
     fn new(
         application: TcpStream,
         network: TcpStream,
-        lane: Lane,
+        protection: Protection,
         agreement: Option<Arc<Agreement>>,
     ) -> Result<Self, Error> {
         let prepare = || -> io::Result<()> {
@@ -123,7 +123,7 @@ impl Pipe {
             SockRef::from(&network).set_tcp_keepalive(&KEEPALIVE)
         };
         match prepare() {
-            Ok(()) => Ok(Self { application, network, lane, early: Vec::new(), agreement }),
+            Ok(()) => Ok(Self { application, network, protection, early: Vec::new(), agreement }),
             Err(error) => {
                 reset(&application);
                 reset(&network);
@@ -134,20 +134,20 @@ impl Pipe {
 
     /// Who protects the records; `None` where nobody does.
     pub fn engine(&self) -> Option<Engine> {
-        match self.lane {
-            Lane::Plain => None,
-            Lane::User(_) => Some(Engine::User),
-            Lane::Kernel(_) => Some(Engine::Kernel),
+        match self.protection {
+            Protection::Plain => None,
+            Protection::User(_) => Some(Engine::User),
+            Protection::Kernel(_) => Some(Engine::Kernel),
         }
     }
 
     /// Sends a fresh key after so many records instead of at the limit of the cipher, so that tests live through it.
     #[doc(hidden)]
     pub fn rekey_after(mut self, records: u64) -> Self {
-        match &mut self.lane {
-            Lane::Plain => {}
-            Lane::User(keys) => keys.sealer.set_due(records),
-            Lane::Kernel(keys) => keys.set_due(records),
+        match &mut self.protection {
+            Protection::Plain => {}
+            Protection::User(keys) => keys.sealer.set_due(records),
+            Protection::Kernel(keys) => keys.set_due(records),
         }
         self
     }

@@ -2,7 +2,7 @@
 //!
 //! *Invariant:* an attempt ends in exactly one record, by `refuse`, `finish` or `turned_away`.
 
-use super::{Error, Shared};
+use super::{AgentState, Error};
 use crate::audit::{self, Bytes, Decision, End, Method, Process, Record, Stage};
 use crate::authorize::Permit;
 use crate::flow::{Direction, Flow};
@@ -19,7 +19,7 @@ use tokio::sync::watch;
 use wimsey_identity::refusal::{Culprit, Refusal};
 
 /// A connection that came to an agent's listener and is no flow: nobody turned it there.
-pub fn turned_away(shared: &Shared, direction: Direction, error: &intercept::Error) {
+pub fn turned_away(shared: &AgentState, direction: Direction, error: &intercept::Error) {
     let Some(source) = error.stranger() else {
         return tracing::warn!(%error, "a connection was not accepted");
     };
@@ -52,7 +52,7 @@ pub fn turned_away(shared: &Shared, direction: Direction, error: &intercept::Err
 
 /// What is known about an attempt so far: the audit record in the making.
 pub(super) struct Attempt<'a> {
-    shared: &'a Shared,
+    shared: &'a AgentState,
     began: Instant,
     time: OffsetDateTime,
     flow: u64,
@@ -66,11 +66,11 @@ pub(super) struct Attempt<'a> {
     pub(super) rule: Option<Arc<str>>,
     /// The shared connection that this is another use of, until it is carried. What is refused ends it in order, so that the
     /// peer knows that no byte has gone further, and may make a new connection and hear why.
-    pub(super) session: Option<Box<relay::Shared>>,
+    pub(super) session: Option<Box<relay::SessionState>>,
 }
 
 impl<'a> Attempt<'a> {
-    pub(super) fn new(shared: &'a Shared, flow: &Flow) -> Self {
+    pub(super) fn new(shared: &'a AgentState, flow: &Flow) -> Self {
         Self {
             shared,
             began: Instant::now(),

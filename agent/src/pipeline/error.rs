@@ -5,7 +5,7 @@
 use crate::admission::Full;
 use crate::audit::Stage;
 use crate::credential::ProviderError;
-use crate::{authorize, handshake, identify, intercept, offload, reuse, turns};
+use crate::{authorize, handshake, handshake_slots, identify, intercept, offload, reuse};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
@@ -64,7 +64,7 @@ pub enum Error {
     Intercept(intercept::Error),
     /// It was not this handshake's turn.
     #[error(transparent)]
-    Turn(turns::Error),
+    HandshakeSlot(handshake_slots::Error),
     /// handshake refused.
     #[error(transparent)]
     Handshake(handshake::Cause),
@@ -87,7 +87,7 @@ impl Error {
                 Stage::Identify
             }
             Self::Authorize(_) | Self::Reuse(_) | Self::BypassNotRelayed { .. } => Stage::Authorize,
-            Self::Turn(_) | Self::Handshake(_) => Stage::Handshake,
+            Self::HandshakeSlot(_) | Self::Handshake(_) => Stage::Handshake,
             Self::Offload(_) => Stage::Offload,
         }
     }
@@ -105,7 +105,7 @@ impl Refusal for Error {
             Self::Credential(error) => error.culprit(),
             Self::Authorize(error) => error.culprit(),
             Self::Intercept(error) => error.culprit(),
-            Self::Turn(error) => error.culprit(),
+            Self::HandshakeSlot(error) => error.culprit(),
             Self::Handshake(error) => error.culprit(),
             Self::Reuse(error) => error.culprit(),
             Self::Offload(error) => error.culprit(),
@@ -123,7 +123,7 @@ impl Refusal for Error {
             Self::Credential(error) => error.code(),
             Self::Authorize(error) => error.code(),
             Self::Intercept(error) => error.code(),
-            Self::Turn(error) => error.code(),
+            Self::HandshakeSlot(error) => error.code(),
             Self::Handshake(error) => error.code(),
             Self::Reuse(error) => error.code(),
             Self::Offload(error) => error.code(),

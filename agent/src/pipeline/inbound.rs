@@ -9,12 +9,12 @@ use crate::audit::Method;
 use crate::authorize::Permit;
 use crate::flow::Flow;
 use crate::handshake;
+use crate::handshake_slots::Tenant;
 use crate::identify::Parties;
 use crate::intercept::Opening;
 use crate::live::Basis;
 use crate::offload::{self, Pipe};
 use crate::policy::{Rule, Workload};
-use crate::turns::Party;
 use std::sync::Arc;
 use std::time::Duration;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
@@ -63,12 +63,12 @@ impl<'a> Walk<'a> {
             let terms = self.terms(self.shared.engine, self.shared.config.sessions.reuse);
             // Whoever has said nothing yet takes nobody's turn.
             let spoke = handshake::speaks(&permit.parties().flow.socket, terms.deadline).await;
-            let party = Party::peer(place.holders(), &permit.parties().workload.id);
+            let tenant = Tenant::peer(place.holders(), &permit.parties().workload.id);
             let turn = match spoke {
-                true => match self.shared.turns.take(party, terms.deadline).await {
+                true => match self.shared.handshake_slots.take(tenant, terms.deadline).await {
                     Ok(turn) => Some(turn),
                     Err(error) => {
-                        attempt.refuse(permit.into_parties().flow.socket, &Error::Turn(error));
+                        attempt.refuse(permit.into_parties().flow.socket, &Error::HandshakeSlot(error));
                         return None;
                     }
                 },

@@ -21,14 +21,14 @@ use crate::authorize::{self, Authorized, Permit};
 use crate::config::Config;
 use crate::flow::{Direction, Flow};
 use crate::handshake::Terms;
+use crate::handshake_slots::HandshakeSlots;
 use crate::identify::{self, Identities, Parties, Unidentified};
 use crate::intercept::Dialler;
-use crate::live::{Basis, Registry};
+use crate::live::{Basis, OpenConnections};
 use crate::offload::{Choice, Engine, Pipe};
 use crate::policy::{Policy, Rule};
-use crate::relay::{self, Left, Limits, Progress, Stop};
+use crate::relay::{self, HalfClosed, Limits, Progress, Stop};
 use crate::reuse::{Bound, Pool};
-use crate::turns::Turns;
 use crate::whence::Here;
 use arc_swap::ArcSwap;
 use attempt::Attempt;
@@ -54,7 +54,7 @@ const SECOND_LOOKS: [Duration; 6] = [
 
 /// What every shard of an agent shares.
 #[derive(Debug)]
-pub struct Shared {
+pub struct AgentState {
     /// Configuration.
     pub config: Config,
     /// The policy in force.
@@ -64,7 +64,7 @@ pub struct Shared {
     /// The engine that the self-test, or the configuration, chose.
     pub engine: Choice,
     /// Open connections.
-    pub registry: Arc<Registry>,
+    pub registry: Arc<OpenConnections>,
     /// Places for connections.
     pub admission: Admission,
     /// The addresses of this host.
@@ -76,7 +76,7 @@ pub struct Shared {
     /// How many shards there are.
     pub shards: usize,
     /// Handshakes that may be under way at once; the others wait, within their own deadline.
-    pub turns: Arc<Turns>,
+    pub handshake_slots: Arc<HandshakeSlots>,
 }
 
 /// What the flows of one shard share.
@@ -93,7 +93,7 @@ pub struct Site {
 
 /// Walks one flow through the rooms, and inbound what comes after it on the same connection. Returns when all of it is
 /// over and recorded.
-pub async fn walk(shared: &Shared, site: &Site, flow: Flow) {
+pub async fn walk(shared: &AgentState, site: &Site, flow: Flow) {
     let ends = (flow.source, flow.destination);
     // What it takes to make a connection is given back before its bytes move: it is several times what the connection
     // needs that may be idle for days.
@@ -113,7 +113,7 @@ pub async fn walk(shared: &Shared, site: &Site, flow: Flow) {
 }
 
 /// Makes a connection. `None`: it was refused, and is recorded.
-async fn begin<'a>(shared: &'a Shared, site: &'a Site, flow: Flow) -> Option<(Place, Made<'a>)> {
+async fn begin<'a>(shared: &'a AgentState, site: &'a Site, flow: Flow) -> Option<(Place, Made<'a>)> {
     let place = |admission: &Admission, flow: &Flow| match flow.direction() {
         Direction::Outbound => admission.outbound(flow.task().map_or(u32::MAX, |task| task.uid)),
         Direction::Inbound => admission.unproven(&shared.here.whence(flow.source, flow.destination.0)),
@@ -124,7 +124,7 @@ async fn begin<'a>(shared: &'a Shared, site: &'a Site, flow: Flow) -> Option<(Pl
 
 /// Is there room for another? `None`: it was refused, and is recorded.
 fn enter(
-    shared: &Shared,
+    shared: &AgentState,
     flow: Flow,
     place: impl FnOnce(&Admission, &Flow) -> Result<Place, Full>,
 ) -> Option<(Place, Attempt<'_>, Flow)> {
@@ -145,7 +145,7 @@ fn enter(
 
 /// What one walk goes by: the policy is the one that was in force when it began.
 struct Walk<'a> {
-    shared: &'a Shared,
+    shared: &'a AgentState,
     site: &'a Site,
     policy: Arc<Policy>,
 }
@@ -159,7 +159,7 @@ enum Carriage {
 }
 
 impl<'a> Walk<'a> {
-    fn new(shared: &'a Shared, site: &'a Site) -> Self {
+    fn new(shared: &'a AgentState, site: &'a Site) -> Self {
         Self { shared, site, policy: shared.policy.load_full() }
     }
 
@@ -248,7 +248,7 @@ impl<'a> Walk<'a> {
 }
 
 /// Carries what was made, to its end. Not `async fn`: what is held for as long as the connection is held once.
-fn carry<'a>(shared: &'a Shared, made: Made<'a>) -> impl Future<Output = Option<Left>> + use<'a> {
+fn carry<'a>(shared: &'a AgentState, made: Made<'a>) -> impl Future<Output = Option<HalfClosed>> + use<'a> {
     let Made { mut attempt, carriage, basis, rule, .. } = made;
     attempt.engine = match &carriage {
         Carriage::Pipe(pipe) => pipe.engine().map(Engine::name),
@@ -305,7 +305,7 @@ async fn told(mut stopped: watch::Receiver<Option<Stop>>) -> Stop {
 mod tests {
     use super::*;
 
-    fn size<F>(_: impl FnOnce(&'static Shared, &'static Site, Flow) -> F) -> usize {
+    fn size<F>(_: impl FnOnce(&'static AgentState, &'static Site, Flow) -> F) -> usize {
         size_of::<F>()
     }
 

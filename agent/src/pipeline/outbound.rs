@@ -7,12 +7,12 @@ use super::{Carriage, Error, Made, Walk};
 use crate::authorize::Permit;
 use crate::flow::Flow;
 use crate::handshake;
+use crate::handshake_slots::Tenant;
 use crate::live::Basis;
 use crate::offload::{self, Choice};
 use crate::policy::{Policy, Rule};
-use crate::relay::Left;
+use crate::relay::HalfClosed;
 use crate::reuse::{self, Key};
-use crate::turns::Party;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -28,9 +28,9 @@ pub(super) struct PoolSlot {
 }
 
 /// Outbound: keeps what is left of a connection for the next one.
-pub(super) async fn keep(site: &super::Site, origin: &PoolSlot, left: Option<Left>) {
+pub(super) async fn keep(site: &super::Site, origin: &PoolSlot, left: Option<HalfClosed>) {
     let Some(left) = left else { return };
-    if let Some(idle) = Box::pin(left.settle()).await {
+    if let Some(idle) = Box::pin(left.drain()).await {
         site.pool.borrow_mut().put(&origin.policy, &origin.key, idle);
     }
 }
@@ -99,10 +99,10 @@ impl<'a> Walk<'a> {
             };
             let session = {
                 let terms = self.terms(engine, offer);
-                let party = Party::workload(permit.parties().workload.id.clone());
-                let _turn = match self.shared.turns.take(party, terms.deadline).await {
+                let tenant = Tenant::workload(permit.parties().workload.id.clone());
+                let _turn = match self.shared.handshake_slots.take(tenant, terms.deadline).await {
                     Ok(turn) => turn,
-                    Err(error) => return Err(Unmet::with(Error::Turn(error), permit)),
+                    Err(error) => return Err(Unmet::with(Error::HandshakeSlot(error), permit)),
                 };
                 match handshake::connect(permit, credential.clone(), network, terms).await {
                     Ok(session) => session,

@@ -2,11 +2,11 @@
 //!
 //! *Invariant:* who listens, who may come and who the peer is are asked each time as if it were a new connection.
 
-use super::{Carriage, Error, Made, Shared, Site, Walk, attempt::turned_away, enter};
+use super::{AgentState, Carriage, Error, Made, Site, Walk, attempt::turned_away, enter};
 use crate::admission::Place;
 use crate::flow::{Direction, OriginalDst};
 use crate::intercept::Opening;
-use crate::relay::{Idle, Left};
+use crate::relay::{HalfClosed, IdleSession};
 use crate::reuse;
 use std::net::SocketAddr;
 use std::time::SystemTime;
@@ -17,12 +17,12 @@ const SERVER_PATIENCE: u32 = 2;
 /// Waits for the next use of a connection, and makes it: who listens, who may come and who the peer is are asked as if it
 /// were a new one. What is refused ends the connection, and the peer may make a new one and hear why.
 pub(super) async fn again<'a>(
-    shared: &'a Shared,
+    shared: &'a AgentState,
     site: &'a Site,
-    left: Option<Left>,
+    left: Option<HalfClosed>,
     (source, destination): (SocketAddr, OriginalDst),
 ) -> Option<(Place, Made<'a>)> {
-    let mut idle = settled(left).await?;
+    let mut idle = drained(left).await?;
     if !is_asked(shared, site, &mut idle).await {
         idle.close();
         return None;
@@ -74,7 +74,7 @@ pub(super) async fn again<'a>(
 }
 
 /// Waits for the client to begin. False: it has closed, or it is time that this side does.
-async fn is_asked(shared: &Shared, site: &Site, idle: &mut Idle) -> bool {
+async fn is_asked(shared: &AgentState, site: &Site, idle: &mut IdleSession) -> bool {
     let sessions = &shared.config.sessions;
     let (mut changed, mut closing) = (shared.changed.subscribe(), site.closing.clone());
     let Some(_place) = shared.registry.wait(shared.config.limits.connections) else { return false };
@@ -89,6 +89,6 @@ async fn is_asked(shared: &Shared, site: &Site, idle: &mut Idle) -> bool {
     }
 }
 
-async fn settled(left: Option<Left>) -> Option<Idle> {
-    left?.settle().await
+async fn drained(left: Option<HalfClosed>) -> Option<IdleSession> {
+    left?.drain().await
 }

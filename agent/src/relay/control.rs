@@ -5,7 +5,7 @@
 
 use super::{
     Violation,
-    exchange::{Exchange, LENGTH, Marker, Word},
+    exchange::{Exchange, Frame, FrameKind, LENGTH},
 };
 use crate::offload::record::ContentType;
 
@@ -32,8 +32,8 @@ pub(super) enum Act {
     CloseNotify,
     /// The peer gives up.
     Fatal(u8),
-    /// A word about the uses of a shared connection.
-    Word(Word),
+    /// A frame about the uses of a shared connection.
+    Frame(FrameKind),
 }
 
 /// What has been said so far on one connection.
@@ -77,12 +77,12 @@ impl Control {
         self.exchange
     }
 
-    /// The body of the record that says this word, and how far the uses have come when it has been said. None where it
+    /// The body of the record that says this frame, and how far the uses have come when it has been said. None where it
     /// has no place now.
-    pub(super) fn say(&self, word: Word) -> Option<([u8; LENGTH], Exchange)> {
+    pub(super) fn say(&self, kind: FrameKind) -> Option<([u8; LENGTH], Exchange)> {
         let mut exchange = self.exchange?;
-        let marker = exchange.say(word)?;
-        Some((marker.bytes(), exchange))
+        let frame = exchange.say(kind)?;
+        Some((frame.bytes(), exchange))
     }
 
     /// It has been said.
@@ -95,7 +95,7 @@ impl Control {
         if self.message != Message::Between {
             return Err(Violation::UnexpectedMessage);
         }
-        self.exchange.map_or(Ok(()), Exchange::hear_data)?;
+        self.exchange.map_or(Ok(()), Exchange::recv_data)?;
         if length > 0 {
             self.empty = 0;
             self.key_updates = 0;
@@ -108,7 +108,7 @@ impl Control {
     /// A record of another type.
     pub(super) fn record(&mut self, content_type: ContentType, body: &[u8]) -> Result<Act, Violation> {
         match content_type {
-            ContentType::MARKER if self.exchange.is_some() && self.message == Message::Between => self.marker(body),
+            ContentType::MARKER if self.exchange.is_some() && self.message == Message::Between => self.frame(body),
             ContentType::ALERT if self.message != Message::Between => Err(Violation::UnexpectedMessage),
             ContentType::ALERT => self.alert(body),
             ContentType::HANDSHAKE if body.is_empty() => Err(Violation::UnexpectedMessage),
@@ -117,12 +117,12 @@ impl Control {
         }
     }
 
-    fn marker(&mut self, body: &[u8]) -> Result<Act, Violation> {
-        let marker = Marker::parse(body)?;
-        let word = self.exchange.as_mut().ok_or(Violation::UnexpectedRecord)?.hear(marker)?;
+    fn frame(&mut self, body: &[u8]) -> Result<Act, Violation> {
+        let frame = Frame::parse(body)?;
+        let kind = self.exchange.as_mut().ok_or(Violation::UnexpectedRecord)?.hear(frame)?;
         // A use that begins moves bytes, or ends soon.
         self.key_updates = 0;
-        Ok(Act::Word(word))
+        Ok(Act::Frame(kind))
     }
 
     /// One alert fills one record (RFC 9846 section 5.1). Its level says nothing (section 6).
@@ -306,19 +306,19 @@ mod tests {
         const W: ContentType = ContentType::MARKER;
         let mut control = Control::new(false, true);
         assert_eq!(control.data(7), Ok(()));
-        assert_eq!(control.record(W, &[3, 0, 0, 0, 1]), Ok(Act::Word(Word::End)));
+        assert_eq!(control.record(W, &[3, 0, 0, 0, 1]), Ok(Act::Frame(FrameKind::End)));
         assert_eq!(control.data(1), Err(UnexpectedMessage), "behind the end");
         assert_eq!(control.data(0), Err(UnexpectedMessage), "not even nothing");
         assert_eq!(control.record(W, &[1, 0, 0, 0, 2]), Err(UnexpectedMessage), "this side has not ended");
-        let say = |control: &mut Control, word| {
-            let (body, exchange) = control.say(word).unwrap();
+        let say = |control: &mut Control, kind| {
+            let (body, exchange) = control.say(kind).unwrap();
             control.said(exchange);
             body
         };
-        assert_eq!(say(&mut control, Word::End), [3, 0, 0, 0, 1]);
-        assert_eq!(control.record(W, &[1, 0, 0, 0, 2]), Ok(Act::Word(Word::Begin)));
+        assert_eq!(say(&mut control, FrameKind::End), [3, 0, 0, 0, 1]);
+        assert_eq!(control.record(W, &[1, 0, 0, 0, 2]), Ok(Act::Frame(FrameKind::Begin)));
         assert_eq!(control.data(1), Err(UnexpectedMessage), "before it is ready");
-        assert_eq!(say(&mut control, Word::Ready), [2, 0, 0, 0, 2]);
+        assert_eq!(say(&mut control, FrameKind::Ready), [2, 0, 0, 0, 2]);
         assert_eq!(control.data(1), Ok(()));
         assert_eq!(control.record(W, &[]), Err(Malformed));
     }

@@ -8,9 +8,10 @@ use super::{
     CloseReason, Limits, Progress, Stop, Violation,
     buffers::{Batch, Pending, Scratch, with_scratch},
     control,
-    exchange::Word,
-    lane::{Fault, Lane, Outbound, Say, Then},
-    plain, socket,
+    exchange::FrameKind,
+    plain,
+    record_layer::{ControlRecord, Fault, Outbound, RecordLayer, Then},
+    socket,
 };
 use rustix::{
     io::writev,
@@ -34,12 +35,12 @@ use tokio::{
 };
 use wimsey_sys::tls;
 
-/// How often a lane that needs it is asked again while something is under way: the kernel's TLS may miss to wake an
+/// How often a layer that needs it is asked again while something is under way: the kernel's TLS may miss to wake an
 /// edge-triggered waiter when memory is short, and nothing tells when its last record has left.
 const MIN_TICK: Duration = Duration::from_millis(20);
 const MAX_TICK: Duration = Duration::from_secs(1);
 
-/// Where a lane cannot tell whether there is more, it is asked again in the same turn after so little.
+/// Where a layer cannot tell whether there is more, it is asked again in the same turn after so little.
 const SMALL: usize = 4096;
 
 /// ... and so many times.
@@ -60,10 +61,10 @@ pub(super) struct Start {
 pub(super) struct Flow<L> {
     application: TcpStream,
     network: TcpStream,
-    lane: L,
+    layer: L,
     up: Half,
     down: Half,
-    /// For the network, as the lane made it.
+    /// For the network, as the layer made it.
     up_pending: Pending,
     /// For the application.
     down_pending: Pending,
@@ -81,9 +82,9 @@ pub(super) struct Flow<L> {
 }
 
 /// A connection that its application has left, and that another may use.
-pub(super) struct Left<L> {
+pub(super) struct HalfClosedParts<L> {
     pub(super) network: TcpStream,
-    pub(super) lane: L,
+    pub(super) layer: L,
     pub(super) pending: Pending,
 }
 
@@ -182,9 +183,9 @@ enum Woken {
     Stopped(Stop),
 }
 
-impl<L: Lane> Flow<L> {
+impl<L: RecordLayer> Flow<L> {
     /// Closing the application's socket is a reset already (`intercept::prepare`).
-    pub(super) fn new(application: TcpStream, network: TcpStream, lane: L, start: Start) -> Self {
+    pub(super) fn new(application: TcpStream, network: TcpStream, layer: L, start: Start) -> Self {
         // Until the stream has ended properly, whatever closes the socket is a reset: also the kernel, when the agent was
         // killed. With TLS a FIN without close_notify says the same.
         if !L::TLS {
@@ -194,7 +195,7 @@ impl<L: Lane> Flow<L> {
         Self {
             application,
             network,
-            lane,
+            layer,
             up: Half::Open,
             down: Half::Open,
             up_pending: start.greeting,
@@ -227,7 +228,7 @@ impl<L: Lane> Flow<L> {
                 break CloseReason::Complete;
             }
             moved.compare(self.marks(progress));
-            self.lane.rest();
+            self.layer.rest();
             let deadline = self.deadline(limits, &moved);
             let over = match self.wait(wants, deadline, stop.as_mut(), clock.as_mut()).await {
                 Woken::Again => stalled(deadline).filter(|reason| self.is_over(*reason, limits, &mut moved)),
@@ -264,7 +265,7 @@ impl<L: Lane> Flow<L> {
         let early = std::mem::take(&mut self.early);
         if !early.is_empty() {
             progress.sent.fetch_add(early.len() as u64, Ordering::Relaxed);
-            let sealed = self.lane.seal(&early, &mut self.up_pending);
+            let sealed = self.layer.seal(&early, &mut self.up_pending);
             sealed.map_err(|fault| self.network_fault(fault))?;
         }
         let joins = std::mem::replace(&mut self.greeting, Greeting::Said) == Greeting::Joins;
@@ -272,15 +273,15 @@ impl<L: Lane> Flow<L> {
             wants.network_write = true;
             return Ok(());
         }
-        if self.up == Half::Open && self.lane.owes_key_update() {
-            let said = self.lane.say(&self.network, Say::KeyUpdate, &mut self.up_pending);
+        if self.up == Half::Open && self.layer.owes_key_update() {
+            let said = self.layer.say(&self.network, ControlRecord::KeyUpdate, &mut self.up_pending);
             if !said.map_err(|fault| self.network_fault(fault))? || !self.flush_up()? {
                 wants.network_write = true;
                 return Ok(());
             }
         }
         if self.up == Half::Open {
-            let outbound = self.lane.outbound(&self.application, self.up_batch, scratch);
+            let outbound = self.layer.outbound(&self.application, self.up_batch, scratch);
             match outbound.map_err(application_fault)? {
                 Outbound::Blocked => {
                     wants.application_read = true;
@@ -294,8 +295,8 @@ impl<L: Lane> Flow<L> {
             }
         }
         if self.up == Half::Ended {
-            let end = if self.is_shared() { Say::Word(Word::End) } else { Say::CloseNotify };
-            let said = self.lane.say(&self.network, end, &mut self.up_pending);
+            let end = if self.is_shared() { ControlRecord::Frame(FrameKind::End) } else { ControlRecord::CloseNotify };
+            let said = self.layer.say(&self.network, end, &mut self.up_pending);
             if !said.map_err(|fault| self.network_fault(fault))? {
                 wants.network_write = true;
                 return Ok(());
@@ -307,7 +308,7 @@ impl<L: Lane> Flow<L> {
                 wants.network_write = true;
             } else if self.is_shared() {
                 self.up = Half::Closed;
-            } else if self.lane.has_drained(&self.network).map_err(|error| self.network_fault(error.into()))? {
+            } else if self.layer.has_drained(&self.network).map_err(|error| self.network_fault(error.into()))? {
                 end(&self.network);
                 self.up = Half::Closed;
             }
@@ -319,7 +320,7 @@ impl<L: Lane> Flow<L> {
         if self.up_pending.is_empty() {
             return Ok(true);
         }
-        let flushed = self.up_pending.flush(|bytes| self.lane.write(&self.network, bytes));
+        let flushed = self.up_pending.flush(|bytes| self.layer.write(&self.network, bytes));
         flushed.map_err(|error| self.network_fault(error.into()))
     }
 
@@ -332,7 +333,7 @@ impl<L: Lane> Flow<L> {
     ) -> Result<(), CloseReason> {
         let bytes = scratch.bytes.get(wire).unwrap_or_default();
         let all = if self.up_pending.is_empty() {
-            let written = self.lane.write(&self.network, bytes).map_err(|error| self.network_fault(error.into()))?;
+            let written = self.layer.write(&self.network, bytes).map_err(|error| self.network_fault(error.into()))?;
             self.up_pending.keep(bytes.get(written..).unwrap_or_default());
             self.up_pending.is_empty()
         } else {
@@ -374,7 +375,7 @@ impl<L: Lane> Flow<L> {
                 break;
             }
         }
-        wants.more |= self.up == Half::Open && self.lane.owes_key_update() && !wants.network_write;
+        wants.more |= self.up == Half::Open && self.layer.owes_key_update() && !wants.network_write;
         if self.down == Half::Ended && self.down_pending.is_empty() {
             end(&self.application);
             self.down = Half::Closed;
@@ -384,7 +385,7 @@ impl<L: Lane> Flow<L> {
 
     /// Takes one batch. True: it was small, and there may be more right behind it.
     fn receive(&mut self, scratch: &mut Scratch, progress: &Progress, wants: &mut Wants) -> Result<bool, CloseReason> {
-        let arrived = self.lane.inbound(&self.network, self.down_batch, scratch);
+        let arrived = self.layer.inbound(&self.network, self.down_batch, scratch);
         let arrived = arrived.map_err(|fault| self.network_fault(fault))?;
         self.deaf = matches!(arrived.then, Then::End | Then::Fault(_));
         if arrived.bytes > 0 {
@@ -406,12 +407,12 @@ impl<L: Lane> Flow<L> {
             Then::More if delivered && arrived.taken < SMALL => return Ok(true),
             Then::More => wants.more |= delivered,
             Then::Blocked => wants.network_read = delivered,
-            Then::End | Then::Word(Word::End) => self.down = Half::Ended,
-            Then::Word(Word::Abort) => {
+            Then::End | Then::Frame(FrameKind::End) => self.down = Half::Ended,
+            Then::Frame(FrameKind::Abort) => {
                 self.aborted = true;
                 return Err(CloseReason::PeerReset);
             }
-            Then::Word(Word::Begin | Word::Ready) => {
+            Then::Frame(FrameKind::Begin | FrameKind::Ready) => {
                 return Err(CloseReason::PeerViolation(Violation::UnexpectedMessage));
             }
             Then::Fault(fault) if delivered => return Err(self.network_fault(fault)),
@@ -537,7 +538,7 @@ impl<L: Lane> Flow<L> {
                 (moved.asked.map_or(due, |asked| due.max(asked + MAX_TICK)), Some(CloseReason::Stalled))
             })
         };
-        let tick = (up && self.lane.needs_ticks()).then(|| {
+        let tick = (up && self.layer.needs_ticks()).then(|| {
             // As long again as it has been waiting.
             let now = Instant::now();
             (now + now.duration_since(moved.up).clamp(MIN_TICK, MAX_TICK), None)
@@ -583,7 +584,7 @@ impl<L: Lane> Flow<L> {
         _ = socket::forget(socket, Interest::ERROR);
         match side {
             Side::Network if self.down == Half::Open => {
-                self.lane.ask_again();
+                self.layer.ask_again();
                 None
             }
             Side::Network => self.network.take_error().ok().flatten().map(|error| self.network_fault(error.into())),
@@ -601,12 +602,12 @@ impl<L: Lane> Flow<L> {
     }
 
     fn is_shared(&self) -> bool {
-        self.lane.exchange().is_some()
+        self.layer.exchange().is_some()
     }
 
     /// Can the connection be used again, after this use of it has ended in this way?
     fn can_be_left(&self, reason: CloseReason) -> bool {
-        let Some(exchange) = self.lane.exchange().filter(|_| !self.deaf) else { return false };
+        let Some(exchange) = self.layer.exchange().filter(|_| !self.deaf) else { return false };
         match reason {
             CloseReason::Complete => true,
             // What cannot be said any more, since the stream has ended already, only a reset can say.
@@ -617,9 +618,9 @@ impl<L: Lane> Flow<L> {
     }
 
     /// After its end: what may be used again. The application's socket is closed, and the network's too if it may not.
-    pub(super) fn leave(self, reason: CloseReason) -> Option<Left<L>> {
+    pub(super) fn leave(self, reason: CloseReason) -> Option<HalfClosedParts<L>> {
         let left = self.can_be_left(reason);
-        left.then_some(Left { network: self.network, lane: self.lane, pending: self.up_pending })
+        left.then_some(HalfClosedParts { network: self.network, layer: self.layer, pending: self.up_pending })
     }
 
     fn close(&mut self, reason: CloseReason) {
@@ -647,7 +648,7 @@ impl<L: Lane> Flow<L> {
         if !matches!(self.up, Half::Open | Half::Ended) || !matches!(self.flush_up(), Ok(true)) {
             return false;
         }
-        let said = self.lane.say(&self.network, Say::Alert(alert), &mut self.up_pending);
+        let said = self.layer.say(&self.network, ControlRecord::Alert(alert), &mut self.up_pending);
         if !matches!(said, Ok(true)) || !matches!(self.flush_up(), Ok(true)) {
             return false;
         }
@@ -673,7 +674,7 @@ fn application_fault(fault: Fault) -> CloseReason {
         Fault::Io(libc::ECONNRESET | libc::EPIPE | libc::ECONNABORTED) => CloseReason::ApplicationReset,
         Fault::Io(number) => CloseReason::ApplicationLost(number),
         Fault::Ours(reason) => reason,
-        // A lane finds these in what the network sends.
+        // A layer finds these in what the network sends.
         Fault::Truncated | Fault::Violation(_) | Fault::Alert(_) => CloseReason::PeerTruncated,
     }
 }

@@ -1,15 +1,15 @@
 //! A shared connection between two uses: what is left of one, the wait for the next, and how that begins.
 //!
-//! *Invariant:* an [`Idle`] has no byte of any application in it or on its way to it: both streams of its last use have
+//! *Invariant:* an [`IdleSession`] has no byte of any application in it or on its way to it: both streams of its last use have
 //! ended. Whatever goes wrong here ends the connection, and no application has lost a byte by it.
 
 use super::{
     Any, CloseReason, Limits, Progress, Stop, Tally, Violation,
     buffers::{Batch, Pending, with_scratch},
-    exchange::{Exchange, Word},
+    exchange::{Exchange, FrameKind},
     flow::{self, Flow, Start, network_fault},
     kernel::Kernel,
-    lane::{Fault, Lane, Say, Then},
+    record_layer::{ControlRecord, Fault, RecordLayer, Then},
     socket,
     user::User,
 };
@@ -23,36 +23,36 @@ use std::{
 use tokio::{io::Interest, net::TcpStream, time::timeout};
 
 /// How long the peer may take to end a use that this side's application has reset.
-const SETTLE: Duration = Duration::from_secs(5);
+const DRAIN: Duration = Duration::from_secs(5);
 /// ... and how many bytes may still be on their way: what two sockets and a batch hold.
-const SETTLE_BYTES: usize = 32 << 20;
+const DRAIN_BYTES: usize = 32 << 20;
 
 /// The engine's side of a shared connection, without its socket.
-pub struct Shared {
+pub struct SessionState {
     kept: Kept,
     agreement: Arc<Agreement>,
 }
 
 /// A shared connection whose use is over for this side's application, while the peer may not have said so yet.
-pub struct Left {
+pub struct HalfClosed {
     network: TcpStream,
     pending: Pending,
-    shared: Shared,
+    shared: SessionState,
 }
 
 /// A shared connection between two uses, or one of which the next has begun and moved no byte in this process.
-pub struct Idle {
+pub struct IdleSession {
     network: TcpStream,
     /// Bytes of the application that went with `begin`.
     sent: u64,
     /// `ready`, which goes with the workload's first bytes.
     greeting: Pending,
-    shared: Shared,
+    shared: SessionState,
 }
 
 /// Why a use has not begun.
 #[derive(Debug)]
-pub struct Unbegun {
+pub struct StartError {
     /// What happened to the connection.
     pub reason: CloseReason,
     /// May the workload have been given the bytes that went with `begin`? Then they must not be sent once more.
@@ -65,11 +65,11 @@ pub(super) enum Kept {
 }
 
 /// The same for both engines.
-macro_rules! with_lane {
-    ($kept:expr, $lane:ident => $body:expr) => {
+macro_rules! with_layer {
+    ($kept:expr, $layer:ident => $body:expr) => {
         match $kept {
-            Kept::User($lane) => $body,
-            Kept::Kernel($lane) => $body,
+            Kept::User($layer) => $body,
+            Kept::Kernel($layer) => $body,
         }
     };
 }
@@ -82,7 +82,7 @@ pub(super) fn run(
     limits: &Limits,
     stop: impl Future<Output = Stop>,
     progress: &Progress,
-) -> impl Future<Output = (Tally, Option<Left>)> {
+) -> impl Future<Output = (Tally, Option<HalfClosed>)> {
     async move {
         let stop = pin!(stop);
         let closed = match &mut flow {
@@ -92,31 +92,32 @@ pub(super) fn run(
         };
         let left = match flow {
             Any::Plain(_) => None,
-            Any::User(flow) => flow.leave(closed).map(|left| (left.network, left.pending, Kept::User(left.lane))),
-            Any::Kernel(flow) => flow.leave(closed).map(|left| (left.network, left.pending, Kept::Kernel(left.lane))),
+            Any::User(flow) => flow.leave(closed).map(|left| (left.network, left.pending, Kept::User(left.layer))),
+            Any::Kernel(flow) => flow.leave(closed).map(|left| (left.network, left.pending, Kept::Kernel(left.layer))),
         };
-        let left = left.zip(agreement).map(|((network, pending, kept), agreement)| Left {
+        let left = left.zip(agreement).map(|((network, pending, kept), agreement)| HalfClosed {
             network,
             pending,
-            shared: Shared { kept, agreement },
+            shared: SessionState { kept, agreement },
         });
         let tally = Tally { sent: progress.sent(), received: progress.received(), closed };
         (tally, left)
     }
 }
 
-impl Left {
+impl HalfClosed {
     /// Ends what is still open of the use: says that this side's application is gone, and passes over what comes for it.
     /// None: the connection is closed.
-    pub async fn settle(self) -> Option<Idle> {
+    pub async fn drain(self) -> Option<IdleSession> {
         let Self { network, mut pending, mut shared } = self;
-        let settled = with_lane!(&mut shared.kept, lane => timeout(SETTLE, settle(&network, lane, &mut pending)).await);
-        matches!(settled, Ok(Ok(()))).then(|| Idle::new(network, shared))
+        let drained =
+            with_layer!(&mut shared.kept, layer => timeout(DRAIN, drain(&network, layer, &mut pending)).await);
+        matches!(drained, Ok(Ok(()))).then(|| IdleSession::new(network, shared))
     }
 }
 
-impl Idle {
-    fn new(network: TcpStream, shared: Shared) -> Self {
+impl IdleSession {
+    fn new(network: TcpStream, shared: SessionState) -> Self {
         Self { network, sent: 0, greeting: Pending::default(), shared }
     }
 
@@ -140,20 +141,20 @@ impl Idle {
 
     /// The client: begins the next use with the first bytes of its application, at most a record of them, and waits until
     /// the server's workload has accepted.
-    pub async fn begin(&mut self, early: &[u8]) -> Result<(), Unbegun> {
+    pub async fn begin(&mut self, early: &[u8]) -> Result<(), StartError> {
         let Self { network, shared, sent, .. } = self;
         *sent = early.len() as u64;
-        with_lane!(&mut shared.kept, lane => begin(network, lane, early).await)
+        with_layer!(&mut shared.kept, layer => begin(network, layer, early).await)
     }
 
     /// The server: waits for the next use. Cancel safe. An error is how a connection that is not used again ends.
     pub async fn next(&mut self) -> Result<(), CloseReason> {
         let Self { network, shared, .. } = self;
-        with_lane!(&mut shared.kept, lane => expect(network, lane, Word::Begin).await).map_err(network_fault)
+        with_layer!(&mut shared.kept, layer => expect(network, layer, FrameKind::Begin).await).map_err(network_fault)
     }
 
     /// Takes socket and engine apart, for the flow that the next use is.
-    pub(crate) fn into_parts(self) -> (TcpStream, Shared) {
+    pub(crate) fn into_parts(self) -> (TcpStream, SessionState) {
         (self.network, self.shared)
     }
 
@@ -166,13 +167,13 @@ impl Idle {
         limits: &Limits,
         stop: impl Future<Output = Stop>,
         progress: &Progress,
-    ) -> impl Future<Output = (Tally, Option<Left>)> {
-        let Self { network, sent, greeting, shared: Shared { kept, agreement } } = self;
+    ) -> impl Future<Output = (Tally, Option<HalfClosed>)> {
+        let Self { network, sent, greeting, shared: SessionState { kept, agreement } } = self;
         progress.sent.fetch_add(sent, Ordering::Relaxed);
         let start = Start { early, greeting };
         let flow = match kept {
-            Kept::User(lane) => Any::User(Flow::new(application, network, lane, start)),
-            Kept::Kernel(lane) => Any::Kernel(Flow::new(application, network, lane, start)),
+            Kept::User(layer) => Any::User(Flow::new(application, network, layer, start)),
+            Kept::Kernel(layer) => Any::Kernel(Flow::new(application, network, layer, start)),
         };
         run(flow, Some(agreement), limits, stop, progress)
     }
@@ -183,7 +184,7 @@ impl Idle {
     }
 }
 
-impl Shared {
+impl SessionState {
     /// What the two ends agreed on.
     pub(crate) fn agreement(&self) -> &Arc<Agreement> {
         &self.agreement
@@ -191,32 +192,32 @@ impl Shared {
 
     /// Number of the last use.
     pub(crate) fn uses(&self) -> u32 {
-        with_lane!(&self.kept, lane => lane.exchange()).map_or(0, |exchange| exchange.number())
+        with_layer!(&self.kept, layer => layer.exchange()).map_or(0, |exchange| exchange.number())
     }
 
     /// The server: have the client's first bytes come along, so that they can go to the workload at once?
     pub(crate) fn speaks(&self) -> bool {
-        with_lane!(&self.kept, lane => lane.has_record())
+        with_layer!(&self.kept, layer => layer.has_record())
     }
 
-    /// The server: its workload has accepted, over the socket that these belong to. Where the lane leaves it to this
+    /// The server: its workload has accepted, over the socket that these belong to. Where the layer leaves it to this
     /// process, the client hears of it when the use is carried.
-    pub(crate) async fn ready(mut self, network: TcpStream) -> Result<Idle, CloseReason> {
+    pub(crate) async fn ready(mut self, network: TcpStream) -> Result<IdleSession, CloseReason> {
         let mut greeting = Pending::default();
-        let ready = Say::Word(Word::Ready);
-        let said = with_lane!(&mut self.kept, lane => utter(&network, lane, ready, &mut greeting).await);
+        let ready = ControlRecord::Frame(FrameKind::Ready);
+        let said = with_layer!(&mut self.kept, layer => send(&network, layer, ready, &mut greeting).await);
         said.map_err(network_fault)?;
-        Ok(Idle { greeting, ..Idle::new(network, self) })
+        Ok(IdleSession { greeting, ..IdleSession::new(network, self) })
     }
 
     /// Ends the connection in order, of which `network` is the socket. Before `ready` it says that no workload has been given
     /// a byte.
     pub(crate) fn close(mut self, network: &TcpStream) {
         let mut pending = Pending::default();
-        with_lane!(&mut self.kept, lane => {
+        with_layer!(&mut self.kept, layer => {
             // Whoever cannot be told finds out by the FIN.
-            if let Ok(true) = lane.say(network, Say::CloseNotify, &mut pending) {
-                _ = pending.flush(|bytes| lane.write(network, bytes));
+            if let Ok(true) = layer.say(network, ControlRecord::CloseNotify, &mut pending) {
+                _ = pending.flush(|bytes| layer.write(network, bytes));
             }
         });
         socket::discard(network);
@@ -224,40 +225,41 @@ impl Shared {
     }
 }
 
-async fn settle<L: Lane>(network: &TcpStream, lane: &mut L, pending: &mut Pending) -> Result<(), Fault> {
-    flush(network, lane, pending).await?;
-    if lane.exchange().is_some_and(Exchange::is_ours_open) {
-        utter(network, lane, Say::Word(Word::Abort), pending).await?;
-        flush(network, lane, pending).await?;
+async fn drain<L: RecordLayer>(network: &TcpStream, layer: &mut L, pending: &mut Pending) -> Result<(), Fault> {
+    flush(network, layer, pending).await?;
+    if layer.exchange().is_some_and(Exchange::is_ours_open) {
+        send(network, layer, ControlRecord::Frame(FrameKind::Abort), pending).await?;
+        flush(network, layer, pending).await?;
     }
-    let mut late = SETTLE_BYTES;
-    while lane.exchange().is_some_and(Exchange::is_theirs_open) {
-        hear(network, lane, &mut late).await?.word()?;
+    let mut late = DRAIN_BYTES;
+    while layer.exchange().is_some_and(Exchange::is_theirs_open) {
+        hear(network, layer, &mut late).await?.kind()?;
     }
     // The last use may have made it large.
-    lane.rest();
+    layer.rest();
     Ok(())
 }
 
-async fn begin<L: Lane>(network: &TcpStream, lane: &mut L, early: &[u8]) -> Result<(), Unbegun> {
-    let unbegun = |lost: bool| move |fault| Unbegun { reason: network_fault(fault), lost: lost && !early.is_empty() };
-    is_quiet(network, lane).map_err(unbegun(false))?;
+async fn begin<L: RecordLayer>(network: &TcpStream, layer: &mut L, early: &[u8]) -> Result<(), StartError> {
+    let unbegun =
+        |lost: bool| move |fault| StartError { reason: network_fault(fault), lost: lost && !early.is_empty() };
+    is_quiet(network, layer).map_err(unbegun(false))?;
     let mut pending = Pending::default();
     let begun = async {
-        if lane.owes_key_update() {
-            utter(network, lane, Say::KeyUpdate, &mut pending).await?;
+        if layer.owes_key_update() {
+            send(network, layer, ControlRecord::KeyUpdate, &mut pending).await?;
         }
-        utter(network, lane, Say::Word(Word::Begin), &mut pending).await?;
+        send(network, layer, ControlRecord::Frame(FrameKind::Begin), &mut pending).await?;
         if !early.is_empty() {
-            lane.seal(early, &mut pending)?;
+            layer.seal(early, &mut pending)?;
         }
-        flush(network, lane, &mut pending).await
+        flush(network, layer, &mut pending).await
     };
     let begun = begun.await;
     begun.map_err(|fault| unbegun(!pending.is_untouched())(fault))?;
-    match hear(network, lane, &mut 0).await {
-        Ok(Heard::Word(Word::Ready)) => Ok(()),
-        Ok(Heard::Word(_)) => Err(unbegun(true)(Violation::UnexpectedMessage.into())),
+    match hear(network, layer, &mut 0).await {
+        Ok(Heard::Frame(FrameKind::Ready)) => Ok(()),
+        Ok(Heard::Frame(_)) => Err(unbegun(true)(Violation::UnexpectedMessage.into())),
         // Under the session's keys: nobody but the server has said it, and it says nothing of the kind behind a byte that
         // it has given to a workload.
         Ok(Heard::CloseNotify) => Err(unbegun(false)(Fault::Truncated)),
@@ -266,52 +268,52 @@ async fn begin<L: Lane>(network: &TcpStream, lane: &mut L, early: &[u8]) -> Resu
 }
 
 /// Between two uses the server says nothing: what has come ends the connection.
-fn is_quiet<L: Lane>(network: &TcpStream, lane: &mut L) -> Result<(), Fault> {
-    match with_scratch(|scratch| lane.inbound(network, Batch::new(), scratch))?.then {
+fn is_quiet<L: RecordLayer>(network: &TcpStream, layer: &mut L) -> Result<(), Fault> {
+    match with_scratch(|scratch| layer.inbound(network, Batch::new(), scratch))?.then {
         Then::Blocked | Then::More => Ok(()),
-        Then::End | Then::Word(_) => Err(Fault::Truncated),
+        Then::End | Then::Frame(_) => Err(Fault::Truncated),
         Then::Fault(fault) => Err(fault),
     }
 }
 
-/// Waits for this word; data or any other is a violation.
-async fn expect<L: Lane>(network: &TcpStream, lane: &mut L, word: Word) -> Result<(), Fault> {
-    match hear(network, lane, &mut 0).await?.word()? {
-        heard if heard == word => Ok(()),
+/// Waits for this frame; data or any other is a violation.
+async fn expect<L: RecordLayer>(network: &TcpStream, layer: &mut L, kind: FrameKind) -> Result<(), Fault> {
+    match hear(network, layer, &mut 0).await?.kind()? {
+        heard if heard == kind => Ok(()),
         _ => Err(Violation::UnexpectedMessage.into()),
     }
 }
 
 /// What the peer says where no byte of an application is due.
 enum Heard {
-    Word(Word),
+    Frame(FrameKind),
     CloseNotify,
 }
 
 impl Heard {
-    fn word(self) -> Result<Word, Fault> {
+    fn kind(self) -> Result<FrameKind, Fault> {
         match self {
-            Self::Word(word) => Ok(word),
+            Self::Frame(kind) => Ok(kind),
             Self::CloseNotify => Err(Fault::Truncated),
         }
     }
 }
 
 /// Waits for what the peer says next, and passes over at most so many bytes before it. Cancel safe: what has been taken off
-/// the socket is in the lane.
-async fn hear<L: Lane>(network: &TcpStream, lane: &mut L, late: &mut usize) -> Result<Heard, Fault> {
+/// the socket is in the layer.
+async fn hear<L: RecordLayer>(network: &TcpStream, layer: &mut L, late: &mut usize) -> Result<Heard, Fault> {
     loop {
-        let arrived = with_scratch(|scratch| lane.inbound(network, Batch::new(), scratch))?;
+        let arrived = with_scratch(|scratch| layer.inbound(network, Batch::new(), scratch))?;
         *late = late.checked_sub(arrived.bytes).ok_or(Violation::Flood)?;
         match arrived.then {
-            Then::Word(word) => return Ok(Heard::Word(word)),
+            Then::Frame(kind) => return Ok(Heard::Frame(kind)),
             Then::More => tokio::task::yield_now().await,
             Then::Blocked => {
-                lane.rest();
+                layer.rest();
                 let signs = if L::FAILS_UNREAD { Interest::READABLE | Interest::ERROR } else { Interest::READABLE };
                 if network.ready(signs).await?.is_error() && L::FAILS_UNREAD {
                     _ = socket::forget(network, Interest::ERROR);
-                    lane.ask_again();
+                    layer.ask_again();
                 }
             }
             Then::End => return Ok(Heard::CloseNotify),
@@ -321,15 +323,20 @@ async fn hear<L: Lane>(network: &TcpStream, lane: &mut L, late: &mut usize) -> R
 }
 
 /// Says something, which may lie in `pending` then.
-async fn utter<L: Lane>(network: &TcpStream, lane: &mut L, say: Say, pending: &mut Pending) -> Result<(), Fault> {
-    while !lane.say(network, say, pending)? {
+async fn send<L: RecordLayer>(
+    network: &TcpStream,
+    layer: &mut L,
+    say: ControlRecord,
+    pending: &mut Pending,
+) -> Result<(), Fault> {
+    while !layer.say(network, say, pending)? {
         network.writable().await?;
     }
     Ok(())
 }
 
-async fn flush<L: Lane>(network: &TcpStream, lane: &mut L, pending: &mut Pending) -> Result<(), Fault> {
-    while !pending.is_empty() && !pending.flush(|bytes| lane.write(network, bytes))? {
+async fn flush<L: RecordLayer>(network: &TcpStream, layer: &mut L, pending: &mut Pending) -> Result<(), Fault> {
+    while !pending.is_empty() && !pending.flush(|bytes| layer.write(network, bytes))? {
         network.writable().await?;
     }
     Ok(())

@@ -8,8 +8,8 @@ use super::{
     buffers::{Batch, Pending, Scratch},
     control::{Act, Control, KEY_UPDATE_NOT_REQUESTED},
     exchange::Exchange,
-    lane::{Fault, Inbound, Lane, Outbound, Say, Then},
     plain,
+    record_layer::{ControlRecord, Fault, Inbound, Outbound, RecordLayer, Then},
     socket::{self, Read},
 };
 use crate::offload::{KernelKeys, record::ContentType};
@@ -52,7 +52,7 @@ impl Kernel {
                 Ok(Then::More)
             }
             Act::CloseNotify => Ok(Then::End),
-            Act::Word(word) => Ok(Then::Word(word)),
+            Act::Frame(kind) => Ok(Then::Frame(kind)),
             Act::Fatal(alert) => Err(Fault::Alert(alert)),
         }
     }
@@ -66,7 +66,7 @@ impl Kernel {
     }
 }
 
-impl Lane for Kernel {
+impl RecordLayer for Kernel {
     const TLS: bool = true;
     const FAILS_UNREAD: bool = true;
 
@@ -133,12 +133,12 @@ impl Lane for Kernel {
         self.asked || self.keys.is_due()
     }
 
-    fn say(&mut self, network: &TcpStream, what: Say, _pending: &mut Pending) -> Result<bool, Fault> {
+    fn say(&mut self, network: &TcpStream, what: ControlRecord, _pending: &mut Pending) -> Result<bool, Fault> {
         if let Some(body) = what.alert() {
             return Ok(!self.half_updated && self.send_record(network, ContentType::ALERT, &body)?);
         }
-        if let Say::Word(word) = what {
-            let (body, exchange) = self.control.say(word).ok_or(Fault::Io(libc::EPROTO))?;
+        if let ControlRecord::Frame(kind) = what {
+            let (body, exchange) = self.control.say(kind).ok_or(Fault::Io(libc::EPROTO))?;
             if !self.send_record(network, ContentType::MARKER, &body)? {
                 return Ok(false);
             }

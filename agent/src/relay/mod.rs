@@ -1,7 +1,7 @@
 //! relay: a `Pipe` in, a `Tally` out. The only place where bytes of an application move.
 //!
 //! One event loop for each flow carries both directions with TCP's own semantics: half-close either way, reset passed
-//! on, back-pressure to the sender. The same loop serves engine `kernel`, engine `user` and plain pipes (`lane`).
+//! on, back-pressure to the sender. The same loop serves engine `kernel`, engine `user` and plain pipes (`protection`).
 //! *Invariant:* bytes arrive unchanged, in order, or the receiving program gets a reset: a stream that was cut never
 //! looks like one that ended. A flow that waits holds no buffer but what a slow receiver has not taken yet.
 
@@ -11,17 +11,17 @@ mod exchange;
 mod flow;
 mod idle;
 mod kernel;
-mod lane;
+mod record_layer;
 mod plain;
 mod reason;
 mod socket;
 mod user;
 
-pub use idle::{Idle, Left, Shared, Unbegun};
+pub use idle::{HalfClosed, IdleSession, SessionState, StartError};
 pub use reason::{CloseReason, Stop, Violation};
 pub(crate) use socket::first_bytes;
 
-use crate::offload::{Lane, Pipe};
+use crate::offload::{Pipe, Protection};
 use flow::{Flow, Start};
 use kernel::Kernel;
 use plain::Plain;
@@ -84,14 +84,14 @@ pub fn carry(
     limits: &Limits,
     stop: impl Future<Output = Stop>,
     progress: &Progress,
-) -> impl Future<Output = (Tally, Option<Left>)> {
-    let Pipe { application, network, lane, early, agreement } = pipe;
+) -> impl Future<Output = (Tally, Option<HalfClosed>)> {
+    let Pipe { application, network, protection, early, agreement } = pipe;
     let start = Start { early, ..Start::default() };
     let shared = agreement.is_some();
-    let flow = match lane {
-        Lane::Plain => Any::Plain(Flow::new(application, network, Plain, start)),
-        Lane::User(keys) => Any::User(Flow::new(application, network, User::new(keys, shared), start)),
-        Lane::Kernel(keys) => Any::Kernel(Flow::new(application, network, Kernel::new(keys, shared), start)),
+    let flow = match protection {
+        Protection::Plain => Any::Plain(Flow::new(application, network, Plain, start)),
+        Protection::User(keys) => Any::User(Flow::new(application, network, User::new(keys, shared), start)),
+        Protection::Kernel(keys) => Any::Kernel(Flow::new(application, network, Kernel::new(keys, shared), start)),
     };
     idle::run(flow, agreement, limits, stop, progress)
 }

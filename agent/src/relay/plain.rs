@@ -1,10 +1,10 @@
 //! Bytes as they are: permissive listeners.
 //!
-//! *Invariant:* a plain pipe is made only where policy said so; nothing falls back to this lane.
+//! *Invariant:* a plain pipe is made only where policy said so; nothing falls back to this layer.
 
 use super::{
     buffers::{Batch, Pending, Scratch},
-    lane::{Fault, Inbound, Lane, Outbound, Say, Then},
+    record_layer::{ControlRecord, Fault, Inbound, Outbound, RecordLayer, Then},
     socket::{self, Read},
 };
 use rustix::net::{RecvFlags, SendFlags, recv, send};
@@ -13,7 +13,7 @@ use tokio::net::TcpStream;
 
 pub(super) struct Plain;
 
-impl Lane for Plain {
+impl RecordLayer for Plain {
     const TLS: bool = false;
 
     fn outbound(&mut self, application: &TcpStream, batch: Batch, scratch: &mut Scratch) -> Result<Outbound, Fault> {
@@ -46,7 +46,7 @@ impl Lane for Plain {
         put(network, bytes)
     }
 
-    fn say(&mut self, _network: &TcpStream, _what: Say, _pending: &mut Pending) -> Result<bool, Fault> {
+    fn say(&mut self, _network: &TcpStream, _what: ControlRecord, _pending: &mut Pending) -> Result<bool, Fault> {
         Ok(true)
     }
 }

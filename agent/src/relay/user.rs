@@ -8,9 +8,9 @@ use super::{
     CloseReason, Violation,
     buffers::{Batch, MAX_BATCH, Pending, Scratch},
     control::{Act, Control, KEY_UPDATE_NOT_REQUESTED},
-    exchange::{Exchange, Word},
-    lane::{Fault, Inbound, Lane, Outbound, Say, Then},
+    exchange::{Exchange, FrameKind},
     plain,
+    record_layer::{ControlRecord, Fault, Inbound, Outbound, RecordLayer, Then},
     socket::{self, Read},
 };
 use crate::offload::{
@@ -27,7 +27,7 @@ use std::{
 };
 use tokio::net::TcpStream;
 
-/// The most that a peer may have said behind a word that wants an answer: another word, and the first bytes of an
+/// The most that a peer may have said behind a frame that wants an answer: another frame, and the first bytes of an
 /// application.
 const MAX_BEHIND: usize = FULL_RECORD + 64;
 
@@ -40,7 +40,7 @@ pub(super) struct User {
     control: Control,
     /// The beginning of a record whose rest has not arrived.
     partial: Vec<u8>,
-    /// `partial` is what came behind a word, and may be a whole record.
+    /// `partial` is what came behind a frame, and may be a whole record.
     behind: bool,
     /// The peer asked for a fresh key.
     asked: bool,
@@ -77,7 +77,7 @@ impl User {
                 }
                 Ok(Opened::Nothing) => {}
                 Ok(Opened::End) => return (at + length, bytes, Then::End),
-                Ok(Opened::Word(word)) => return (at + length, bytes, Then::Word(word)),
+                Ok(Opened::Frame(kind)) => return (at + length, bytes, Then::Frame(kind)),
                 Err(fault) => return (at + length, bytes, Then::Fault(fault)),
             }
             at += length;
@@ -98,7 +98,7 @@ impl User {
                 Ok(Opened::Nothing)
             }
             Act::CloseNotify => Ok(Opened::End),
-            Act::Word(word) => Ok(Opened::Word(word)),
+            Act::Frame(kind) => Ok(Opened::Frame(kind)),
             Act::Fatal(alert) => Err(Fault::Alert(alert)),
         }
     }
@@ -119,10 +119,10 @@ impl User {
         let rest = scratch.bytes.get(came..filled).unwrap_or_default();
         match then {
             Then::More => self.partial.extend_from_slice(rest),
-            Then::Word(word) if word != Word::Ready && rest.len() > MAX_BEHIND => {
+            Then::Frame(kind) if kind != FrameKind::Ready && rest.len() > MAX_BEHIND => {
                 return (bytes, Then::Fault(Violation::UnexpectedMessage.into()));
             }
-            Then::Word(_) => {
+            Then::Frame(_) => {
                 self.partial.extend_from_slice(rest);
                 self.behind = !rest.is_empty();
             }
@@ -136,7 +136,7 @@ enum Opened {
     Data(Range<usize>),
     Nothing,
     End,
-    Word(Word),
+    Frame(FrameKind),
 }
 
 /// Adds content to the segments of the scratch.
@@ -153,7 +153,7 @@ fn append(scratch: &mut Scratch, content: Range<usize>) {
     }
 }
 
-impl Lane for User {
+impl RecordLayer for User {
     const TLS: bool = true;
 
     fn outbound(&mut self, application: &TcpStream, batch: Batch, scratch: &mut Scratch) -> Result<Outbound, Fault> {
@@ -216,7 +216,7 @@ impl Lane for User {
         self.asked || self.keys.sealer.is_due()
     }
 
-    fn say(&mut self, _network: &TcpStream, what: Say, pending: &mut Pending) -> Result<bool, Fault> {
+    fn say(&mut self, _network: &TcpStream, what: ControlRecord, pending: &mut Pending) -> Result<bool, Fault> {
         let spent = Fault::Ours(CloseReason::KeysSpent);
         let mut slot = [0; HEADER + 8 + TRAILER];
         let mut seal = |content_type, body: &[u8]| {
@@ -228,8 +228,8 @@ impl Lane for User {
         if let Some(body) = what.alert() {
             return seal(ContentType::ALERT, &body);
         }
-        if let Say::Word(word) = what {
-            let (body, exchange) = self.control.say(word).ok_or(Fault::Io(libc::EPROTO))?;
+        if let ControlRecord::Frame(kind) = what {
+            let (body, exchange) = self.control.say(kind).ok_or(Fault::Io(libc::EPROTO))?;
             let said = seal(ContentType::MARKER, &body);
             self.control.said(exchange);
             return said;

@@ -6,7 +6,7 @@
 use crate::authorize::Permit;
 use crate::config::Sessions;
 use crate::policy::Policy;
-use crate::relay::Idle;
+use crate::relay::IdleSession;
 use std::collections::{HashMap, VecDeque};
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
@@ -46,7 +46,7 @@ pub struct Pool {
 
 /// A connection that may be used.
 pub struct Spare {
-    idle: Idle,
+    idle: IdleSession,
     since: Instant,
 }
 
@@ -80,7 +80,7 @@ impl Pool {
     }
 
     /// Keeps a connection for whoever comes next. What there is no room or no time left for is closed.
-    pub fn put(&mut self, policy: &Arc<Policy>, key: &Key, idle: Idle) {
+    pub fn put(&mut self, policy: &Arc<Policy>, key: &Key, idle: IdleSession) {
         let spare = Spare { idle, since: Instant::now() };
         let is_other = self.policy.as_ref().is_some_and(|current| !Arc::ptr_eq(current, policy));
         let is_full = self.held >= self.most;
@@ -151,7 +151,7 @@ impl Spare {
         self.since.elapsed() < RECENT
     }
 
-    pub(super) fn into_idle(self) -> Idle {
+    pub(super) fn into_idle(self) -> IdleSession {
         self.idle
     }
 

@@ -19,7 +19,7 @@ use std::{
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use wimsey::flow::{Direction, OriginalDst};
-use wimsey::intercept::{Door, Error, KernelFacts, Notice, Opening, Work};
+use wimsey::intercept::{Error, KernelFacts, Notice, Opening, ShardListeners, Work};
 use wimsey_common::*;
 use world::{Client, Facts, HERE, SERVER, SERVER6, WORKLOAD, World, world};
 
@@ -350,7 +350,7 @@ fn a_protected_listener_is_reached_through_the_agent_and_sees_the_true_client() 
 }
 
 /// A last leg to whoever listens there now.
-async fn leg(door: &Door, to: OriginalDst, client: SocketAddr, opening: Opening) -> Result<TcpStream, Error> {
+async fn leg(door: &ShardListeners, to: OriginalDst, client: SocketAddr, opening: Opening) -> Result<TcpStream, Error> {
     let dialler = door.dialler();
     dialler.leg(to, client, dialler.look(to, false)?.who, opening).await
 }

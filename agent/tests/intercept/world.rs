@@ -18,7 +18,7 @@ use std::{
     time::{Duration, Instant},
 };
 use wimsey::{
-    intercept::{Door, Error, KernelFacts, Notice, Options, Programs, Refused},
+    intercept::{Error, KernelFacts, Notice, Options, Programs, Refused, ShardListeners},
     policy::{KernelCandidate, KernelDestination, KernelPolicy, KernelVerdict},
 };
 use wimsey_common::*;
@@ -61,7 +61,7 @@ pub struct World {
     pub options: Options,
     netns: String,
     programs: Option<Programs>,
-    door: Option<std::rc::Rc<Door>>,
+    door: Option<std::rc::Rc<ShardListeners>>,
     _run_dir: tempfile::TempDir,
 }
 
@@ -211,7 +211,7 @@ impl World {
         self.programs.as_mut().unwrap()
     }
 
-    pub fn door(&self) -> std::rc::Rc<Door> {
+    pub fn door(&self) -> std::rc::Rc<ShardListeners> {
         self.door.clone().unwrap()
     }
 

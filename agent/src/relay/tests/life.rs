@@ -208,27 +208,37 @@ async fn a_plain_pipe_passes_resets_and_half_closes_on_too() {
 /// A network that takes nothing although it has room: kernel TLS without memory.
 struct Stuck;
 
-impl lane::Lane for Stuck {
+impl record_layer::RecordLayer for Stuck {
     const TLS: bool = true;
     fn outbound(
         &mut self,
         from: &TcpStream,
         batch: Batch,
         scratch: &mut Scratch,
-    ) -> Result<lane::Outbound, lane::Fault> {
+    ) -> Result<record_layer::Outbound, record_layer::Fault> {
         Plain.outbound(from, batch, scratch)
     }
-    fn inbound(&mut self, from: &TcpStream, batch: Batch, scratch: &mut Scratch) -> Result<lane::Inbound, lane::Fault> {
+    fn inbound(
+        &mut self,
+        from: &TcpStream,
+        batch: Batch,
+        scratch: &mut Scratch,
+    ) -> Result<record_layer::Inbound, record_layer::Fault> {
         Plain.inbound(from, batch, scratch)
     }
-    fn seal(&mut self, _bytes: &[u8], _pending: &mut buffers::Pending) -> Result<(), lane::Fault> {
+    fn seal(&mut self, _bytes: &[u8], _pending: &mut buffers::Pending) -> Result<(), record_layer::Fault> {
         Ok(())
     }
 
     fn write(&mut self, to: &TcpStream, bytes: &[u8]) -> std::io::Result<usize> {
         crate::relay::socket::write_unasked(to, bytes.len(), || Err(rustix::io::Errno::AGAIN))
     }
-    fn say(&mut self, _: &TcpStream, _: lane::Say, _: &mut buffers::Pending) -> Result<bool, lane::Fault> {
+    fn say(
+        &mut self,
+        _: &TcpStream,
+        _: record_layer::ControlRecord,
+        _: &mut buffers::Pending,
+    ) -> Result<bool, record_layer::Fault> {
         Ok(false)
     }
     fn needs_ticks(&self) -> bool {

@@ -6,12 +6,12 @@ use crate::handshake::testing::terms;
 /// One side of a shared connection while a use of it runs. It comes to why that ended, and to what is left.
 struct Use {
     application: TcpStream,
-    ended: JoinHandle<(CloseReason, Option<Idle>)>,
+    ended: JoinHandle<(CloseReason, Option<IdleSession>)>,
 }
 
-async fn settled((tally, left): (Tally, Option<Left>)) -> (CloseReason, Option<Idle>) {
+async fn drained((tally, left): (Tally, Option<HalfClosed>)) -> (CloseReason, Option<IdleSession>) {
     match left {
-        Some(left) => (tally.closed, left.settle().await),
+        Some(left) => (tally.closed, left.drain().await),
         None => (tally.closed, None),
     }
 }
@@ -19,20 +19,20 @@ async fn settled((tally, left): (Tally, Option<Left>)) -> (CloseReason, Option<I
 impl Use {
     fn first(application: TcpStream, pipe: Pipe) -> Self {
         let ended = tokio::spawn(async move {
-            settled(carry(pipe, &Limits::default(), pending(), &Progress::default()).await).await
+            drained(carry(pipe, &Limits::default(), pending(), &Progress::default()).await).await
         });
         Self { application, ended }
     }
 
-    async fn next(idle: Idle) -> Self {
+    async fn next(idle: IdleSession) -> Self {
         let (application, own) = program().await;
         let ended = tokio::spawn(async move {
-            settled(idle.carry(own, Vec::new(), &Limits::default(), pending(), &Progress::default()).await).await
+            drained(idle.carry(own, Vec::new(), &Limits::default(), pending(), &Progress::default()).await).await
         });
         Self { application, ended }
     }
 
-    async fn end(self) -> (CloseReason, Option<Idle>) {
+    async fn end(self) -> (CloseReason, Option<IdleSession>) {
         over(self.ended).await
     }
 }
@@ -51,17 +51,17 @@ async fn shared() -> (Use, Use) {
     (Use::first(sessions.client_application, client), server)
 }
 
-async fn over(ended: JoinHandle<(CloseReason, Option<Idle>)>) -> (CloseReason, Option<Idle>) {
+async fn over(ended: JoinHandle<(CloseReason, Option<IdleSession>)>) -> (CloseReason, Option<IdleSession>) {
     timeout(patience(20), ended).await.expect("the use ends").unwrap()
 }
 
 /// Begins the next use on both sides.
-async fn again(client: Idle, server: Idle) -> (Use, Use) {
+async fn again(client: IdleSession, server: IdleSession) -> (Use, Use) {
     again_with(client, server, &[]).await
 }
 
 /// The same with first bytes of the client's application.
-async fn again_with(mut client: Idle, mut server: Idle, early: &[u8]) -> (Use, Use) {
+async fn again_with(mut client: IdleSession, mut server: IdleSession, early: &[u8]) -> (Use, Use) {
     let serve = async {
         server.next().await.unwrap();
         ready(server).await
@@ -72,13 +72,13 @@ async fn again_with(mut client: Idle, mut server: Idle, early: &[u8]) -> (Use, U
 }
 
 /// The server's workload accepts.
-async fn ready(server: Idle) -> Use {
+async fn ready(server: IdleSession) -> Use {
     let (network, shared) = server.into_parts();
     Use::next(shared.ready(network).await.unwrap()).await
 }
 
 /// Sends `bytes` both ways at once, ends both streams, and gives both sides back.
-async fn talk(client: Use, server: Use, bytes: &[u8]) -> (Idle, Idle) {
+async fn talk(client: Use, server: Use, bytes: &[u8]) -> (IdleSession, IdleSession) {
     let (mut client, mut server) = (client, server);
     let half = async |one: &mut TcpStream| {
         let (mut reader, mut writer) = one.split();
@@ -211,7 +211,7 @@ async fn bytes_that_did_not_go_with_the_word_are_the_first_of_the_use() {
 }
 
 /// A relay as the client of a shared connection between two uses, and a server that says what it wants.
-async fn against_server() -> (Idle, Peer) {
+async fn against_server() -> (IdleSession, Peer) {
     let sessions = sessions().await;
     let mut relay = Use::first(sessions.client_application, arm(sessions.client, engine()).unwrap());
     let mut peer = Peer::server(sessions.server).await;

@@ -24,13 +24,13 @@ fn blocking(socket: TcpStream) -> std::net::TcpStream {
 fn on_shards(pipes: Vec<Pipe>) -> Vec<thread::JoinHandle<Tally>> {
     let start = |pipe: Pipe| {
         let (application, network) = (pipe.application.into_std().unwrap(), pipe.network.into_std().unwrap());
-        let lane = pipe.lane;
+        let protection = pipe.protection;
         thread::spawn(move || {
             let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             runtime.block_on(async {
                 let application = TcpStream::from_std(application).unwrap();
                 let network = TcpStream::from_std(network).unwrap();
-                let pipe = Pipe { application, network, lane, early: Vec::new(), agreement: None };
+                let pipe = Pipe { application, network, protection, early: Vec::new(), agreement: None };
                 carry(pipe, &Limits::default(), pending(), &Progress::default()).await.0
             })
         })

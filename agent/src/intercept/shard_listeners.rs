@@ -1,13 +1,13 @@
 //! The doors of a shard: connections that the kernel has turned to the agent come in, the agent's own connections go out.
 //!
-//! A [`Doorway`] is made with the programs and sent to the shard's thread, which opens it into a [`Door`] on its own
+//! A [`UnboundListeners`] is made with the programs and sent to the shard's thread, which opens it into a [`ShardListeners`] on its own
 //! runtime. A connection costs one or two map calls, on descriptors that nobody locks.
 //!
 //! *Invariant:* a destination is never guessed. What the kernel has no record of is reset.
 
 use super::{
     Error, host, owners,
-    registry::Shared,
+    registry::SharedAddresses,
     tables::{Tables, address, canonical, map_error, socket_address},
 };
 use crate::flow::{Flow, Listens, Origin, OriginalDst};
@@ -39,7 +39,7 @@ const BACKLOG: i32 = 4096;
 
 /// The listeners of one shard, not yet on a runtime. Can be sent to another thread.
 #[derive(Debug)]
-pub struct Doorway {
+pub struct UnboundListeners {
     shard: usize,
     outbound: Pair<std::net::TcpListener>,
     inbound: Pair<std::net::TcpListener>,
@@ -58,7 +58,7 @@ struct Pair<T> {
 
 /// The listeners of one shard, on its runtime. Dropping it closes them, and what comes then is refused by the kernel.
 #[derive(Debug)]
-pub struct Door {
+pub struct ShardListeners {
     outbound: Pair<TcpListener>,
     inbound: Pair<TcpListener>,
     /// Addresses of the outbound listeners: each connection that comes to one has it as its own.
@@ -91,12 +91,12 @@ pub enum Opening {
 pub struct Dialler {
     tables: Tables,
     netns: u64,
-    shared: Shared,
+    shared: SharedAddresses,
     flows: Arc<AtomicU64>,
     congestion: Congestion,
 }
 
-impl Doorway {
+impl UnboundListeners {
     /// Makes the listeners of a shard and shows them to the kernel programs.
     pub(super) fn make(shard: usize, tables: &Tables, netns: u64, flows: Arc<AtomicU64>) -> Result<Self, Error> {
         let outbound = Pair::listen(tables, Side::Programs)?;
@@ -113,7 +113,7 @@ impl Doorway {
     }
 
     /// Opens the door on the runtime of the calling thread.
-    pub fn open(self) -> Result<Door, Error> {
+    pub fn open(self) -> Result<ShardListeners, Error> {
         let turned_to = self.outbound.addresses().map_err(|error| Error::Accept { error })?;
         let forbidden = self.inbound.addresses().map_err(|error| Error::Accept { error })?;
         let outbound = self.outbound.register().map_err(|error| Error::Accept { error })?;
@@ -121,15 +121,15 @@ impl Doorway {
         let dialler = Dialler {
             tables: self.tables,
             netns: self.netns,
-            shared: Shared::default(),
+            shared: SharedAddresses::default(),
             flows: self.flows,
             congestion: self.congestion,
         };
-        Ok(Door { outbound, inbound, turned_to, forbidden, dialler })
+        Ok(ShardListeners { outbound, inbound, turned_to, forbidden, dialler })
     }
 }
 
-impl Door {
+impl ShardListeners {
     /// What makes this shard's own connections.
     pub fn dialler(&self) -> Dialler {
         self.dialler.clone()
@@ -172,7 +172,7 @@ impl Door {
         })
     }
 
-    /// The next connection for a protected listener of this host. Errors as in [`Door::accept_outbound`]. Cancel safe.
+    /// The next connection for a protected listener of this host. Errors as in [`ShardListeners::accept_outbound`]. Cancel safe.
     pub async fn accept_inbound(&self) -> Result<Flow, Error> {
         let (socket, peer) = self.inbound.accept().await.map_err(|error| Error::Accept { error })?;
         let local = canonical(socket.local_addr().map_err(|error| Error::Accept { error })?);

@@ -1,8 +1,8 @@
 //! The decisions: who goes now, who waits, who is next, and who has to go when there is no more room.
 //!
-//! Next is who has the fewest turns, and among those with as few, who was served longest ago: round robin. A party gets a
+//! Next is who has the fewest turns, and among those with as few, who was served longest ago: round robin. A tenant gets a
 //! turn only while more are free than it has. So one alone has at most half of them, two have a third each, and there is
-//! always one left for whoever comes next, however long those that are under way may take. Parties may be within a party:
+//! always one left for whoever comes next, however long those that are under way may take. Parties may be within a tenant:
 //! which of them is next is decided in the same way, and of the turns that theirs may have one takes what it needs until an
 //! eighth is left, as with places ([`admits`]).
 //! *Invariant:* nobody waits who could go; no line is longer than it has to be for want of others.
@@ -11,9 +11,9 @@ use crate::admission::admits;
 use std::collections::{BTreeMap, BTreeSet};
 
 /// Number of a waiter, in the order of coming.
-pub(super) type Ticket = u64;
+pub(super) type Entry = u64;
 
-/// A party, each step within the one before. None goes on where another ends.
+/// A tenant, each step within the one before. None goes on where another ends.
 pub(super) type Path<K> = Box<[K]>;
 
 /// What whoever asks is told.
@@ -23,15 +23,15 @@ pub(super) enum Answer<K, W> {
     Now,
     /// Wait for [`Queue::done`] to give `W` back, or [`Queue::leave`].
     Wait {
-        ticket: Ticket,
-        /// Who lost its place for this one, with how many waited of its widest party before that.
+        ticket: Entry,
+        /// Who lost its place for this one, with how many waited of its widest tenant before that.
         refused: Option<(Path<K>, W, usize)>,
     },
-    /// There is no room, and nobody's line is longer than one's own; so many wait of one's widest party.
+    /// There is no room, and nobody's line is longer than one's own; so many wait of one's widest tenant.
     Full { own: usize },
 }
 
-/// Turns, and those who wait for one: `K` is whose it is, `W` is how to tell.
+/// HandshakeSlots, and those who wait for one: `K` is whose it is, `W` is how to tell.
 #[derive(Debug)]
 pub(super) struct Queue<K, W> {
     free: usize,
@@ -41,15 +41,15 @@ pub(super) struct Queue<K, W> {
     all: Node<K, W>,
 }
 
-/// A party and those within it.
+/// A tenant and those within it.
 #[derive(Debug)]
 struct Node<K, W> {
     has: usize,
     served: u64,
     /// Here and within.
     waiting: usize,
-    /// Those of the party itself, where none are within it.
-    waiters: BTreeMap<Ticket, W>,
+    /// Those of the tenant itself, where none are within it.
+    waiters: BTreeMap<Entry, W>,
     within: BTreeMap<K, Node<K, W>>,
     /// Those within of whom somebody waits, the next one first: turns they have, when they were served.
     next: BTreeSet<(usize, u64, K)>,
@@ -57,7 +57,7 @@ struct Node<K, W> {
     longest: BTreeSet<(usize, K)>,
 }
 
-/// The turns that may be given: those of the queue, or within a party.
+/// The turns that may be given: those of the queue, or within a tenant.
 #[derive(Clone, Copy)]
 enum Left {
     /// So many are left.
@@ -67,7 +67,7 @@ enum Left {
 }
 
 impl Left {
-    /// May a party with so many turns get another?
+    /// May a tenant with so many turns get another?
     fn admits(self, has: usize) -> bool {
         match self {
             Self::All { free } => has < free,
@@ -75,7 +75,7 @@ impl Left {
         }
     }
 
-    /// What is left within a party with so many turns.
+    /// What is left within a tenant with so many turns.
     fn within(self, has: usize) -> Self {
         let (free, of) = match self {
             // What it could take one by one while more are free than it has.
@@ -115,7 +115,7 @@ impl<K: Ord + Clone, W> Queue<K, W> {
         Answer::Wait { ticket, refused }
     }
 
-    /// A turn of this party is over. Who has one now that waited: mostly one at most.
+    /// A turn of this tenant is over. Who has one now that waited: mostly one at most.
     pub(super) fn done(&mut self, path: &[K]) -> Vec<(Path<K>, W)> {
         self.free += 1;
         self.change(path, |node, _| node.has = node.has.saturating_sub(1), |_| ());
@@ -132,8 +132,8 @@ impl<K: Ord + Clone, W> Queue<K, W> {
     }
 
     /// A waiter goes away. `None`: it was told already.
-    pub(super) fn leave(&mut self, path: &[K], ticket: Ticket) -> Option<W> {
-        // Without this a party that is gone would come back as an empty line for a moment.
+    pub(super) fn leave(&mut self, path: &[K], ticket: Entry) -> Option<W> {
+        // Without this a tenant that is gone would come back as an empty line for a moment.
         self.all.find(path)?.waiters.get(&ticket)?;
         self.all.waiting -= 1;
         self.change(path, |node, _| node.waiting -= 1, |node| node.waiters.remove(&ticket))
@@ -143,7 +143,7 @@ impl<K: Ord + Clone, W> Queue<K, W> {
         self.all.waiting
     }
 
-    /// How many wait of the widest party.
+    /// How many wait of the widest tenant.
     pub(super) fn waiting_for(&self, path: &[K]) -> usize {
         path.first().and_then(|key| self.all.within.get(key)).map_or(0, |node| node.waiting)
     }
@@ -182,7 +182,7 @@ impl<K: Ord + Clone, W> Node<K, W> {
         path.iter().try_fold(self, |node, key| node.within.get(key))
     }
 
-    /// May this party get a turn at every step?
+    /// May this tenant get a turn at every step?
     fn admits(&self, path: &[K], left: Left) -> bool {
         let Some((key, rest)) = path.split_first() else { return true };
         match self.within.get(key) {
@@ -210,7 +210,7 @@ impl<K: Ord + Clone, W> Node<K, W> {
         false
     }
 
-    /// Whose line is longer than this party's would be, at the first step where any is.
+    /// Whose line is longer than this tenant's would be, at the first step where any is.
     fn crowd(&self, path: &[K]) -> Option<Path<K>> {
         let (mut node, mut before) = (Some(self), Vec::new());
         for key in path {
@@ -275,7 +275,7 @@ impl<K: Ord + Clone + std::fmt::Debug, W> Queue<K, W> {
         assert!(!self.all.next(Left::All { free: self.free }, &mut Vec::new()), "somebody waits who could go");
         // Whoever has nothing, of whom nobody has anything, could go while any is free.
         let idle = self.all.within.values().any(|node| node.has == 0);
-        assert!(!idle || self.free == 0, "a party without a turn waits while turns are free");
+        assert!(!idle || self.free == 0, "a tenant without a turn waits while turns are free");
     }
 }
 

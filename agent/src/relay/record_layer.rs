@@ -1,18 +1,18 @@
 //! What the loop asks of an engine: bytes of the application into bytes of the network, and back.
 //!
-//! *Invariant:* a lane never waits and never looks at the other socket; what it could not hand on, the loop keeps.
+//! *Invariant:* a layer never waits and never looks at the other socket; what it could not hand on, the loop keeps.
 
 use super::{
     CloseReason, Violation,
     buffers::{Batch, Pending, Scratch},
     control,
-    exchange::{Exchange, Word},
+    exchange::{Exchange, FrameKind},
 };
 use std::{io, ops::Range};
 use tokio::net::TcpStream;
 
 /// One engine's way with the bytes of one connection.
-pub(super) trait Lane {
+pub(super) trait RecordLayer {
     /// Does the peer end its stream with close_notify? Otherwise with a FIN.
     const TLS: bool;
 
@@ -36,9 +36,9 @@ pub(super) trait Lane {
         false
     }
 
-    /// Says something that is not data. `pending` is empty, or may be appended to where the lane seals by itself. False:
+    /// Says something that is not data. `pending` is empty, or may be appended to where the layer seals by itself. False:
     /// the network takes nothing now.
-    fn say(&mut self, network: &TcpStream, what: Say, pending: &mut Pending) -> Result<bool, Fault>;
+    fn say(&mut self, network: &TcpStream, what: ControlRecord, pending: &mut Pending) -> Result<bool, Fault>;
 
     /// Has this side read a whole record of the peer already that it has not opened?
     fn has_record(&self) -> bool {
@@ -50,17 +50,17 @@ pub(super) trait Lane {
         None
     }
 
-    /// Has everything left this lane, so that the network socket may be shut down?
+    /// Has everything left this layer, so that the network socket may be shut down?
     fn has_drained(&self, _network: &TcpStream) -> io::Result<bool> {
         Ok(true)
     }
 
-    /// Does this lane need to be asked again without a sign from the socket?
+    /// Does this layer need to be asked again without a sign from the socket?
     fn needs_ticks(&self) -> bool {
         false
     }
 
-    /// The network's socket reports an error while it is read: the next [`Lane::inbound`] asks the socket itself.
+    /// The network's socket reports an error while it is read: the next [`RecordLayer::inbound`] asks the socket itself.
     fn ask_again(&mut self) {}
 
     /// The flow waits: memory that is not in use is given back.
@@ -69,24 +69,24 @@ pub(super) trait Lane {
 
 /// What to say.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Say {
+pub(super) enum ControlRecord {
     /// This side's stream is complete.
     CloseNotify,
     /// This side gives up.
     Alert(u8),
     /// This side's next record comes under its next key.
     KeyUpdate,
-    /// A word about the uses of a shared connection.
-    Word(Word),
+    /// A frame about the uses of a shared connection.
+    Frame(FrameKind),
 }
 
-impl Say {
+impl ControlRecord {
     /// The body of an alert, where it is one.
     pub(super) fn alert(self) -> Option<[u8; 2]> {
         match self {
             Self::CloseNotify => Some(control::alert(0)),
             Self::Alert(description) => Some(control::alert(description)),
-            Self::KeyUpdate | Self::Word(_) => None,
+            Self::KeyUpdate | Self::Frame(_) => None,
         }
     }
 }
@@ -127,13 +127,13 @@ pub(super) enum Then {
     Blocked,
     /// The peer's stream is complete.
     End,
-    /// A word about the uses of a shared connection. What comes behind it is left for the next time.
-    Word(Word),
+    /// A frame about the uses of a shared connection. What comes behind it is left for the next time.
+    Frame(FrameKind),
     /// The connection is over. What came before is delivered first.
     Fault(Fault),
 }
 
-/// Why a lane cannot go on.
+/// Why a layer cannot go on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Fault {
     /// The socket that was read or written failed, with this error number.

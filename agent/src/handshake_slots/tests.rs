@@ -1,4 +1,4 @@
-use super::queue::{Answer, Queue, Ticket};
+use super::queue::{Answer, Entry, Queue};
 use super::*;
 use crate::whence::Whence;
 use proptest::prelude::*;
@@ -9,8 +9,8 @@ fn id(name: &str) -> SpiffeId {
     SpiffeId::parse(&format!("spiffe://example.org/{name}")).unwrap()
 }
 
-fn workload(name: &str) -> Party {
-    Party::workload(id(name))
+fn workload(name: &str) -> Tenant {
+    Tenant::workload(id(name))
 }
 
 fn soon() -> Instant {
@@ -20,8 +20,8 @@ fn soon() -> Instant {
 #[test]
 fn a_crowd_does_not_make_others_wait() {
     let mut queue = Queue::new(8, 100);
-    let mut ask = |party: &'static str, number: u32| queue.ask(&[party], number);
-    // One party has half of the turns at most: the others are for whoever comes.
+    let mut ask = |tenant: &'static str, number: u32| queue.ask(&[tenant], number);
+    // One tenant has half of the turns at most: the others are for whoever comes.
     for number in 0..4 {
         assert_eq!(ask("crowd", number), Answer::Now);
     }
@@ -79,18 +79,18 @@ enum Deed {
 
 fn deed() -> impl Strategy<Value = Deed> {
     prop_oneof![
-        5 => (0_u8..9).prop_map(|party| Deed::Ask(party.saturating_sub(1))),
+        5 => (0_u8..9).prop_map(|tenant| Deed::Ask(tenant.saturating_sub(1))),
         3 => any::<usize>().prop_map(Deed::Done),
         1 => any::<usize>().prop_map(Deed::Leave),
     ]
 }
 
 /// Parties of one, two and three steps.
-fn path(party: u8) -> Box<[u8]> {
-    match party {
-        0..3 => [party].into(),
-        3..6 => [3, party].into(),
-        _ => [6, 6 + party % 2, party].into(),
+fn path(tenant: u8) -> Box<[u8]> {
+    match tenant {
+        0..3 => [tenant].into(),
+        3..6 => [3, tenant].into(),
+        _ => [6, 6 + tenant % 2, tenant].into(),
     }
 }
 
@@ -101,39 +101,39 @@ proptest! {
     ) {
         let mut queue = Queue::new(turns, room);
         let mut has: Vec<Box<[u8]>> = Vec::new();
-        let mut waits: BTreeMap<u32, (Box<[u8]>, Ticket)> = BTreeMap::new();
-        // How many wait within the first steps of a party.
-        let line = |waits: &BTreeMap<u32, (Box<[u8]>, Ticket)>, party: &[u8]| {
-            waits.values().filter(|(of, _)| of.starts_with(party)).count()
+        let mut waits: BTreeMap<u32, (Box<[u8]>, Entry)> = BTreeMap::new();
+        // How many wait within the first steps of a tenant.
+        let line = |waits: &BTreeMap<u32, (Box<[u8]>, Entry)>, tenant: &[u8]| {
+            waits.values().filter(|(of, _)| of.starts_with(tenant)).count()
         };
         for (number, deed) in (0_u32..).zip(deeds) {
             match deed {
-                Deed::Ask(party) => {
-                    let party = path(party);
-                    match queue.ask(&party, number) {
-                        Answer::Now => has.push(party),
+                Deed::Ask(tenant) => {
+                    let tenant = path(tenant);
+                    match queue.ask(&tenant, number) {
+                        Answer::Now => has.push(tenant),
                         Answer::Wait { ticket, refused } => {
                             if let Some((of, lost, own)) = refused {
                                 prop_assert_eq!(waits.len(), room);
                                 prop_assert_eq!(own, line(&waits, &of[..1]));
                                 // The first step at which they are not the same is the one that counts.
-                                let apart = of.iter().zip(&party).take_while(|(of, own)| of == own).count() + 1;
-                                prop_assert!(line(&waits, &of[..apart]) > line(&waits, &party[..apart]) + 1);
+                                let apart = of.iter().zip(&tenant).take_while(|(of, own)| of == own).count() + 1;
+                                prop_assert!(line(&waits, &of[..apart]) > line(&waits, &tenant[..apart]) + 1);
                                 prop_assert_eq!(waits.remove(&lost).map(|(of, _)| of), Some(of.clone()));
                                 // It was the newest.
-                                prop_assert!(waits.iter().all(|(other, (party, _))| *party != of || *other < lost));
+                                prop_assert!(waits.iter().all(|(other, (tenant, _))| *tenant != of || *other < lost));
                             }
-                            waits.insert(number, (party, ticket));
+                            waits.insert(number, (tenant, ticket));
                         }
                         Answer::Full { own } => {
-                            prop_assert_eq!((waits.len(), own), (room, line(&waits, &party[..1])));
+                            prop_assert_eq!((waits.len(), own), (room, line(&waits, &tenant[..1])));
                             prop_assert!((0..7).all(|other| line(&waits, &[other]) <= own + 1));
                         }
                     }
                 }
                 Deed::Done(at) if !has.is_empty() => {
-                    let party = has.swap_remove(at % has.len());
-                    for (next, number) in queue.done(&party) {
+                    let tenant = has.swap_remove(at % has.len());
+                    for (next, number) in queue.done(&tenant) {
                         // The oldest of its line.
                         let first = waits.iter().find(|(_, (of, _))| *of == next).map(|(number, _)| *number);
                         prop_assert_eq!(first, Some(number));
@@ -143,9 +143,9 @@ proptest! {
                 }
                 Deed::Leave(at) if !waits.is_empty() => {
                     let number = *waits.keys().nth(at % waits.len()).unwrap();
-                    let (party, ticket) = waits.remove(&number).unwrap();
-                    prop_assert_eq!(queue.leave(&party, ticket), Some(number));
-                    prop_assert_eq!(queue.leave(&party, ticket), None);
+                    let (tenant, ticket) = waits.remove(&number).unwrap();
+                    prop_assert_eq!(queue.leave(&tenant, ticket), Some(number));
+                    prop_assert_eq!(queue.leave(&tenant, ticket), None);
                 }
                 Deed::Done(_) | Deed::Leave(_) => {}
             }
@@ -154,8 +154,8 @@ proptest! {
             prop_assert_eq!(queue.waiting(), waits.len());
         }
         // Whoever waits is served in the end.
-        while let Some(party) = has.pop() {
-            has.extend(queue.done(&party).into_iter().map(|(next, number)| { waits.remove(&number); next }));
+        while let Some(tenant) = has.pop() {
+            has.extend(queue.done(&tenant).into_iter().map(|(next, number)| { waits.remove(&number); next }));
         }
         prop_assert_eq!((queue.free(), queue.waiting(), waits.len()), (turns, 0, 0));
     }
@@ -187,7 +187,7 @@ fn many_within_a_party_are_one_and_leave_each_other_something() {
 
 #[tokio::test]
 async fn a_turn_passes_on_when_it_is_over() {
-    let turns = Turns::new(1, 10);
+    let turns = HandshakeSlots::new(1, 10);
     let first = turns.take(workload("curl"), soon()).await.unwrap();
     let waiting = turns.take(workload("web"), soon());
     tokio::pin!(waiting);
@@ -195,14 +195,14 @@ async fn a_turn_passes_on_when_it_is_over() {
     assert_eq!(turns.waiting(), 1);
     drop(first);
     let second = waiting.await.unwrap();
-    assert_eq!((second.party.clone(), turns.waiting()), (workload("web"), 0));
+    assert_eq!((second.tenant.clone(), turns.waiting()), (workload("web"), 0));
     drop(second);
     turns.queue().check(1);
 }
 
 #[tokio::test]
 async fn whoever_waits_too_long_or_has_no_room_is_told_so_by_name() {
-    let turns = Turns::new(1, 1);
+    let turns = HandshakeSlots::new(1, 1);
     let _busy = turns.take(workload("curl"), soon()).await.unwrap();
     let late = turns.take(workload("curl"), Instant::now() + Duration::from_millis(20)).await.unwrap_err();
     assert_eq!((late.code(), late.culprit()), ("handshake-queue-late", Culprit::Host));
@@ -222,7 +222,7 @@ async fn whoever_waits_too_long_or_has_no_room_is_told_so_by_name() {
 
 #[tokio::test]
 async fn whoever_loses_its_place_to_another_is_told_at_once() {
-    let turns = Turns::new(1, 2);
+    let turns = HandshakeSlots::new(1, 2);
     let _busy = turns.take(workload("curl"), soon()).await.unwrap();
     let crowd: Vec<_> = (0..2)
         .map(|_| {
@@ -239,14 +239,14 @@ async fn whoever_loses_its_place_to_another_is_told_at_once() {
     };
     let [first, newest] = crowd.try_into().map_err(|_| ()).unwrap();
     let refused = newest.await.unwrap().unwrap_err();
-    assert_eq!(refused, Error::Full { party: workload("crowd"), all: 2, own: 2 });
+    assert_eq!(refused, Error::Full { tenant: workload("crowd"), all: 2, own: 2 });
     assert!(!first.is_finished() && !other.is_finished());
 }
 
 #[test]
 fn no_turn_is_lost_by_those_who_go_away_while_it_comes() {
     // Many threads take, give up and give back at once: at the end all turns are there.
-    let turns = Turns::new(4, 16);
+    let turns = HandshakeSlots::new(4, 16);
     let threads: Vec<_> = (0..8_u64)
         .map(|thread| {
             let turns = turns.clone();
@@ -256,9 +256,9 @@ fn no_turn_is_lost_by_those_who_go_away_while_it_comes() {
                     let many = (0..200_u64).map(|number| {
                         let turns = turns.clone();
                         tokio::spawn(async move {
-                            let party = workload(["a", "b", "c"][usize::try_from((thread + number) % 3).unwrap()]);
+                            let tenant = workload(["a", "b", "c"][usize::try_from((thread + number) % 3).unwrap()]);
                             let patience = Duration::from_micros(number * 37 % 1500);
-                            let taken = turns.take(party, Instant::now() + Duration::from_millis(2));
+                            let taken = turns.take(tenant, Instant::now() + Duration::from_millis(2));
                             let Ok(Ok(turn)) = tokio::time::timeout(patience, taken).await else { return };
                             tokio::time::sleep(Duration::from_micros(number % 300)).await;
                             drop(turn);
@@ -279,8 +279,8 @@ fn no_turn_is_lost_by_those_who_go_away_while_it_comes() {
     assert_eq!((queue.free(), queue.waiting()), (4, 0));
 }
 
-fn peer(address: &str, to: &str) -> Party {
-    Party::peer(&Holder::of_unproven(&Whence::Away(address.parse().unwrap())), &id(to))
+fn peer(address: &str, to: &str) -> Tenant {
+    Tenant::peer(&Holder::of_unproven(&Whence::Away(address.parse().unwrap())), &id(to))
 }
 
 #[test]
@@ -292,13 +292,13 @@ fn a_party_is_a_workload_or_a_network_of_a_peer_within_wider_ones_or_a_user_of_t
     assert_eq!(peer("fd00::1", "web").0[0], peer("fd00:0:0:1::1", "web").0[0]);
     assert_ne!(peer("10.0.0.1", "web"), peer("10.0.0.1", "curl"));
     assert_eq!(peer("fd00::7", "web").to_string(), "fd00::/48 to spiffe://example.org/web");
-    let user = Party::peer(&Holder::of_unproven(&Whence::Here(Some(3000))), &id("web"));
+    let user = Tenant::peer(&Holder::of_unproven(&Whence::Here(Some(3000))), &id("web"));
     assert_eq!(user.to_string(), "programs of this host to spiffe://example.org/web");
 }
 
 #[test]
 fn everybody_on_every_shard_gets_a_turn() {
-    let turns = Turns::new(16, 10_000);
+    let turns = HandshakeSlots::new(16, 10_000);
     let threads: Vec<_> = (0..2)
         .map(|_| {
             let turns = turns.clone();
@@ -310,8 +310,8 @@ fn everybody_on_every_shard_gets_a_turn() {
                         .map(|number| {
                             let turns = turns.clone();
                             tokio::task::spawn_local(async move {
-                                let party = workload(["a", "b"][number % 2]);
-                                let _turn = turns.take(party, soon()).await?;
+                                let tenant = workload(["a", "b"][number % 2]);
+                                let _turn = turns.take(tenant, soon()).await?;
                                 tokio::time::sleep(Duration::from_micros(10)).await;
                                 Ok::<_, Error>(())
                             })

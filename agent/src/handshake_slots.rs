@@ -1,7 +1,7 @@
 //! Whose handshake is next? At most so many are under way, the others wait, and neither the turns nor the room to wait can
-//! be had by one party alone.
+//! be had by one tenant alone.
 //!
-//! A party is a local workload that dials, or whoever dials one from this host or a network: who the peer is, its handshake
+//! A tenant is a local workload that dials, or whoever dials one from this host or a network: who the peer is, its handshake
 //! has yet to show. Parties are within parties: users of this host, networks of a wider one. `Queue` decides, without clock
 //! or waiting; this is how the tasks of all shards ask it.
 //!
@@ -10,7 +10,7 @@
 mod queue;
 
 use crate::{admission::Holder, lock::lock};
-use queue::{Answer, Queue, Ticket};
+use queue::{Answer, Entry, Queue};
 use std::{
     fmt,
     sync::{Arc, Mutex, MutexGuard},
@@ -39,9 +39,9 @@ enum Step {
 
 /// The same, each within the one before. None is empty.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Party(Box<[Step]>);
+pub struct Tenant(Box<[Step]>);
 
-impl Party {
+impl Tenant {
     /// A local workload, which dials.
     pub fn workload(id: SpiffeId) -> Self {
         Self([Step::Workload(id)].into())
@@ -57,8 +57,8 @@ impl Party {
     }
 }
 
-/// The widest party: what is full is full by all that are within it.
-impl fmt::Display for Party {
+/// The widest tenant: what is full is full by all that are within it.
+impl fmt::Display for Tenant {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.0.first() {
             Some(Step::Workload(id)) => id.fmt(f),
@@ -71,24 +71,24 @@ impl fmt::Display for Party {
 /// Why there is no turn.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
-    /// There is no room to wait, and nobody takes more of it than this party.
-    #[error("{all} handshakes wait, which is [limits] waiting, and {own} of them are those of {party}")]
+    /// There is no room to wait, and nobody takes more of it than this tenant.
+    #[error("{all} handshakes wait, which is [limits] waiting, and {own} of them are those of {tenant}")]
     Full {
         /// Whose handshake it is.
-        party: Party,
+        tenant: Tenant,
         /// Handshakes that wait.
         all: usize,
-        /// Those of this party.
+        /// Those of this tenant.
         own: usize,
     },
     /// The time for the handshake was over before it could begin.
     #[error(
-        "no turn came within [timeouts] handshake: {own} handshakes of {party} wait, and [limits] handshakes are under way"
+        "no turn came within [timeouts] handshake: {own} handshakes of {tenant} wait, and [limits] handshakes are under way"
     )]
     Late {
         /// Whose handshake it is.
-        party: Party,
-        /// Handshakes of this party that wait, this one included.
+        tenant: Tenant,
+        /// Handshakes of this tenant that wait, this one included.
         own: usize,
     },
 }
@@ -96,7 +96,7 @@ pub enum Error {
 impl Refusal for Error {
     fn culprit(&self) -> Culprit {
         match self {
-            Self::Full { party, .. } if !party.dials_out() => Culprit::Peer,
+            Self::Full { tenant, .. } if !tenant.dials_out() => Culprit::Peer,
             // The program dials more than this host can take.
             Self::Full { .. } | Self::Late { .. } => Culprit::Host,
         }
@@ -111,36 +111,36 @@ impl Refusal for Error {
 
 /// The turns of all shards.
 #[derive(Debug)]
-pub struct Turns {
+pub struct HandshakeSlots {
     queue: Mutex<Queue<Step, oneshot::Sender<Result<Turn, Error>>>>,
     room: usize,
 }
 
-impl Turns {
+impl HandshakeSlots {
     /// So many handshakes may be under way, and so many more may wait.
     pub fn new(turns: usize, room: usize) -> Arc<Self> {
         Arc::new(Self { queue: Mutex::new(Queue::new(turns, room)), room })
     }
 
     /// Waits for a turn until the deadline. Cancel safe: who goes away leaves the line.
-    pub async fn take(self: &Arc<Self>, party: Party, deadline: Instant) -> Result<Turn, Error> {
+    pub async fn take(self: &Arc<Self>, tenant: Tenant, deadline: Instant) -> Result<Turn, Error> {
         let (tell, told) = oneshot::channel();
-        let (ticket, refused) = match self.queue().ask(&party.0, tell) {
-            Answer::Now => return Ok(self.turn(party)),
+        let (ticket, refused) = match self.queue().ask(&tenant.0, tell) {
+            Answer::Now => return Ok(self.turn(tenant)),
             Answer::Wait { ticket, refused } => (ticket, refused),
-            Answer::Full { own } => return Err(Error::Full { party, all: self.room, own }),
+            Answer::Full { own } => return Err(Error::Full { tenant, all: self.room, own }),
         };
-        let waiter = Waiter { turns: self, party: &party, ticket };
-        if let Some((party, tell, own)) = refused {
+        let waiter = Waiter { turns: self, tenant: &tenant, ticket };
+        if let Some((tenant, tell, own)) = refused {
             // Whoever is not there any more has nothing to be told.
-            _ = tell.send(Err(Error::Full { party: Party(party), all: self.room, own }));
+            _ = tell.send(Err(Error::Full { tenant: Tenant(tenant), all: self.room, own }));
         }
         let outcome = timeout_at(deadline, told).await;
-        let own = self.queue().waiting_for(&party.0);
+        let own = self.queue().waiting_for(&tenant.0);
         drop(waiter);
         match outcome {
             Ok(Ok(outcome)) => outcome,
-            Ok(Err(_)) | Err(_) => Err(Error::Late { party, own }),
+            Ok(Err(_)) | Err(_) => Err(Error::Late { tenant, own }),
         }
     }
 
@@ -149,8 +149,8 @@ impl Turns {
         self.queue().waiting()
     }
 
-    fn turn(self: &Arc<Self>, party: Party) -> Turn {
-        Turn { turns: self.clone(), party }
+    fn turn(self: &Arc<Self>, tenant: Tenant) -> Turn {
+        Turn { turns: self.clone(), tenant }
     }
 
     fn queue(&self) -> MutexGuard<'_, Queue<Step, oneshot::Sender<Result<Turn, Error>>>> {
@@ -160,15 +160,15 @@ impl Turns {
 
 /// Somebody in the line, until this is dropped.
 struct Waiter<'a> {
-    turns: &'a Turns,
-    party: &'a Party,
-    ticket: Ticket,
+    turns: &'a HandshakeSlots,
+    tenant: &'a Tenant,
+    ticket: Entry,
 }
 
 impl Drop for Waiter<'_> {
     fn drop(&mut self) {
         // Where the turn has come already, or was refused, there is nobody in the line any more.
-        let gone = self.turns.queue().leave(&self.party.0, self.ticket);
+        let gone = self.turns.queue().leave(&self.tenant.0, self.ticket);
         drop(gone);
     }
 }
@@ -176,17 +176,17 @@ impl Drop for Waiter<'_> {
 /// A handshake that may be under way, until this is dropped.
 #[derive(Debug)]
 pub struct Turn {
-    turns: Arc<Turns>,
-    party: Party,
+    turns: Arc<HandshakeSlots>,
+    tenant: Tenant,
 }
 
 impl Drop for Turn {
     fn drop(&mut self) {
-        let next = self.turns.queue().done(&self.party.0);
-        for (party, tell) in next {
+        let next = self.turns.queue().done(&self.tenant.0);
+        for (tenant, tell) in next {
             // Whoever went away at this very moment gives the turn back, by the drop of what cannot be sent: once for each
             // thread at most, since between the two halves of its leaving nothing waits.
-            _ = tell.send(Ok(self.turns.turn(Party(party))));
+            _ = tell.send(Ok(self.turns.turn(Tenant(tenant))));
         }
     }
 }
