@@ -365,7 +365,7 @@ pub fn bind(path: &Path) -> Result<tokio::net::UnixListener, Error> {
 
 /// A question on its way to whoever can answer it.
 #[derive(Debug)]
-pub struct Asked {
+pub struct Query {
     /// What is asked.
     pub request: Request,
     /// Where the answer goes.
@@ -373,7 +373,7 @@ pub struct Asked {
 }
 
 /// Passes questions on until it is dropped. Must run on a [`tokio::task::LocalSet`].
-pub async fn serve(listener: tokio::net::UnixListener, questions: mpsc::Sender<Asked>) {
+pub async fn serve(listener: tokio::net::UnixListener, questions: mpsc::Sender<Query>) {
     loop {
         match listener.accept().await {
             Ok((stream, _)) => {
@@ -391,14 +391,14 @@ pub async fn serve(listener: tokio::net::UnixListener, questions: mpsc::Sender<A
 }
 
 /// One question, one answer. Whoever goes away meanwhile gets none.
-async fn converse(stream: tokio::net::UnixStream, questions: mpsc::Sender<Asked>) -> Option<()> {
+async fn converse(stream: tokio::net::UnixStream, questions: mpsc::Sender<Query>) -> Option<()> {
     let (reader, mut writer) = stream.into_split();
     let mut line = String::new();
     tokio::io::BufReader::new(reader.take(LONGEST_REQUEST)).read_line(&mut line).await.ok()?;
     let value = match serde_json::from_str(&line) {
         Ok(request) => {
             let (answer, answered) = oneshot::channel();
-            questions.send(Asked { request, answer }).await.ok()?;
+            questions.send(Query { request, answer }).await.ok()?;
             answered.await.ok()?
         }
         Err(error) => serde_json::json!({ "error": format!("not a request: {error}") }),
@@ -421,10 +421,10 @@ mod tests {
         runtime.block_on(local.run_until(async move {
             let listener = bind(&path).unwrap();
             assert_eq!(std::fs::metadata(&path).unwrap().permissions().mode() & 0o777, 0o600);
-            let (asked, mut questions) = mpsc::channel::<Asked>(1);
+            let (asked, mut questions) = mpsc::channel::<Query>(1);
             tokio::task::spawn_local(serve(listener, asked));
             tokio::task::spawn_local(async move {
-                while let Some(Asked { request, answer }) = questions.recv().await {
+                while let Some(Query { request, answer }) = questions.recv().await {
                     answer.send(serde_json::json!({ "asked": request })).unwrap();
                 }
             });

@@ -29,7 +29,7 @@ pub mod identify;
 pub mod authorize;
 pub mod handshake;
 pub mod offload;
-pub mod awake;
+pub mod busy_poll;
 pub mod relay;
 pub mod reuse;
 pub mod audit;

@@ -2,7 +2,7 @@
 //!
 //! *Invariant:* no flow leaves the thread that accepted it, and nothing here is shared but what [`AgentState`] holds.
 
-use crate::awake;
+use crate::busy_poll;
 use crate::flow::Direction;
 use crate::intercept::{Error, ShardListeners, UnboundListeners};
 use crate::pipeline::{self, AgentState, Site};
@@ -54,14 +54,14 @@ async fn serve(
             shared.config.sessions,
             shared.config.limits.connections / 4 / shared.shards.max(1),
         )),
-        foreign: RefCell::new(HashSet::new()),
+        without_reuse: RefCell::new(HashSet::new()),
         closing: closing.clone(),
     });
     tokio::select! {
         () = accept(&shared, &site, &door, Direction::Outbound) => {}
         () = accept(&shared, &site, &door, Direction::Inbound) => {}
         () = tidy(&shared, &site) => {}
-        () = awake::stay(), if shared.config.busy_poll => {}
+        () = busy_poll::run(), if shared.config.busy_poll => {}
         _ = closing.wait_for(|closing| *closing) => {}
     }
     site.pool.borrow_mut().close();
@@ -76,7 +76,7 @@ async fn tidy(shared: &AgentState, site: &Site) {
         match tokio::time::timeout(SWEEP, changed.changed()).await {
             Ok(Ok(())) => {
                 site.pool.borrow_mut().clear();
-                site.foreign.borrow_mut().clear();
+                site.without_reuse.borrow_mut().clear();
             }
             // Nobody will tell any more: the agent ends.
             Ok(Err(_)) => std::future::pending().await,
@@ -94,10 +94,10 @@ async fn accept(shared: &Arc<AgentState>, site: &Rc<Site>, door: &ShardListeners
         match accepted {
             Ok(flow) => {
                 let (shared, site) = (shared.clone(), site.clone());
-                tokio::task::spawn_local(async move { pipeline::walk(&shared, &site, flow).await });
+                tokio::task::spawn_local(async move { pipeline::serve(&shared, &site, flow).await });
             }
             Err(error) => {
-                pipeline::turned_away(shared, direction, &error);
+                pipeline::reject_stray(shared, direction, &error);
                 if matches!(error, Error::Accept { .. }) {
                     tokio::time::sleep(PAUSE).await;
                 }

@@ -9,9 +9,9 @@ use super::reload::Prepared;
 use super::status::{self, Known, Settled};
 use super::troubles::Troubles;
 use super::{Error, kernel_record, warn_of_second_authorities};
-use crate::admin::{self, Asked, Request};
+use crate::admin::{self, Query, Request};
 use crate::credential::Provider;
-use crate::intercept::{self, Notice, Programs, Work};
+use crate::intercept::{self, KernelEvent, Programs, Work};
 use crate::pipeline::AgentState;
 use crate::relay::Stop;
 use std::io;
@@ -125,7 +125,7 @@ impl Control {
         loop {
             tokio::select! {
                 next = next(&mut self.programs, &mut self.listeners, &mut rounds, self.refusals_due) => self.act(next),
-                Some(Asked { request, answer }) = questions.recv() => {
+                Some(Query { request, answer }) = questions.recv() => {
                     // Whoever asked may have gone away.
                     let _ = answer.send(self.answer(request));
                 }
@@ -148,7 +148,7 @@ impl Control {
     /// Does what is done as long as the agent runs, draining or not.
     fn act(&mut self, next: Next) {
         match next {
-            Next::Notice(notice) => self.heed(notice),
+            Next::Event(event) => self.handle_event(event),
             Next::Report(report) => self.take(report),
             Next::Look => self.look_again(),
             Next::Refusals => self.collect_refusals(),
@@ -157,19 +157,19 @@ impl Control {
     }
 
     /// Acts on what the kernel programs tell.
-    fn heed(&mut self, notice: Notice) {
+    fn handle_event(&mut self, event: KernelEvent) {
         let policy = self.shared.policy.load();
-        match notice {
-            Notice::Refused(refused) => {
+        match event {
+            KernelEvent::Refused(refused) => {
                 self.refusals_due.get_or_insert_with(|| Instant::now() + SOON);
                 let record = kernel_record::refused(&refused, &policy);
                 self.shared.registry.count_refused(&record);
                 self.shared.audit.send_refusal(record);
             }
-            Notice::Bypassed(event) => self.shared.audit.send(&kernel_record::bypassed(&event, &policy)),
-            Notice::Listening(listening) => self.listeners.note(listening),
-            Notice::Closed(cookie) => self.listeners.closed(cookie),
-            Notice::Trouble(work, error) => {
+            KernelEvent::Bypassed(event) => self.shared.audit.send(&kernel_record::bypassed(&event, &policy)),
+            KernelEvent::Listening(listening) => self.listeners.note(listening),
+            KernelEvent::Closed(cookie) => self.listeners.closed(cookie),
+            KernelEvent::Trouble(work, error) => {
                 self.listeners_due |= work == Work::Listeners;
                 self.troubles.note(work, &error);
             }
@@ -185,7 +185,7 @@ impl Control {
     /// Hears of what the kernel has counted and not told.
     fn collect_refusals(&mut self) {
         let collected = self.programs.collect_refusals(false);
-        self.troubles.heed(Work::Refusals, collected);
+        self.troubles.observe(Work::Refusals, collected);
         self.refusals_due = None;
     }
 
@@ -193,8 +193,8 @@ impl Control {
     fn tell_the_rest(&mut self) {
         match self.programs.collect_refusals(true) {
             Ok(()) => {
-                while let Some(notice) = self.programs.waiting() {
-                    self.heed(notice);
+                while let Some(event) = self.programs.waiting() {
+                    self.handle_event(event);
                 }
             }
             Err(error) => tracing::warn!(%error, "refusals that were counted are not in the audit log"),
@@ -215,7 +215,7 @@ impl Control {
     fn look_at_listeners(&mut self) {
         let looked = self.programs.listeners();
         self.listeners_due = looked.is_err();
-        let Some(listeners) = self.troubles.heed(Work::Listeners, looked) else { return };
+        let Some(listeners) = self.troubles.observe(Work::Listeners, looked) else { return };
         self.listeners.note_all(listeners);
     }
 
@@ -297,13 +297,13 @@ impl Control {
         if flows - self.tidied > self.shared.registry.open_count() as u64 / 2 {
             self.tidied = flows;
             let tidied = self.programs.tidy();
-            self.troubles.heed(Work::Tidying, tidied);
+            self.troubles.observe(Work::Tidying, tidied);
         }
         self.collect_refusals();
         let retried = self.programs.retry();
-        self.troubles.heed(Work::Cgroups, retried);
+        self.troubles.observe(Work::Cgroups, retried);
         let counted = self.programs.events_lost();
-        if let Some(lost) = self.troubles.heed(Work::Counters, counted)
+        if let Some(lost) = self.troubles.observe(Work::Counters, counted)
             && lost > self.lost
         {
             // A refusal that is not told is in the kernel's counters. A listener that is not told would never be attested.
@@ -351,7 +351,7 @@ impl Control {
         &mut self,
         closing: watch::Sender<bool>,
         shards: &[JoinHandle<()>],
-        questions: &mut mpsc::Receiver<Asked>,
+        questions: &mut mpsc::Receiver<Query>,
         rounds: &mut Rounds,
         [terminate, interrupt]: [&mut Signal; 2],
     ) {
@@ -369,7 +369,7 @@ impl Control {
                 () = &mut over => return,
                 () = &mut time_is_up => break,
                 _ = stop(terminate, interrupt) => break,
-                Some(Asked { request, answer }) = questions.recv() => drop(answer.send(self.answer(request))),
+                Some(Query { request, answer }) = questions.recv() => drop(answer.send(self.answer(request))),
                 next = next(&mut self.programs, &mut self.listeners, rounds, self.refusals_due) => self.act(next),
             }
             self.listeners.judge(self.shared.identities.attestor(), &self.shared.policy, &self.programs);
@@ -382,7 +382,7 @@ impl Control {
 
 /// What is done as long as the agent runs, draining or not.
 enum Next {
-    Notice(Notice),
+    Event(KernelEvent),
     Report(Report),
     Look,
     Refusals,
@@ -411,7 +411,7 @@ async fn next(
     refusals_due: Option<Instant>,
 ) -> Next {
     tokio::select! {
-        notice = programs.notice() => Next::Notice(notice),
+        event = programs.next_event() => Next::Event(event),
         Some(report) = listeners.report() => Next::Report(report),
         _ = rounds.look.tick() => Next::Look,
         () = come(refusals_due) => Next::Refusals,

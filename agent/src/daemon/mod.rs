@@ -25,7 +25,7 @@ use crate::handshake_slots::HandshakeSlots;
 use crate::identify::Identities;
 use crate::intercept::{self, Options, Programs, Rooms};
 use crate::live::OpenConnections;
-use crate::offload::matrix::{Matrix, Verdict};
+use crate::offload::matrix::{EngineSupport, Matrix};
 use crate::offload::selftest;
 use crate::offload::{self, Choice};
 use crate::pipeline::AgentState;
@@ -212,11 +212,11 @@ fn reason(wanted: EngineChoice, matrix: &Matrix) -> String {
         (EngineChoice::Auto, _) => "auto is the engine that was measured to be the cheaper (docs/adr/0012)".into(),
         (EngineChoice::User, _) => "configured".into(),
         // It is not started with (`Choice::from`).
-        (EngineChoice::Kernel, Verdict::User { why }) => why,
-        (EngineChoice::Kernel, Verdict::Kernel { rekey: true }) => {
+        (EngineChoice::Kernel, EngineSupport::User { why }) => why,
+        (EngineChoice::Kernel, EngineSupport::Kernel { rekey: true }) => {
             "configured, and this kernel passes the self-test".into()
         }
-        (EngineChoice::Kernel, Verdict::Kernel { rekey: false }) => {
+        (EngineChoice::Kernel, EngineSupport::Kernel { rekey: false }) => {
             "configured, and this kernel passes the self-test, but takes no fresh keys: ChaCha20-Poly1305 only".into()
         }
     }

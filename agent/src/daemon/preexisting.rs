@@ -29,7 +29,7 @@ impl Preexisting {
     pub(super) fn look(&mut self, programs: &Programs, policy: &Policy, troubles: &mut Troubles) {
         let found = programs.preexisting(|to| policy.is_mesh(to));
         self.due = found.is_err();
-        let Some(found) = troubles.heed(Work::OldConnections, found) else { return };
+        let Some(found) = troubles.observe(Work::OldConnections, found) else { return };
         self.known.retain(|ends, _| found.iter().any(|old| (old.local, old.remote) == *ends));
         for old in found {
             let due = match policy.preexisting() {

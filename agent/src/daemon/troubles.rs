@@ -51,7 +51,7 @@ impl Troubles {
     }
 
     /// Notes what came of something.
-    pub fn heed<T>(&mut self, work: Work, outcome: Result<T, impl Display>) -> Option<T> {
+    pub fn observe<T>(&mut self, work: Work, outcome: Result<T, impl Display>) -> Option<T> {
         match outcome {
             Ok(done) => {
                 self.over(work);
@@ -88,11 +88,11 @@ mod tests {
         for number in 0..1000 {
             troubles.note(Work::Cgroups, &format!("error {number}"));
         }
-        assert_eq!(troubles.heed(Work::Listeners, Err::<(), _>("full")), None);
+        assert_eq!(troubles.observe(Work::Listeners, Err::<(), _>("full")), None);
         let shown = troubles.status(|_| "then".into());
         assert_eq!(shown.len(), 2);
         assert_eq!((shown[0].count, shown[0].error.as_str()), (1000, "error 999"));
-        assert_eq!(troubles.heed(Work::Cgroups, Ok::<_, &str>(7)), Some(7));
+        assert_eq!(troubles.observe(Work::Cgroups, Ok::<_, &str>(7)), Some(7));
         assert_eq!(troubles.status(|_| String::new()).len(), 1);
     }
 }

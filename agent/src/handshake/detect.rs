@@ -31,7 +31,7 @@ pub async fn looks_like_tls(socket: &TcpStream, wait: Duration) -> io::Result<bo
 ///
 /// The socket itself is asked: readiness alone may be told without a byte being there, and a turn that is given to a silent
 /// peer is missed by one whose own agent waits for this one.
-pub async fn speaks(socket: &TcpStream, deadline: Instant) -> bool {
+pub async fn received_any(socket: &TcpStream, deadline: Instant) -> bool {
     let first =
         socket.async_io(Interest::READABLE, || Ok(recv(socket, &mut [0], RecvFlags::PEEK | RecvFlags::DONTWAIT)?));
     timeout_at(deadline, first).await.is_ok()

@@ -12,7 +12,7 @@ mod secrets;
 mod settings;
 pub mod verify;
 
-pub use detect::{looks_like_tls, speaks};
+pub use detect::{looks_like_tls, received_any};
 pub(crate) use error::alert_code;
 pub use error::{Cause, Error, alert_name};
 pub use secrets::{Aead, Secrets, Traffic};

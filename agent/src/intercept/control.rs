@@ -73,7 +73,7 @@ pub struct Programs {
     counters: PerCpuArray<MapData, u64>,
     refusals: Refusals,
     log: Option<EbpfLogger<ToTracing>>,
-    pub(super) notices: VecDeque<Notice>,
+    pub(super) pending_events: VecDeque<KernelEvent>,
     covered: PathBuf,
     _locks: [OwnedFd; 2],
 }
@@ -83,7 +83,7 @@ const REST: Duration = Duration::from_millis(100);
 
 /// Something that the daemon should know.
 #[derive(Debug)]
-pub enum Notice {
+pub enum KernelEvent {
     /// The kernel has refused something by itself, once or many times.
     Refused(Refused),
     /// Something passed by a named bypass.
@@ -191,7 +191,7 @@ impl Programs {
             counters,
             refusals,
             log,
-            notices: VecDeque::new(),
+            pending_events: VecDeque::new(),
             _locks: [lock, pins_lock],
         };
         let config = programs.config(generation, epoch, before.flags);
@@ -241,13 +241,13 @@ impl Programs {
 
     /// The next thing that the daemon should know. Cgroups that appear are classified on the way. Cancel safe.
     ///
-    /// It never fails: what goes wrong on the way is a [`Notice::Trouble`].
+    /// It never fails: what goes wrong on the way is a [`KernelEvent::Trouble`].
     ///
     /// When [`Programs::events_lost`] has risen, something was not told: [`Programs::listeners`] then finds what listens.
-    pub async fn notice(&mut self) -> Notice {
+    pub async fn next_event(&mut self) -> KernelEvent {
         loop {
             // Only then is more read: in a flood the ring buffer fills and events are counted as lost, not hoarded here.
-            if let Some(notice) = self.notices.pop_front() {
+            if let Some(notice) = self.pending_events.pop_front() {
                 return notice;
             }
             if self.resting {
@@ -255,11 +255,11 @@ impl Programs {
                 self.resting = false;
             }
             let watched = self.watch_cgroups();
-            self.heed(Work::Cgroups, watched);
+            self.observe(Work::Cgroups, watched);
             self.read_events();
-            if self.notices.is_empty() {
+            if self.pending_events.is_empty() {
                 let woken = self.wait().await;
-                self.heed(Work::Events, woken);
+                self.observe(Work::Events, woken);
             }
         }
     }
@@ -281,24 +281,24 @@ impl Programs {
     }
 
     /// Makes a notice of what has failed.
-    pub(super) fn heed(&mut self, work: Work, outcome: Result<(), Error>) {
+    pub(super) fn observe(&mut self, work: Work, outcome: Result<(), Error>) {
         if let Err(error) = outcome {
             self.resting = true;
-            self.notices.push_back(Notice::Trouble(work, error));
+            self.pending_events.push_back(KernelEvent::Trouble(work, error));
         }
     }
 
     /// A notice that is here already.
-    pub fn waiting(&mut self) -> Option<Notice> {
-        self.notices.pop_front()
+    pub fn waiting(&mut self) -> Option<KernelEvent> {
+        self.pending_events.pop_front()
     }
 
-    /// Passes on what the kernel has refused and not told one by one, as notices; to be called now and then. `last`: this agent
+    /// Passes on what the kernel has refused and not told one by one, as events; to be called now and then. `last`: this agent
     /// ends, and the next shall not pass on the same again.
     pub fn collect_refusals(&mut self, last: bool) -> Result<(), Error> {
         self.read_events();
         let found = self.refusals.collect(last)?;
-        self.notices.extend(found.into_iter().map(Notice::Refused));
+        self.pending_events.extend(found.into_iter().map(KernelEvent::Refused));
         Ok(())
     }
 
@@ -372,16 +372,16 @@ impl Programs {
         }
         for event in events {
             match event.kind {
-                EVENT_REFUSED => self.notices.extend(self.refusals.told(&event).map(Notice::Refused)),
-                EVENT_BYPASSED => self.notices.push_back(Notice::Bypassed(event)),
+                EVENT_REFUSED => self.pending_events.extend(self.refusals.told(&event).map(KernelEvent::Refused)),
+                EVENT_BYPASSED => self.pending_events.push_back(KernelEvent::Bypassed(event)),
                 EVENT_LISTENING | EVENT_HELD => {
                     let seen = self.somebody_listens(&event);
-                    self.heed(Work::Listeners, seen);
+                    self.observe(Work::Listeners, seen);
                 }
                 EVENT_CLOSED => self.somebody_closed(&event),
                 EVENT_UNKNOWN_CGROUP => {
                     let known = self.classify_unknown(event.task.cgroup);
-                    self.heed(Work::Cgroups, known);
+                    self.observe(Work::Cgroups, known);
                 }
                 _ => {}
             }

@@ -479,7 +479,7 @@ impl Programs {
     /// What cannot be told of the policy before is told of the one to come, or refuses it.
     fn watch(&mut self) {
         let watched = self.watch_cgroups();
-        self.heed(Work::Cgroups, watched);
+        self.observe(Work::Cgroups, watched);
     }
 
     pub(super) fn watch_cgroups(&mut self) -> Result<(), Error> {

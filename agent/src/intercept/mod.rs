@@ -30,7 +30,7 @@ mod room;
 mod tables;
 mod work;
 
-pub use control::{Notice, OldConnection, Options, Programs};
+pub use control::{KernelEvent, OldConnection, Options, Programs};
 pub use diagnostics::user_of;
 pub use error::{Error, Holder};
 pub use host::{Finding, findings, hold_against_host};

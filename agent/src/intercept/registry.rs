@@ -7,7 +7,7 @@
 //! *Invariant:* the protection of a listener is lowered here only, and only for the socket that was looked at.
 
 use super::{
-    Error, KernelFacts, Notice, Programs,
+    Error, KernelEvent, KernelFacts, Programs,
     cgroups::Cgroup,
     diagnostics::{self, Socket as Listed},
     owners::{self, holders},
@@ -235,12 +235,12 @@ impl Programs {
     pub(super) fn somebody_listens(&mut self, event: &Event) -> Result<(), Error> {
         // It may be gone by now.
         let row = self.tables.sockets.get(&event.cookie).map_err(map_error(map::SOCKETS))?;
-        self.notices.extend(row.map(|row| Notice::Listening(Listening { cookie: event.cookie, row })));
+        self.pending_events.extend(row.map(|row| KernelEvent::Listening(Listening { cookie: event.cookie, row })));
         Ok(())
     }
 
     pub(super) fn somebody_closed(&mut self, event: &Event) {
-        self.notices.push_back(Notice::Closed(event.cookie));
+        self.pending_events.push_back(KernelEvent::Closed(event.cookie));
     }
 
     /// Protects these addresses, whoever listens there. Gives those that are new.

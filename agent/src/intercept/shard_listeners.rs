@@ -81,9 +81,9 @@ enum Side {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Opening {
     /// They are here, and go out as soon as there is a connection.
-    Speaks,
+    EarlyData,
     /// Nobody knows whose they will be.
-    Waits,
+    NoData,
 }
 
 /// Makes the agent's own connections. Outlives the door, for flows that are under way when the agent stops to take new ones.
@@ -255,7 +255,7 @@ impl Dialler {
         let own = Own { kind: OWN_LEG, pad: 0, client_port, client, listeners };
         let socket = self.own_socket(to, own, failed)?;
         prepare(&socket, self.congestion).map_err(failed)?;
-        if opening == Opening::Speaks {
+        if opening == Opening::EarlyData {
             // The last segment of the handshake goes with the first bytes, and the workload is woken up once for both. It
             // holds for that segment only (net/ipv4/tcp_input.c, `tcp_rcv_synsent_state_process`), and if no bytes come after
             // all, the segment goes by itself after 0.2 s.

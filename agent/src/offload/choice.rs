@@ -2,7 +2,7 @@
 //!
 //! *Invariant:* the kernel is chosen for what the self-test saw it do, never for its version, and never half.
 
-use super::matrix::{Ability, Matrix, Verdict};
+use super::matrix::{Ability, EngineSupport, Matrix};
 use crate::{config::EngineChoice, handshake::Ciphers};
 use wimsey_identity::refusal::{Culprit, Refusal};
 
@@ -51,8 +51,8 @@ impl Choice {
     pub fn from(wanted: EngineChoice, matrix: &Matrix) -> Result<Self, Unavailable> {
         match (wanted, matrix.verdict()) {
             (EngineChoice::User | EngineChoice::Auto, _) => Ok(Self::User),
-            (EngineChoice::Kernel, Verdict::Kernel { rekey }) => Ok(Self::Kernel(Ability { rekey })),
-            (EngineChoice::Kernel, Verdict::User { why }) => Err(Unavailable { why }),
+            (EngineChoice::Kernel, EngineSupport::Kernel { rekey }) => Ok(Self::Kernel(Ability { rekey })),
+            (EngineChoice::Kernel, EngineSupport::User { why }) => Err(Unavailable { why }),
         }
     }
 

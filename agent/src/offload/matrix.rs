@@ -52,7 +52,7 @@ pub struct Matrix {
 /// Which engine could carry connections here.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize)]
 #[serde(tag = "engine", rename_all = "lowercase")]
-pub enum Verdict {
+pub enum EngineSupport {
     /// The kernel as well.
     Kernel {
         /// With fresh keys, so with every cipher.
@@ -111,18 +111,18 @@ impl Row {
 impl Matrix {
     /// The kernel with fresh keys if it carries every cipher; without them if it carries ChaCha20-Poly1305, which needs
     /// none; otherwise this process.
-    pub fn verdict(&self) -> Verdict {
+    pub fn verdict(&self) -> EngineSupport {
         if let Outcome::Failed(why) = &self.protocol {
-            return Verdict::User { why: format!("there is no TLS in this kernel (TCP_ULP: {why})") };
+            return EngineSupport::User { why: format!("there is no TLS in this kernel (TCP_ULP: {why})") };
         }
         if self.ciphers.iter().all(|row| row.fault(true).is_none()) && !self.ciphers.is_empty() {
-            return Verdict::Kernel { rekey: true };
+            return EngineSupport::Kernel { rekey: true };
         }
         let chacha = self.ciphers.iter().find(|row| row.cipher == Aead::ChaCha20Poly1305.name());
         match chacha.map(|row| row.fault(false)) {
-            Some(None) => Verdict::Kernel { rekey: false },
-            Some(Some(why)) => Verdict::User { why },
-            None => Verdict::User { why: "no cipher was tried".into() },
+            Some(None) => EngineSupport::Kernel { rekey: false },
+            Some(Some(why)) => EngineSupport::User { why },
+            None => EngineSupport::User { why: "no cipher was tried".into() },
         }
     }
 }
@@ -161,11 +161,11 @@ impl fmt::Display for Matrix {
             }
         }
         match self.verdict() {
-            Verdict::Kernel { rekey: true } => write!(f, "engine kernel: possible, with every cipher"),
-            Verdict::Kernel { rekey: false } => {
+            EngineSupport::Kernel { rekey: true } => write!(f, "engine kernel: possible, with every cipher"),
+            EngineSupport::Kernel { rekey: false } => {
                 write!(f, "engine kernel: possible, with ChaCha20-Poly1305 alone, because it takes no fresh keys")
             }
-            Verdict::User { why } => write!(f, "engine kernel: not possible, because {why}"),
+            EngineSupport::User { why } => write!(f, "engine kernel: not possible, because {why}"),
         }
     }
 }
@@ -199,14 +199,14 @@ mod tests {
     #[test]
     fn the_kernel_is_chosen_for_what_it_was_seen_to_do() {
         let (yes, no) = (Outcome::Passed, Outcome::Failed("Device or resource busy".into()));
-        assert_eq!(matrix(&yes, &yes).verdict(), Verdict::Kernel { rekey: true });
-        assert_eq!(matrix(&no, &yes).verdict(), Verdict::Kernel { rekey: false });
+        assert_eq!(matrix(&yes, &yes).verdict(), EngineSupport::Kernel { rekey: true });
+        assert_eq!(matrix(&no, &yes).verdict(), EngineSupport::Kernel { rekey: false });
         for (rekey, chacha) in [(&yes, &no), (&no, &no), (&yes, &Outcome::Untried)] {
-            assert!(matches!(matrix(rekey, chacha).verdict(), Verdict::User { .. }));
+            assert!(matches!(matrix(rekey, chacha).verdict(), EngineSupport::User { .. }));
         }
         let mut nothing = matrix(&yes, &yes);
         nothing.protocol = Outcome::Failed("No such file or directory".into());
-        assert!(matches!(nothing.verdict(), Verdict::User { why } if why.contains("no TLS in this kernel")));
+        assert!(matches!(nothing.verdict(), EngineSupport::User { why } if why.contains("no TLS in this kernel")));
     }
 
     #[test]

@@ -23,13 +23,13 @@ pub fn run() -> Matrix {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::offload::matrix::Verdict;
+    use crate::offload::matrix::EngineSupport;
 
     #[test]
     fn this_very_kernel_gives_a_verdict_with_a_reason() {
         let matrix = run();
         eprintln!("{matrix}");
-        if let Verdict::User { why } = matrix.verdict() {
+        if let EngineSupport::User { why } = matrix.verdict() {
             assert!(!why.is_empty());
         }
         assert!(serde_json::to_string(&matrix).unwrap().contains("AES-256-GCM"));

@@ -1,6 +1,6 @@
 //! An attempt: the audit record in the making.
 //!
-//! *Invariant:* an attempt ends in exactly one record, by `refuse`, `finish` or `turned_away`.
+//! *Invariant:* an attempt ends in exactly one record, by `refuse`, `finish` or `reject_stray`.
 
 use super::{AgentState, Error};
 use crate::audit::{self, Bytes, Decision, End, Method, Process, Record, Stage};
@@ -19,7 +19,7 @@ use tokio::sync::watch;
 use wimsey_identity::refusal::{Culprit, Refusal};
 
 /// A connection that came to an agent's listener and is no flow: nobody turned it there.
-pub fn turned_away(shared: &AgentState, direction: Direction, error: &intercept::Error) {
+pub fn reject_stray(shared: &AgentState, direction: Direction, error: &intercept::Error) {
     let Some(source) = error.stranger() else {
         return tracing::warn!(%error, "a connection was not accepted");
     };
@@ -112,7 +112,7 @@ impl<'a> Attempt<'a> {
     }
 
     /// Notes who the peer proved to be although the handshake failed.
-    pub(super) fn unmet(&mut self, error: handshake::Error) -> (Error, Permit) {
+    pub(super) fn failed(&mut self, error: handshake::Error) -> (Error, Permit) {
         self.peer().id = error.peer().cloned();
         let (cause, permit) = error.into_parts();
         (Error::Handshake(cause), permit)

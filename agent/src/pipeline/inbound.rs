@@ -3,7 +3,7 @@
 //! *Invariant:* who is not admitted cannot even make the workload accept.
 
 use super::attempt::Attempt;
-use super::{Carriage, Error, Made, Walk};
+use super::{Carriage, Error, Made, Pipeline};
 use crate::admission::Place;
 use crate::audit::Method;
 use crate::authorize::Permit;
@@ -31,7 +31,7 @@ const LINGER_BYTES: u64 = 64 * 1024;
 /// How often a last leg is tried again, each time with others who listen.
 const LEGS: usize = 3;
 
-impl<'a> Walk<'a> {
+impl<'a> Pipeline<'a> {
     pub(super) async fn inbound(
         &self,
         mut attempt: Attempt<'a>,
@@ -62,7 +62,7 @@ impl<'a> Walk<'a> {
             };
             let terms = self.terms(self.shared.engine, self.shared.config.sessions.reuse);
             // Whoever has said nothing yet takes nobody's turn.
-            let spoke = handshake::speaks(&permit.parties().flow.socket, terms.deadline).await;
+            let spoke = handshake::received_any(&permit.parties().flow.socket, terms.deadline).await;
             let tenant = Tenant::peer(place.holders(), &permit.parties().workload.id);
             let turn = match spoke {
                 true => match self.shared.handshake_slots.take(tenant, terms.deadline).await {
@@ -79,7 +79,7 @@ impl<'a> Walk<'a> {
             match outcome {
                 Ok(session) => session,
                 Err(error) => {
-                    let (error, permit) = attempt.unmet(error);
+                    let (error, permit) = attempt.failed(error);
                     attempt.refuse(None, &error);
                     linger(permit.into_parties().flow.socket).await;
                     return None;
@@ -95,7 +95,7 @@ impl<'a> Walk<'a> {
             }
         }
         // Only now does the workload hear of it: whoever is not admitted cannot even make it accept.
-        let leg = match self.leg(session.permit().parties(), Opening::Waits).await {
+        let leg = match self.leg(session.permit().parties(), Opening::NoData).await {
             Ok(leg) => leg,
             Err(error) => {
                 attempt.refuse(session.into_permit().into_parties().flow.socket, &error);
@@ -113,7 +113,7 @@ impl<'a> Walk<'a> {
 
     /// A connection from the network that is carried without TLS, by a permissive rule.
     async fn plaintext(&self, mut attempt: Attempt<'a>, parties: Parties, rule: Arc<Rule>) -> Option<Made<'a>> {
-        let leg = match self.leg(&parties, Opening::Waits).await {
+        let leg = match self.leg(&parties, Opening::NoData).await {
             Ok(leg) => leg,
             Err(error) => {
                 attempt.refuse(parties.flow.socket, &error);

@@ -1,10 +1,10 @@
-//! The corridor: calls the rooms in order, and makes exactly one audit record of every walk.
+//! The pipeline: calls the stages in order, and makes exactly one audit record of each connection.
 //!
 //! A flow comes in; identify, authorize, handshake, offload and relay take it by value one after the other. Whatever room
 //! refuses, the application or peer gets a reset, never half an answer, and the record says which room, whose fault and
 //! why. Deadlines, limits and the engine's fallback live here, not in the rooms.
 //!
-//! *Invariant:* every path out of [`walk`] goes through `Attempt::close`.
+//! *Invariant:* every path out of [`serve`] goes through `Attempt::close`.
 
 mod attempt;
 mod error;
@@ -12,7 +12,7 @@ mod inbound;
 mod outbound;
 mod reuse;
 
-pub use attempt::turned_away;
+pub use attempt::reject_stray;
 pub use error::Error;
 
 use crate::admission::{Admission, Full, Place};
@@ -33,7 +33,7 @@ use crate::whence::Here;
 use arc_swap::ArcSwap;
 use attempt::Attempt;
 use outbound::{PoolSlot, keep};
-use reuse::again;
+use reuse::next_stream;
 use std::cell::RefCell;
 use std::collections::HashSet;
 use std::future::Future;
@@ -86,14 +86,14 @@ pub struct Site {
     /// Connections to other agents that may be used again.
     pub pool: RefCell<Pool>,
     /// Destinations that decline what an agent offers: they are not asked again until the policy changes.
-    pub foreign: RefCell<HashSet<SocketAddr>>,
+    pub without_reuse: RefCell<HashSet<SocketAddr>>,
     /// True when the agent ends.
     pub closing: watch::Receiver<bool>,
 }
 
 /// Walks one flow through the rooms, and inbound what comes after it on the same connection. Returns when all of it is
 /// over and recorded.
-pub async fn walk(shared: &AgentState, site: &Site, flow: Flow) {
+pub async fn serve(shared: &AgentState, site: &Site, flow: Flow) {
     let ends = (flow.source, flow.destination);
     // What it takes to make a connection is given back before its bytes move: it is several times what the connection
     // needs that may be idle for days.
@@ -106,7 +106,7 @@ pub async fn walk(shared: &AgentState, site: &Site, flow: Flow) {
     while left.is_some() {
         // Whatever waits for another use keeps nobody out.
         drop(place);
-        let Some((next, made)) = Box::pin(again(shared, site, left, ends)).await else { return };
+        let Some((next, made)) = Box::pin(next_stream(shared, site, left, ends)).await else { return };
         place = next;
         left = carry(shared, made).await;
     }
@@ -119,7 +119,7 @@ async fn begin<'a>(shared: &'a AgentState, site: &'a Site, flow: Flow) -> Option
         Direction::Inbound => admission.unproven(&shared.here.whence(flow.source, flow.destination.0)),
     };
     let (mut place, attempt, flow) = enter(shared, flow, place)?;
-    Walk::new(shared, site).make(attempt, flow, &mut place).await.map(|made| (place, made))
+    Pipeline::new(shared, site).make(attempt, flow, &mut place).await.map(|made| (place, made))
 }
 
 /// Is there room for another? `None`: it was refused, and is recorded.
@@ -144,7 +144,7 @@ fn enter(
 }
 
 /// What one walk goes by: the policy is the one that was in force when it began.
-struct Walk<'a> {
+struct Pipeline<'a> {
     shared: &'a AgentState,
     site: &'a Site,
     policy: Arc<Policy>,
@@ -158,7 +158,7 @@ enum Carriage {
     Bound(Bound),
 }
 
-impl<'a> Walk<'a> {
+impl<'a> Pipeline<'a> {
     fn new(shared: &'a AgentState, site: &'a Site) -> Self {
         Self { shared, site, policy: shared.policy.load_full() }
     }
@@ -270,8 +270,8 @@ fn carry<'a>(shared: &'a AgentState, made: Made<'a>) -> impl Future<Output = Opt
     let limits = Limits { idle: rule.and_then(|rule| rule.idle_timeout), stall: shared.config.timeouts.stall };
     async move {
         let (tally, left) = match carriage {
-            Carriage::Pipe(pipe) => relay::carry(pipe, &limits, told(stopped), &progress).await,
-            Carriage::Bound(bound) => bound.carry(&limits, told(stopped), &progress).await,
+            Carriage::Pipe(pipe) => relay::carry(pipe, &limits, stop_requested(stopped), &progress).await,
+            Carriage::Bound(bound) => bound.carry(&limits, stop_requested(stopped), &progress).await,
         };
         attempt.finish(decision, &tally);
         drop(entered);
@@ -290,7 +290,7 @@ struct Made<'a> {
 }
 
 /// Waits until somebody says stop.
-async fn told(mut stopped: watch::Receiver<Option<Stop>>) -> Stop {
+async fn stop_requested(mut stopped: watch::Receiver<Option<Stop>>) -> Stop {
     loop {
         if let Some(stop) = *stopped.borrow_and_update() {
             return stop;
@@ -312,7 +312,7 @@ mod tests {
     #[test]
     fn a_connection_that_is_carried_keeps_little_of_what_made_it() {
         // Each idle connection costs this much, besides its keys and its sockets: making it takes several times as much.
-        let size = size(walk);
+        let size = size(serve);
         assert!(size <= 3200, "{size} bytes");
     }
 }

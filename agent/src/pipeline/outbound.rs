@@ -3,7 +3,7 @@
 //! *Invariant:* whatever fails before a byte of the application has moved leaves its socket to be reset, or to be tried again.
 
 use super::attempt::Attempt;
-use super::{Carriage, Error, Made, Walk};
+use super::{Carriage, Error, Made, Pipeline};
 use crate::authorize::Permit;
 use crate::flow::Flow;
 use crate::handshake;
@@ -18,8 +18,8 @@ use std::sync::Arc;
 use std::time::SystemTime;
 use tokio::net::TcpStream;
 
-/// The most destinations that are remembered as foreign.
-const MAX_FOREIGN: usize = 4096;
+/// The most destinations that are remembered as ones whose peer takes each connection anew.
+const MAX_WITHOUT_REUSE: usize = 4096;
 
 /// Whom a connection may serve after this: where it came from, outbound.
 pub(super) struct PoolSlot {
@@ -35,37 +35,42 @@ pub(super) async fn keep(site: &super::Site, origin: &PoolSlot, left: Option<Hal
     }
 }
 
-impl<'a> Walk<'a> {
+impl<'a> Pipeline<'a> {
     pub(super) async fn outbound(&self, mut attempt: Attempt<'a>, permit: Permit) -> Option<Made<'a>> {
         let origin = Box::new(PoolSlot { key: Key::of(&permit), policy: self.policy.clone() });
-        let met = match self.meet_again(&mut attempt, permit, &origin.key).await {
-            Ok(Again::Met(met)) => Ok(met),
+        let established = match self.establish_pooled(&mut attempt, permit, &origin.key).await {
+            Ok(Pooled::Established(established)) => Ok(established),
             // What only a handshake needs is there only while one is made.
-            Ok(Again::Not(permit)) => Box::pin(self.meet(&mut attempt, permit)).await,
-            Err(unmet) => Err(unmet),
+            Ok(Pooled::None(permit)) => Box::pin(self.establish(&mut attempt, permit)).await,
+            Err(failed) => Err(failed),
         };
-        match met {
-            Ok(Met { carriage, basis, rule }) => {
+        match established {
+            Ok(Established { carriage, basis, rule }) => {
                 Some(Made { attempt, carriage, basis, rule: Some(rule), origin: Some(origin) })
             }
-            Err(unmet) => {
-                attempt.refuse(unmet.socket, &unmet.error);
+            Err(failed) => {
+                attempt.refuse(failed.socket, &failed.error);
                 None
             }
         }
     }
 
     /// Over a connection that is there already.
-    async fn meet_again(&self, attempt: &mut Attempt<'a>, mut permit: Permit, key: &Key) -> Result<Again, Box<Unmet>> {
+    async fn establish_pooled(
+        &self,
+        attempt: &mut Attempt<'a>,
+        mut permit: Permit,
+        key: &Key,
+    ) -> Result<Pooled, Box<Failed>> {
         loop {
             let spare = self.site.pool.borrow_mut().take(&self.policy, key);
-            let Some(spare) = spare else { return Ok(Again::Not(permit)) };
+            let Some(spare) = spare else { return Ok(Pooled::None(permit)) };
             // A peer that does not answer is waited for no longer than one that does not accept.
             match reuse::begin(permit, spare, SystemTime::now(), self.shared.config.timeouts.dial).await {
                 Ok(bound) => {
                     let (rule, idle) = (bound.rule().clone(), bound.idle());
                     let basis = attempt.agreed(idle.agreement(), idle.uses());
-                    return Ok(Again::Met(Met { carriage: Carriage::Bound(bound), basis, rule }));
+                    return Ok(Pooled::Established(Established { carriage: Carriage::Bound(bound), basis, rule }));
                 }
                 Err(refused) => {
                     let (why, given_back) = *refused;
@@ -75,7 +80,7 @@ impl<'a> Walk<'a> {
                         self.site.pool.borrow_mut().forget(key);
                     }
                     if why.is_final() {
-                        return Err(Unmet::with(Error::Reuse(why), given_back));
+                        return Err(Failed::with(Error::Reuse(why), given_back));
                     }
                     permit = given_back;
                 }
@@ -84,62 +89,62 @@ impl<'a> Walk<'a> {
     }
 
     /// Dials and shakes hands; once more with engine `user` where the kernel failed after it had taken up TLS.
-    async fn meet(&self, attempt: &mut Attempt<'a>, mut permit: Permit) -> Result<Met, Box<Unmet>> {
+    async fn establish(&self, attempt: &mut Attempt<'a>, mut permit: Permit) -> Result<Established, Box<Failed>> {
         let mut engine = self.shared.engine;
         let destination = permit.parties().flow.destination.0;
         let credential = match self.shared.identities.credential(&permit.parties().workload).await {
             Ok(credential) => credential,
-            Err(error) => return Err(Unmet::with(Error::Credential(error), permit)),
+            Err(error) => return Err(Failed::with(Error::Credential(error), permit)),
         };
-        let mut offer = self.shared.config.sessions.reuse && !self.site.foreign.borrow().contains(&destination);
+        let mut offer = self.shared.config.sessions.reuse && !self.site.without_reuse.borrow().contains(&destination);
         loop {
             let network = match self.dial(&permit.parties().flow).await {
                 Ok(network) => network,
-                Err(error) => return Err(Unmet::with(error, permit)),
+                Err(error) => return Err(Failed::with(error, permit)),
             };
             let session = {
                 let terms = self.terms(engine, offer);
                 let tenant = Tenant::workload(permit.parties().workload.id.clone());
                 let _turn = match self.shared.handshake_slots.take(tenant, terms.deadline).await {
                     Ok(turn) => turn,
-                    Err(error) => return Err(Unmet::with(Error::HandshakeSlot(error), permit)),
+                    Err(error) => return Err(Failed::with(Error::HandshakeSlot(error), permit)),
                 };
                 match handshake::connect(permit, credential.clone(), network, terms).await {
                     Ok(session) => session,
                     Err(error) if offer && error.declines_offer() => {
-                        self.remember_as_foreign(destination);
+                        self.remember_without_reuse(destination);
                         (offer, permit) = (false, error.into_parts().1);
                         continue;
                     }
                     Err(error) => {
-                        let (error, permit) = attempt.unmet(error);
-                        return Err(Unmet::with(error, permit));
+                        let (error, permit) = attempt.failed(error);
+                        return Err(Failed::with(error, permit));
                     }
                 }
             };
             let accepted = session.accepted();
             let (basis, rule) = (attempt.agreed(accepted.agreement(), 1), accepted.rule().clone());
             match offload::arm(session, engine) {
-                Ok(pipe) => return Ok(Met { carriage: Carriage::Pipe(pipe), basis, rule }),
+                Ok(pipe) => return Ok(Established { carriage: Carriage::Pipe(pipe), basis, rule }),
                 Err(error) if error.may_redial() && engine != Choice::User => {
                     tracing::warn!(%error, "dialling again with engine user");
                     engine = Choice::User;
                     match error.into_permit() {
                         Some(again) => permit = again,
-                        None => return Err(Box::new(Unmet { error: Error::Closing, socket: None })),
+                        None => return Err(Box::new(Failed { error: Error::Closing, socket: None })),
                     }
                 }
-                Err(error) => return Err(Box::new(Unmet { error: Error::Offload(error), socket: None })),
+                Err(error) => return Err(Box::new(Failed { error: Error::Offload(error), socket: None })),
             }
         }
     }
 
-    fn remember_as_foreign(&self, destination: SocketAddr) {
-        let mut foreign = self.site.foreign.borrow_mut();
-        if foreign.len() >= MAX_FOREIGN {
-            foreign.clear();
+    fn remember_without_reuse(&self, destination: SocketAddr) {
+        let mut without_reuse = self.site.without_reuse.borrow_mut();
+        if without_reuse.len() >= MAX_WITHOUT_REUSE {
+            without_reuse.clear();
         }
-        foreign.insert(destination);
+        without_reuse.insert(destination);
     }
 
     async fn dial(&self, flow: &Flow) -> Result<TcpStream, Error> {
@@ -152,26 +157,26 @@ impl<'a> Walk<'a> {
 }
 
 /// A peer that was reached, and shaken hands with.
-struct Met {
+struct Established {
     carriage: Carriage,
     basis: Basis,
     rule: Arc<Rule>,
 }
 
 /// What came of looking for a connection that is there already.
-enum Again {
-    Met(Met),
+enum Pooled {
+    Established(Established),
     /// There is none that serves, and the flow is as it was.
-    Not(Permit),
+    None(Permit),
 }
 
 /// A peer that was not, and the application's socket where it is still open.
-struct Unmet {
+struct Failed {
     error: Error,
     socket: Option<TcpStream>,
 }
 
-impl Unmet {
+impl Failed {
     fn with(error: Error, permit: Permit) -> Box<Self> {
         Box::new(Self { error, socket: Some(permit.into_parties().flow.socket) })
     }

@@ -2,7 +2,7 @@
 //!
 //! *Invariant:* who listens, who may come and who the peer is are asked each time as if it were a new connection.
 
-use super::{AgentState, Carriage, Error, Made, Site, Walk, attempt::turned_away, enter};
+use super::{AgentState, Carriage, Error, Made, Pipeline, Site, attempt::reject_stray, enter};
 use crate::admission::Place;
 use crate::flow::{Direction, OriginalDst};
 use crate::intercept::Opening;
@@ -16,7 +16,7 @@ const SERVER_PATIENCE: u32 = 2;
 
 /// Waits for the next use of a connection, and makes it: who listens, who may come and who the peer is are asked as if it
 /// were a new one. What is refused ends the connection, and the peer may make a new one and hear why.
-pub(super) async fn again<'a>(
+pub(super) async fn next_stream<'a>(
     shared: &'a AgentState,
     site: &'a Site,
     left: Option<HalfClosed>,
@@ -32,15 +32,15 @@ pub(super) async fn again<'a>(
     let flow = match site.dialler.inbound(network, source, destination) {
         Ok(flow) => flow,
         Err(error) => {
-            turned_away(shared, Direction::Inbound, &error);
+            reject_stray(shared, Direction::Inbound, &error);
             return None;
         }
     };
     let peer = agreement.peer.id.clone();
     let (place, mut attempt, flow) = enter(shared, flow, |admission, _| admission.inbound(peer))?;
     attempt.session = Some(Box::new(session));
-    let walk = Walk::new(shared, site);
-    let (mut attempt, permit) = walk.admit(attempt, flow).await?;
+    let pipeline = Pipeline::new(shared, site);
+    let (mut attempt, permit) = pipeline.admit(attempt, flow).await?;
     let basis = attempt.agreed(&agreement, attempt.session.as_ref().map_or(0, |session| session.uses()));
     let admission = match reuse::admit(&permit, &agreement, SystemTime::now()) {
         Ok(admission) => admission,
@@ -50,10 +50,10 @@ pub(super) async fn again<'a>(
         }
     };
     let opening = match &attempt.session {
-        Some(session) if session.speaks() => Opening::Speaks,
-        _ => Opening::Waits,
+        Some(session) if session.has_early_data() => Opening::EarlyData,
+        _ => Opening::NoData,
     };
-    let leg = match walk.leg(permit.parties(), opening).await {
+    let leg = match pipeline.leg(permit.parties(), opening).await {
         Ok(leg) => leg,
         Err(error) => {
             attempt.refuse(permit.into_parties().flow.socket, &error);

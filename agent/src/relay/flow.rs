@@ -58,7 +58,7 @@ pub(super) struct Start {
     pub(super) greeting: Pending,
 }
 
-pub(super) struct Flow<L> {
+pub(super) struct Transfer<L> {
     application: TcpStream,
     network: TcpStream,
     layer: L,
@@ -74,9 +74,9 @@ pub(super) struct Flow<L> {
     greeting: Greeting,
     /// What ends the flow as soon as `down_pending` is delivered.
     last: Option<Fault>,
-    heard: bool,
+    received_any: bool,
     /// The peer can be listened to no further.
-    deaf: bool,
+    peer_eof: bool,
     /// The peer's application reset this use of a shared connection.
     aborted: bool,
 }
@@ -147,7 +147,7 @@ impl Moved {
         if (up, down) == self.marks {
             return;
         }
-        crate::awake::moved();
+        crate::busy_poll::moved();
         let now = Instant::now();
         if up != self.marks.0 {
             self.up = now;
@@ -183,7 +183,7 @@ enum Woken {
     Stopped(Stop),
 }
 
-impl<L: RecordLayer> Flow<L> {
+impl<L: RecordLayer> Transfer<L> {
     /// Closing the application's socket is a reset already (`intercept::prepare`).
     pub(super) fn new(application: TcpStream, network: TcpStream, layer: L, start: Start) -> Self {
         // Until the stream has ended properly, whatever closes the socket is a reset: also the kernel, when the agent was
@@ -205,8 +205,8 @@ impl<L: RecordLayer> Flow<L> {
             early: start.early,
             greeting,
             last: None,
-            heard: false,
-            deaf: false,
+            received_any: false,
+            peer_eof: false,
             aborted: false,
         }
     }
@@ -220,7 +220,7 @@ impl<L: RecordLayer> Flow<L> {
         let mut clock = pin!(sleep_until(Instant::now()));
         let mut moved = Moved::now(self.marks(progress));
         let reason = loop {
-            let wants = match with_scratch(|scratch| self.turn(scratch, progress)) {
+            let wants = match with_scratch(|scratch| self.pump(scratch, progress)) {
                 Ok(wants) => wants,
                 Err(reason) => break reason,
             };
@@ -247,21 +247,26 @@ impl<L: RecordLayer> Flow<L> {
         reason
     }
 
-    fn turn(&mut self, scratch: &mut Scratch, progress: &Progress) -> Result<Wants, CloseReason> {
+    fn pump(&mut self, scratch: &mut Scratch, progress: &Progress) -> Result<Wants, CloseReason> {
         let mut wants = Wants::default();
         if self.greeting == Greeting::Waits {
             self.greeting = Greeting::Joins;
-            self.turn_down(scratch, progress, &mut wants)?;
+            self.pump_downstream(scratch, progress, &mut wants)?;
             wants.more = true;
             return Ok(wants);
         }
-        self.turn_up(scratch, progress, &mut wants)?;
-        self.turn_down(scratch, progress, &mut wants)?;
+        self.pump_upstream(scratch, progress, &mut wants)?;
+        self.pump_downstream(scratch, progress, &mut wants)?;
         Ok(wants)
     }
 
     /// From the application to the network.
-    fn turn_up(&mut self, scratch: &mut Scratch, progress: &Progress, wants: &mut Wants) -> Result<(), CloseReason> {
+    fn pump_upstream(
+        &mut self,
+        scratch: &mut Scratch,
+        progress: &Progress,
+        wants: &mut Wants,
+    ) -> Result<(), CloseReason> {
         let early = std::mem::take(&mut self.early);
         if !early.is_empty() {
             progress.sent.fetch_add(early.len() as u64, Ordering::Relaxed);
@@ -356,7 +361,12 @@ impl<L: RecordLayer> Flow<L> {
     }
 
     /// From the network to the application.
-    fn turn_down(&mut self, scratch: &mut Scratch, progress: &Progress, wants: &mut Wants) -> Result<(), CloseReason> {
+    fn pump_downstream(
+        &mut self,
+        scratch: &mut Scratch,
+        progress: &Progress,
+        wants: &mut Wants,
+    ) -> Result<(), CloseReason> {
         if !self.down_pending.is_empty() {
             let flushed = self.down_pending.flush(|bytes| plain::put(&self.application, bytes));
             if !flushed.map_err(|error| application_fault(error.into()))? {
@@ -387,9 +397,9 @@ impl<L: RecordLayer> Flow<L> {
     fn receive(&mut self, scratch: &mut Scratch, progress: &Progress, wants: &mut Wants) -> Result<bool, CloseReason> {
         let arrived = self.layer.inbound(&self.network, self.down_batch, scratch);
         let arrived = arrived.map_err(|fault| self.network_fault(fault))?;
-        self.deaf = matches!(arrived.then, Then::End | Then::Fault(_));
+        self.peer_eof = matches!(arrived.then, Then::End | Then::Fault(_));
         if arrived.bytes > 0 {
-            self.heard = true;
+            self.received_any = true;
             progress.received.fetch_add(arrived.bytes as u64, Ordering::Relaxed);
             self.deliver(scratch, arrived.bytes).map_err(|error| application_fault(error.into()))?;
         }
@@ -596,7 +606,7 @@ impl<L: RecordLayer> Flow<L> {
 
     fn network_fault(&self, fault: Fault) -> CloseReason {
         match fault {
-            Fault::Alert(alert) if !self.heard && control::is_refusal(alert) => CloseReason::PeerRefused(alert),
+            Fault::Alert(alert) if !self.received_any && control::is_refusal(alert) => CloseReason::PeerRefused(alert),
             fault => network_fault(fault),
         }
     }
@@ -607,7 +617,7 @@ impl<L: RecordLayer> Flow<L> {
 
     /// Can the connection be used again, after this use of it has ended in this way?
     fn can_be_left(&self, reason: CloseReason) -> bool {
-        let Some(exchange) = self.layer.exchange().filter(|_| !self.deaf) else { return false };
+        let Some(exchange) = self.layer.exchange().filter(|_| !self.peer_eof) else { return false };
         match reason {
             CloseReason::Complete => true,
             // What cannot be said any more, since the stream has ended already, only a reset can say.

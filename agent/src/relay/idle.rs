@@ -7,7 +7,7 @@ use super::{
     Any, CloseReason, Limits, Progress, Stop, Tally, Violation,
     buffers::{Batch, Pending, with_scratch},
     exchange::{Exchange, FrameKind},
-    flow::{self, Flow, Start, network_fault},
+    flow::{self, Start, Transfer, network_fault},
     kernel::Kernel,
     record_layer::{ControlRecord, Fault, RecordLayer, Then},
     socket,
@@ -172,8 +172,8 @@ impl IdleSession {
         progress.sent.fetch_add(sent, Ordering::Relaxed);
         let start = Start { early, greeting };
         let flow = match kept {
-            Kept::User(layer) => Any::User(Flow::new(application, network, layer, start)),
-            Kept::Kernel(layer) => Any::Kernel(Flow::new(application, network, layer, start)),
+            Kept::User(layer) => Any::User(Transfer::new(application, network, layer, start)),
+            Kept::Kernel(layer) => Any::Kernel(Transfer::new(application, network, layer, start)),
         };
         run(flow, Some(agreement), limits, stop, progress)
     }
@@ -196,7 +196,7 @@ impl SessionState {
     }
 
     /// The server: have the client's first bytes come along, so that they can go to the workload at once?
-    pub(crate) fn speaks(&self) -> bool {
+    pub(crate) fn has_early_data(&self) -> bool {
         with_layer!(&self.kept, layer => layer.has_record())
     }
 

@@ -22,7 +22,7 @@ pub use reason::{CloseReason, Stop, Violation};
 pub(crate) use socket::first_bytes;
 
 use crate::offload::{Pipe, Protection};
-use flow::{Flow, Start};
+use flow::{Start, Transfer};
 use kernel::Kernel;
 use plain::Plain;
 use std::{
@@ -89,18 +89,18 @@ pub fn carry(
     let start = Start { early, ..Start::default() };
     let shared = agreement.is_some();
     let flow = match protection {
-        Protection::Plain => Any::Plain(Flow::new(application, network, Plain, start)),
-        Protection::User(keys) => Any::User(Flow::new(application, network, User::new(keys, shared), start)),
-        Protection::Kernel(keys) => Any::Kernel(Flow::new(application, network, Kernel::new(keys, shared), start)),
+        Protection::Plain => Any::Plain(Transfer::new(application, network, Plain, start)),
+        Protection::User(keys) => Any::User(Transfer::new(application, network, User::new(keys, shared), start)),
+        Protection::Kernel(keys) => Any::Kernel(Transfer::new(application, network, Kernel::new(keys, shared), start)),
     };
     idle::run(flow, agreement, limits, stop, progress)
 }
 
 /// A flow of any engine.
 enum Any {
-    Plain(Flow<Plain>),
-    User(Flow<User>),
-    Kernel(Flow<Kernel>),
+    Plain(Transfer<Plain>),
+    User(Transfer<User>),
+    Kernel(Transfer<Kernel>),
 }
 
 #[cfg(test)]

@@ -19,7 +19,7 @@ use std::{
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use wimsey::flow::{Direction, OriginalDst};
-use wimsey::intercept::{Error, KernelFacts, Notice, Opening, ShardListeners, Work};
+use wimsey::intercept::{Error, KernelEvent, KernelFacts, Opening, ShardListeners, Work};
 use wimsey_common::*;
 use world::{Client, Facts, HERE, SERVER, SERVER6, WORKLOAD, World, world};
 
@@ -168,7 +168,7 @@ fn an_enrolled_program_reaches_only_what_policy_names() {
     let event = world.refusal();
     assert_eq!((event.reason, event.task.workload), (REASON_NOT_ALLOWED, WORKLOAD));
     let rule = world.notice(|notice| match notice {
-        Notice::Bypassed(event) => Some(event.rule),
+        KernelEvent::Bypassed(event) => Some(event.rule),
         _ => None,
     });
     assert_eq!(rule, 3);
@@ -301,7 +301,7 @@ fn a_protected_listener_is_reached_through_the_agent_and_sees_the_true_client() 
         let mut server = world.client(&format!("listen {at};accept;read;close"));
         assert_eq!(server.line(), "listening");
         let listening = world.notice(|notice| match notice {
-            Notice::Listening(listening) => Some(*listening),
+            KernelEvent::Listening(listening) => Some(*listening),
             _ => None,
         });
         assert_eq!(listening.address(), at.parse().unwrap());
@@ -324,7 +324,7 @@ fn a_protected_listener_is_reached_through_the_agent_and_sees_the_true_client() 
         assert!(remote.line().starts_with("connected"));
 
         let mut leg = world
-            .run(door.dialler().leg(flow.destination, flow.source, flow.listens().unwrap().who, Opening::Waits))
+            .run(door.dialler().leg(flow.destination, flow.source, flow.listens().unwrap().who, Opening::NoData))
             .unwrap();
         world.run(leg.write_all(b"hello")).unwrap();
         let shown = match at.starts_with('[') && !from.contains(':') {
@@ -340,7 +340,7 @@ fn a_protected_listener_is_reached_through_the_agent_and_sees_the_true_client() 
         assert_eq!(server.line(), "hello");
         assert_eq!(server.line(), "closed");
         let closed = world.notice(|notice| match notice {
-            Notice::Closed(cookie) => Some(*cookie),
+            KernelEvent::Closed(cookie) => Some(*cookie),
             _ => None,
         });
         assert_eq!(closed, listening.cookie);
@@ -364,12 +364,12 @@ fn first_bytes_arrive_with_the_connection_and_without_them_it_comes_a_little_lat
     assert_eq!(server.line(), "listening");
     let door = world.door();
     let (to, client) = (OriginalDst("10.77.0.2:8080".parse().unwrap()), "10.77.0.1:7000".parse().unwrap());
-    let mut first = world.run(leg(&door, to, client, Opening::Speaks)).unwrap();
+    let mut first = world.run(leg(&door, to, client, Opening::EarlyData)).unwrap();
     world.run(first.write_all(b"hello")).unwrap();
     assert!(server.line().starts_with("accepted"));
     assert_eq!(server.line(), "hello");
     let began = Instant::now();
-    let _leg = world.run(leg(&door, to, client, Opening::Speaks)).unwrap();
+    let _leg = world.run(leg(&door, to, client, Opening::EarlyData)).unwrap();
     assert!(server.line().starts_with("accepted"));
     let took = began.elapsed();
     assert!((100..10_000).contains(&took.as_millis()), "the handshake's last segment waited {took:?}");
@@ -384,7 +384,7 @@ fn nobody_imitates_the_agents_last_leg() {
     assert_eq!(server.line(), "listening");
     let door = world.door();
     let to = OriginalDst("10.77.0.2:8080".parse().unwrap());
-    let leg = world.run(leg(&door, to, "10.77.0.1:7000".parse().unwrap(), Opening::Waits)).unwrap();
+    let leg = world.run(leg(&door, to, "10.77.0.1:7000".parse().unwrap(), Opening::NoData)).unwrap();
     let had = leg.local_addr().unwrap();
     server.line();
     leg.set_zero_linger().unwrap();
@@ -471,7 +471,7 @@ fn the_owner_of_a_listener_that_was_never_bound_is_found() {
     let mut server = world.client("listen-unbound");
     let at: std::net::SocketAddr = server.line().parse().unwrap();
     let listening = world.notice(|notice| match notice {
-        Notice::Listening(listening) => Some(*listening),
+        KernelEvent::Listening(listening) => Some(*listening),
         _ => None,
     });
     assert_eq!(listening.address(), at);
@@ -572,8 +572,8 @@ fn a_cgroup_for_which_there_is_no_room_stays_unknown_and_ends_nothing() {
     let name = format!("{}/late", world.cgroup.file_name().unwrap().to_str().unwrap());
     world.install(Facts { uids: vec![0, 1], ..Facts::enrolling(&name).allowing() });
     std::fs::create_dir(&late).unwrap();
-    let full = |notice: &Notice| match notice {
-        Notice::Trouble(Work::Cgroups, Error::MapFull { map }) => Some(*map),
+    let full = |notice: &KernelEvent| match notice {
+        KernelEvent::Trouble(Work::Cgroups, Error::MapFull { map }) => Some(*map),
         _ => None,
     };
     assert_eq!(world.notice(full), map::CGROUPS);
@@ -649,7 +649,7 @@ fn a_refusal_that_repeats_is_told_seldom_and_each_is_counted() {
     assert!((0..2000).all(|_| stranger.line() == "EPERM"));
     let found = world.refusals();
     assert_eq!(found.iter().map(|refused| refused.count).sum::<u64>(), 2000);
-    assert!(found.len() as u64 <= 3 + began.elapsed().as_secs(), "{} notices", found.len());
+    assert!(found.len() as u64 <= 3 + began.elapsed().as_secs(), "{} events", found.len());
     assert!(found.iter().all(|refused| refused.event.task.tgid == stranger.pid() && refused.last_age <= refused.age));
     assert!(world.refusals().is_empty());
     assert_eq!(world.count(counter::REFUSED_NO_IDENTITY), 2000);
@@ -672,7 +672,7 @@ fn a_user_who_is_refused_everywhere_is_told_of_without_destinations() {
     let found = world.refusals();
     assert_eq!(found.iter().map(|refused| refused.count).sum::<u64>(), 500);
     let most = (u64::from(REFUSALS_PER_UID) + 2) * (1 + began.elapsed().as_secs());
-    assert!(found.len() as u64 <= most, "{} notices", found.len());
+    assert!(found.len() as u64 <= most, "{} events", found.len());
     assert!(found.iter().any(|refused| refused.event.destination_port == 0 && refused.count > 100));
 }
 
@@ -803,7 +803,7 @@ fn a_ring_buffer_of_another_size_is_adopted() {
     }
     for _ in 0..3000 {
         let by = world.notice(|notice| match notice {
-            Notice::Bypassed(event) => Some(event.task.tgid),
+            KernelEvent::Bypassed(event) => Some(event.task.tgid),
             _ => None,
         });
         assert_eq!(by, passing.pid());

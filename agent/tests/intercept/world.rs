@@ -18,7 +18,7 @@ use std::{
     time::{Duration, Instant},
 };
 use wimsey::{
-    intercept::{Error, KernelFacts, Notice, Options, Programs, Refused, ShardListeners},
+    intercept::{Error, KernelEvent, KernelFacts, Options, Programs, Refused, ShardListeners},
     policy::{KernelCandidate, KernelDestination, KernelPolicy, KernelVerdict},
 };
 use wimsey_common::*;
@@ -234,11 +234,11 @@ impl World {
     }
 
     /// The next notice that `wanted` accepts; others are dropped.
-    pub fn notice<T>(&mut self, wanted: impl Fn(&Notice) -> Option<T>) -> T {
+    pub fn notice<T>(&mut self, wanted: impl Fn(&KernelEvent) -> Option<T>) -> T {
         let mut programs = self.programs.take().unwrap();
         let found = self.run(async {
             loop {
-                let notice = programs.notice().await;
+                let notice = programs.next_event().await;
                 if let Some(found) = wanted(&notice) {
                     return found;
                 }
@@ -254,7 +254,7 @@ impl World {
         let _ = self.runtime.block_on(async {
             tokio::time::timeout(time, async {
                 loop {
-                    programs.notice().await;
+                    programs.next_event().await;
                 }
             })
             .await
@@ -270,7 +270,7 @@ impl World {
             let _ = self.runtime.block_on(async {
                 tokio::time::timeout(Duration::from_millis(100), async {
                     loop {
-                        if let Notice::Refused(refused) = programs.notice().await {
+                        if let KernelEvent::Refused(refused) = programs.next_event().await {
                             found.push(refused);
                         }
                     }
@@ -286,7 +286,7 @@ impl World {
     /// The next refusal by the kernel.
     pub fn refusal(&mut self) -> Event {
         self.notice(|notice| match notice {
-            Notice::Refused(refused) => Some(refused.event),
+            KernelEvent::Refused(refused) => Some(refused.event),
             _ => None,
         })
     }

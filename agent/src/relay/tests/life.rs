@@ -253,7 +253,7 @@ const IMPATIENT: Limits = Limits { idle: None, stall: Duration::from_millis(300)
 async fn given_up(own: TcpStream, network: TcpStream) -> Progress {
     let progress = Progress::default();
     let flow = async {
-        Flow::new(own, network, Stuck, Start::default()).run(&IMPATIENT, std::pin::pin!(pending()), &progress).await
+        Transfer::new(own, network, Stuck, Start::default()).run(&IMPATIENT, std::pin::pin!(pending()), &progress).await
     };
     assert_eq!(timeout(patience(5), flow).await.expect("given up"), CloseReason::Stalled);
     progress

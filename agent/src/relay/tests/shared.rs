@@ -266,7 +266,7 @@ async fn the_server_knows_of_first_bytes_that_came_with_the_word() {
             server.next().await.unwrap();
             let (network, shared) = server.into_parts();
             // What the kernel has not given out nobody knows of.
-            assert_eq!(shared.speaks(), !early.is_empty() && engine() == Choice::User);
+            assert_eq!(shared.has_early_data(), !early.is_empty() && engine() == Choice::User);
             Use::next(shared.ready(network).await.unwrap()).await
         };
         let both = async { tokio::join!(client.begin(early), serve) };

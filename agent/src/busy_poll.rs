@@ -37,8 +37,8 @@ pub fn moved() {
 }
 
 /// Keeps the runtime of this thread asking its sockets while it pays. Runs for as long as the thread serves.
-pub async fn stay() {
-    let (mut pace, mut seen) = (Pace::default(), MOVED.get());
+pub async fn run() {
+    let (mut backoff, mut seen) = (Backoff::default(), MOVED.get());
     loop {
         poll_fn(|context| match MOVED.get() == seen {
             true => {
@@ -50,12 +50,12 @@ pub async fn stay() {
         .await;
         seen = MOVED.get();
         let mut now = Instant::now();
-        pace.moved(now);
-        if !pace.pays(now) {
+        backoff.moved(now);
+        if !backoff.pays(now) {
             continue;
         }
         let (mut since, mut in_vain) = ((now, processor_time()), true);
-        while pace.pays(now) {
+        while backoff.pays(now) {
             // The runtime asks its sockets, without waiting, before it comes back here.
             tokio::task::yield_now().await;
             now = Instant::now();
@@ -63,14 +63,14 @@ pub async fn stay() {
                 continue;
             }
             (seen, in_vain) = (MOVED.get(), false);
-            pace.moved(now);
+            backoff.moved(now);
             // Nothing waits in this loop: what the clock has gone on without this thread, others have had.
             let used = processor_time();
-            pace.took(now, now.duration_since(since.0), used.saturating_sub(since.1));
+            backoff.took(now, now.duration_since(since.0), used.saturating_sub(since.1));
             since = (now, used);
         }
         if in_vain {
-            pace.leave_it(now);
+            backoff.leave_it(now);
         }
     }
 }
@@ -82,7 +82,7 @@ fn processor_time() -> Duration {
 
 /// When it pays. Pure.
 #[derive(Debug, Default)]
-struct Pace {
+struct Backoff {
     /// When bytes were moved last.
     last: Option<Instant>,
     /// They came soon after those before.
@@ -93,7 +93,7 @@ struct Pace {
     pause: Option<Duration>,
 }
 
-impl Pace {
+impl Backoff {
     fn moved(&mut self, now: Instant) {
         self.soon = self.last.is_some_and(|last| now.duration_since(last) <= WINDOW);
         self.last = Some(now);
@@ -126,44 +126,44 @@ mod tests {
 
     #[test]
     fn it_pays_while_bytes_follow_one_another_closely() {
-        let (mut pace, start) = (Pace::default(), Instant::now());
+        let (mut backoff, start) = (Backoff::default(), Instant::now());
         let at = |micros| start + Duration::from_micros(micros);
-        assert!(!pace.pays(at(0)));
-        pace.moved(at(0));
-        assert!(!pace.pays(at(1)), "nothing is known of what comes next");
-        pace.moved(at(180));
-        assert!(pace.pays(at(181)) && pace.pays(at(380)) && !pace.pays(at(381)));
-        pace.moved(at(5000));
-        assert!(!pace.pays(at(5001)), "the last pause was long, and so may the next one be");
-        pace.moved(at(5050));
-        assert!(pace.pays(at(5051)));
+        assert!(!backoff.pays(at(0)));
+        backoff.moved(at(0));
+        assert!(!backoff.pays(at(1)), "nothing is known of what comes next");
+        backoff.moved(at(180));
+        assert!(backoff.pays(at(181)) && backoff.pays(at(380)) && !backoff.pays(at(381)));
+        backoff.moved(at(5000));
+        assert!(!backoff.pays(at(5001)), "the last pause was long, and so may the next one be");
+        backoff.moved(at(5050));
+        assert!(backoff.pays(at(5051)));
     }
 
     #[test]
     fn whoever_else_wants_the_processor_gets_it_for_longer_each_time() {
-        let (mut pace, mut now) = (Pace::default(), Instant::now());
+        let (mut backoff, mut now) = (Backoff::default(), Instant::now());
         let (short, long) = (Duration::from_micros(30), Duration::from_micros(300));
         for pause in [100, 200, 400].map(Duration::from_millis) {
-            pace.moved(now);
-            pace.moved(now);
-            assert!(pace.pays(now));
-            pace.took(now, long, short);
-            assert!(!pace.pays(now));
-            pace.moved(now + pause - short);
-            pace.moved(now + pause - short);
-            assert!(!pace.pays(now + pause - short));
+            backoff.moved(now);
+            backoff.moved(now);
+            assert!(backoff.pays(now));
+            backoff.took(now, long, short);
+            assert!(!backoff.pays(now));
+            backoff.moved(now + pause - short);
+            backoff.moved(now + pause - short);
+            assert!(!backoff.pays(now + pause - short));
             now += pause;
         }
-        pace.took(now, long, long - short);
-        pace.took(now, long, short);
-        assert_eq!(pace.pause, Some(PAUSES.0), "it went well in between");
+        backoff.took(now, long, long - short);
+        backoff.took(now, long, short);
+        assert_eq!(backoff.pause, Some(PAUSES.0), "it went well in between");
     }
 
     #[tokio::test]
     async fn a_thread_that_moves_nothing_sleeps() {
         let set = tokio::task::LocalSet::new();
         set.run_until(async {
-            let staying = tokio::task::spawn_local(stay());
+            let staying = tokio::task::spawn_local(run());
             tokio::task::yield_now().await;
             let asleep = || ASLEEP.with_borrow(Option::is_some);
             assert!(asleep());
