@@ -102,7 +102,7 @@ pub struct Listens {
     pub cookie: u64,
     /// Others that share the address (`SO_REUSEPORT`), and the cookies of their sockets. A connection may reach any of them.
     pub sharers: Box<[(Task, u64)]>,
-    /// [`wimsey_common::who_listens`], over all places where the kernel looks. The last leg is for them alone.
+    /// [`wimsey_common::who_listens`], over all places where the kernel looks. The upstream connection is for them alone.
     pub who: u64,
 }
 

@@ -158,16 +158,16 @@ pub fn admit(permit: &Permit, agreement: &Agreement, now: SystemTime) -> Result<
     fit(permit, agreement, now).map(Admission)
 }
 
-/// The server: its workload has accepted on `leg`, and the client will be told. The permit holds the socket of `shared`.
+/// The server: its workload has accepted on `upstream connection`, and the client will be told. The permit holds the socket of `shared`.
 pub async fn ready(
     Admission(rule): Admission,
     permit: Permit,
     shared: SessionState,
-    leg: TcpStream,
+    upstream: TcpStream,
 ) -> Result<Bound, Unfit> {
     let network = permit.into_parties().flow.socket;
     let idle = shared.ready(network).await.map_err(Unfit::Closed)?;
-    Ok(Bound { application: leg, early: Vec::new(), idle, rule })
+    Ok(Bound { application: upstream, early: Vec::new(), idle, rule })
 }
 
 fn fit(permit: &Permit, agreement: &Agreement, now: SystemTime) -> Result<Arc<Rule>, Unfit> {

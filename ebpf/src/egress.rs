@@ -1,17 +1,17 @@
-//! Connections and datagrams that leave a program of this host: refused, left alone, or turned to the agent.
+//! Connections and datagrams that leave a program of this host: refused, left alone, or redirected to the agent.
 //!
 //! A connection to a mesh destination goes to the agent or nowhere. What an enrolled workload dials beside that follows its
-//! policy. Everything else is left alone. What the kernel's facts do not settle is turned to the agent, which attests.
+//! policy. Everything else is left alone. What the kernel's facts do not settle is redirected to the agent, which attests.
 //!
 //! *Invariant:* no way through [`judge`] lets TCP to a mesh destination pass, but for the agent's own sockets and a named
 //! bypass; what does not come through it (a socket from before, or from outside the tree) meets the guard.
 
 use crate::{
     ALLOW, REFUSE,
+    events::{self, NOBODY, NOWHERE, count},
     facts::*,
     maps::{FLOWS, OWN, SERVED},
     quota,
-    tell::{self, NOBODY, NOWHERE, count},
 };
 use aya_ebpf::{
     bindings::{bpf_sock, bpf_sock_addr, bpf_sock_ops},
@@ -31,9 +31,9 @@ const ONE_CALL: u64 = 100_000_000;
 /// them. One number, which the verifier does not follow.
 #[derive(Clone, Copy)]
 #[repr(transparent)]
-struct Verdicted(u64);
+struct Decision(u64);
 
-impl Verdicted {
+impl Decision {
     #[inline(always)]
     const fn new(action: u32, kind: u32, reason: u32, rule: u32, counter: u32) -> Self {
         Self(action as u64 | (kind as u64) << 8 | (reason as u64) << 16 | (counter as u64) << 24 | (rule as u64) << 32)
@@ -62,26 +62,26 @@ impl Verdicted {
 
 const PASS: u32 = 0;
 const DENY: u32 = 1;
-const TURN: u32 = 2;
+const REDIRECT: u32 = 2;
 
 #[inline(always)]
-fn left_alone() -> Verdicted {
-    Verdicted::new(PASS, 0, 0, 0, counter::LEFT_ALONE)
+fn left_alone() -> Decision {
+    Decision::new(PASS, 0, 0, 0, counter::LEFT_ALONE)
 }
 
 #[inline(always)]
-fn bypassed(rule: u32, counter: u32) -> Verdicted {
-    Verdicted::new(PASS, EVENT_BYPASSED, 0, rule, counter)
+fn bypassed(rule: u32, counter: u32) -> Decision {
+    Decision::new(PASS, EVENT_BYPASSED, 0, rule, counter)
 }
 
 #[inline(always)]
-fn refused(reason: u32, counter: u32) -> Verdicted {
-    Verdicted::new(DENY, EVENT_REFUSED, reason, 0, counter)
+fn refused(reason: u32, counter: u32) -> Decision {
+    Decision::new(DENY, EVENT_REFUSED, reason, 0, counter)
 }
 
 #[inline(always)]
-fn turned() -> Verdicted {
-    Verdicted::new(TURN, 0, 0, 0, counter::TURNED)
+fn redirected() -> Decision {
+    Decision::new(REDIRECT, 0, 0, 0, counter::REDIRECTED)
 }
 
 /// `connect()` to an IPv4 address.
@@ -159,7 +159,7 @@ fn elsewhere(config: &Config, netns: u64, event: &mut Event) -> bool {
     event.kind = EVENT_REFUSED;
     event.reason = REASON_NAMESPACE;
     event.destination_id = found.target as u32;
-    tell::refused(event);
+    events::refused(event);
     false
 }
 
@@ -181,7 +181,7 @@ fn connect(ctx: *mut bpf_sock_addr, dialled: Address, port: u16, family: u16) ->
         let device = word(addr_of!((*sk).bound_dev_if));
         (bpf_get_netns_cookie(ctx.cast()), transport(ctx), near_end(ctx), bpf_get_socket_cookie(ctx.cast()), device)
     };
-    let mut event = tell::event(0, 0, transport);
+    let mut event = events::event(0, 0, transport);
     event.cookie = cookie;
     (event.source, event.source_port) = near;
     event.destination_port = port;
@@ -202,7 +202,7 @@ fn connect(ctx: *mut bpf_sock_addr, dialled: Address, port: u16, family: u16) ->
     blur(&mut event.destination, config.epoch);
     let four = is_mapped(&event.destination);
     // While a new agent takes over, the programs of the old one have been here for the same call.
-    if turned_before(config, cookie, &event.destination, port) {
+    if redirected_before(config, cookie, &event.destination, port) {
         return Outcome::Allow;
     }
     let found = destination(config, &event.destination, port);
@@ -223,7 +223,7 @@ fn connect(ctx: *mut bpf_sock_addr, dialled: Address, port: u16, family: u16) ->
     }
     let mut verdict = judged(config, found, &subject, transport << 16 | port as u32);
     let mut agent = 0;
-    if verdict.action() == TURN {
+    if verdict.action() == REDIRECT {
         agent = agent_port(outbound_listener(config, cookie, !four));
         if agent == 0 {
             verdict = refused(REASON_NO_AGENT, counter::REFUSED_NO_AGENT);
@@ -236,8 +236,8 @@ fn connect(ctx: *mut bpf_sock_addr, dialled: Address, port: u16, family: u16) ->
             }
         }
     }
-    told(&mut event, verdict, who);
-    if verdict.action() == TURN {
+    report(&mut event, verdict, who);
+    if verdict.action() == REDIRECT {
         return Outcome::Turn(agent, four);
     }
     // What an earlier call of this socket has left is nobody's any more: somebody else may have the socket now.
@@ -254,25 +254,25 @@ fn connect(ctx: *mut bpf_sock_addr, dialled: Address, port: u16, family: u16) ->
 
 /// Leaves what was decided for people to see.
 #[inline(always)]
-fn told(event: &mut Event, verdict: Verdicted, who: u32) {
+fn report(event: &mut Event, verdict: Decision, who: u32) {
     count(verdict.counter());
     if who == UNKNOWN {
         event.kind = EVENT_UNKNOWN_CGROUP;
-        tell::send(event);
+        events::send(event);
     }
     event.kind = verdict.kind();
     event.reason = verdict.reason();
     event.rule = verdict.rule();
     if event.kind == EVENT_REFUSED {
-        tell::refused(event);
+        events::refused(event);
     } else if event.kind != 0 {
-        tell::send(event);
+        events::send(event);
     }
 }
 
 /// The decision about a `connect()`. `what`: transport and port. Not inlined: to the verifier all its answers are one.
 #[inline(never)]
-fn judged(config: &Config, found: Option<&'static Destination>, subject: &Who, what: u32) -> Verdicted {
+fn judged(config: &Config, found: Option<&'static Destination>, subject: &Who, what: u32) -> Decision {
     let there = match found {
         Some(found) => There::of(found, what as u16),
         None => NOTHING,
@@ -302,7 +302,7 @@ impl There {
 
 /// The decision, from the facts alone.
 #[inline(always)]
-fn judge(config: &Config, transport: u32, there: &There, subject: &Who) -> Verdicted {
+fn judge(config: &Config, transport: u32, there: &There, subject: &Who) -> Decision {
     if transport == IPPROTO_UDP {
         return datagram(config, there, subject);
     }
@@ -310,7 +310,7 @@ fn judge(config: &Config, transport: u32, there: &There, subject: &Who) -> Verdi
     if there.mode == MODE_MESH {
         // Only a connection to a mesh destination is the agent's: it attests who dials before anything is sent.
         if who == ASK || who == UNKNOWN {
-            return turned();
+            return redirected();
         }
         if who == NOT_ENROLLED {
             return refused(REASON_NO_IDENTITY, counter::REFUSED_NO_IDENTITY);
@@ -324,7 +324,7 @@ fn judge(config: &Config, transport: u32, there: &There, subject: &Who) -> Verdi
     }
     let row = verdict(config, subject, there.target, there.group, there.port, IPPROTO_TCP);
     if row.action == VERDICT_MESH && there.mode == MODE_MESH {
-        turned()
+        redirected()
     } else if row.action == VERDICT_BYPASS {
         bypassed(row.rule, counter::BYPASSED)
     } else {
@@ -334,7 +334,7 @@ fn judge(config: &Config, transport: u32, there: &There, subject: &Who) -> Verdi
 
 /// The decision for UDP: only an enrolled workload's datagrams to a mesh destination are anybody's business.
 #[inline(always)]
-fn datagram(config: &Config, there: &There, subject: &Who) -> Verdicted {
+fn datagram(config: &Config, there: &There, subject: &Who) -> Decision {
     let who = subject.known();
     if there.mode != MODE_MESH || who == NOT_ENROLLED {
         return left_alone();
@@ -361,7 +361,7 @@ fn sendmsg(ctx: *mut bpf_sock_addr, dialled: Address, port: u16) -> i32 {
     let config = &at_this_moment(config);
     // SAFETY: helpers and fields that this hook may use.
     let (netns, (near, near_port)) = unsafe { (bpf_get_netns_cookie(ctx.cast()), near_end(ctx)) };
-    let mut event = tell::event(EVENT_REFUSED, REASON_UDP, IPPROTO_UDP);
+    let mut event = events::event(EVENT_REFUSED, REASON_UDP, IPPROTO_UDP);
     event.destination = reached(dialled, &near);
     event.destination_port = port;
     event.task = task();
@@ -392,14 +392,14 @@ fn sendmsg(ctx: *mut bpf_sock_addr, dialled: Address, port: u16) -> i32 {
     count(counter::UDP_REFUSED);
     if who == UNKNOWN {
         event.kind = EVENT_UNKNOWN_CGROUP;
-        tell::send(&event);
+        events::send(&event);
         event.kind = EVENT_REFUSED;
     }
-    tell::refused(&mut event);
+    events::refused(&mut event);
     REFUSE
 }
 
-/// Records where a connection that is turned to the agent wanted to go. Gives the reason where there is no room, else 0.
+/// Records where a connection that is redirected to the agent wanted to go. Gives the reason where there is no room, else 0.
 #[inline(always)]
 fn remember(event: &Event, generation: u32, family: u16, agent_port: u16) -> u32 {
     egress_remember(event, generation, family as u32, agent_port as u32)
@@ -463,7 +463,7 @@ static NO_ORIGIN: Origin = Origin {
 
 /// Is this what a `connect()` of this socket was turned to?
 #[inline(always)]
-pub fn turned_to(cookie: u64, address: &Address, port: u16) -> Option<&'static Origin> {
+pub fn redirected_to(cookie: u64, address: &Address, port: u16) -> Option<&'static Origin> {
     if !is_loopback(address) {
         return None;
     }
@@ -474,8 +474,8 @@ pub fn turned_to(cookie: u64, address: &Address, port: u16) -> Option<&'static O
 
 /// The same, by this very call, and the agent is still the one who listens there.
 #[inline(always)]
-fn turned_before(config: &Config, cookie: u64, address: &Address, port: u16) -> bool {
-    let Some(origin) = turned_to(cookie, address, port) else { return false };
+fn redirected_before(config: &Config, cookie: u64, address: &Address, port: u16) -> bool {
+    let Some(origin) = redirected_to(cookie, address, port) else { return false };
     // SAFETY: a helper without arguments.
     let age = unsafe { bpf_ktime_get_boot_ns() }.wrapping_sub(origin.task.at);
     let ids = bpf_get_current_uid_gid();
@@ -485,7 +485,7 @@ fn turned_before(config: &Config, cookie: u64, address: &Address, port: u16) -> 
         && agent_port(outbound_listener(config, cookie, !is_mapped(address))) == port
 }
 
-/// The connection that was turned to the agent stands: the agent tells what becomes of it.
+/// The connection that was redirected to the agent stands: the agent tells what becomes of it.
 #[inline(always)]
 pub fn arrived(ops: *mut bpf_sock_ops) {
     // SAFETY: the helper takes the context.
@@ -496,7 +496,7 @@ pub fn arrived(ops: *mut bpf_sock_ops) {
     }
 }
 
-/// A socket was closed, or dials again. One that was turned to the agent and never arrived there has left no line yet. `event`:
+/// A socket was closed, or dials again. One that was redirected to the agent and never arrived there has left no line yet. `event`:
 /// room for it.
 #[inline(never)]
 #[unsafe(no_mangle)]
@@ -516,7 +516,7 @@ pub extern "C" fn egress_released(cookie: u64, event: *mut Event) -> u32 {
         event.destination = origin.destination;
         event.destination_port = origin.destination_port;
         event.destination_id = origin.destination_id;
-        tell::refused(event);
+        events::refused(event);
     }
     let uid = origin.task.uid;
     if FLOWS.remove(&cookie).is_ok() {

@@ -3,8 +3,8 @@
 //! *Invariant:* fields of a context are read one by one, each as the 32-bit word that the kernel offers it as. The
 //! verifier refuses what a compiler makes of it otherwise (wider, narrower or shared loads).
 
+use crate::events::{NOBODY, NOWHERE};
 use crate::maps::{CANDIDATES, CGROUPS, CONFIG, DESTINATIONS, LAYOUT, OUTBOUND, VERDICTS};
-use crate::tell::{NOBODY, NOWHERE};
 use aya_ebpf::{
     bindings::{bpf_sock, bpf_sock_addr},
     helpers::{

@@ -8,10 +8,10 @@
 
 use crate::{
     ALLOW, REFUSE,
-    egress::{may_send, turned_to},
+    egress::{may_send, redirected_to},
+    events::{self, NOWHERE, count},
     facts::*,
-    maps::{FOREIGN, LAYOUT, LEGS, ORIGINS, OWN},
-    tell::{self, NOWHERE, count},
+    maps::{LAYOUT, ORIGINS, OTHER_NETNS, OWN, UPSTREAMS},
 };
 use aya_ebpf::{
     bindings::{__sk_buff, bpf_sock},
@@ -74,15 +74,15 @@ fn syn(skb: *mut __sk_buff) -> i32 {
     if sk.is_null() {
         return ALLOW;
     }
-    let mut event = tell::event(EVENT_REFUSED, REASON_GUARD, IPPROTO_TCP);
+    let mut event = events::event(EVENT_REFUSED, REASON_GUARD, IPPROTO_TCP);
     // SAFETY: a socket that the verifier knows not to be null.
     (event.destination, event.destination_port) = unsafe { far_end(sk) };
-    // SAFETY: fields and a helper that this hook may use. What was turned to the agent goes to it over loopback, or nowhere: the
+    // SAFETY: fields and a helper that this hook may use. What was redirected to the agent goes to it over loopback, or nowhere: the
     // socket may have been bound to a device after its `connect()`, which with fast open sends nothing.
     if is_loopback(&event.destination) && unsafe { word(addr_of!((*skb).ifindex)) } != LOOPBACK_DEVICE {
         let cookie = unsafe { bpf_get_socket_cookie(skb.cast()) };
-        let turned = turned_to(cookie, &event.destination, event.destination_port).is_some();
-        return if turned { REFUSE } else { ALLOW };
+        let redirected = redirected_to(cookie, &event.destination, event.destination_port).is_some();
+        return if redirected { REFUSE } else { ALLOW };
     }
     let mut found = mesh(config, &event.destination, event.destination_port);
     if found == 0 {
@@ -93,11 +93,11 @@ fn syn(skb: *mut __sk_buff) -> i32 {
     }
     // SAFETY: the helper takes the context; rows are never changed in place.
     let cookie = unsafe { bpf_get_socket_cookie(skb.cast()) };
-    if unsafe { OWN.get(&cookie).is_some() || FOREIGN.get(&cookie).is_some() } {
+    if unsafe { OWN.get(&cookie).is_some() || OTHER_NETNS.get(&cookie).is_some() } {
         return ALLOW;
     }
     // A policy may name the agent's own address, as in 127.0.0.1 with any port.
-    if turned_to(cookie, &event.destination, event.destination_port).is_some() {
+    if redirected_to(cookie, &event.destination, event.destination_port).is_some() {
         return ALLOW;
     }
     count(counter::GUARD_DROPPED);
@@ -106,7 +106,7 @@ fn syn(skb: *mut __sk_buff) -> i32 {
     // Whoever has the socket: no task may be on its way here with the packet.
     // SAFETY: the helper takes the context.
     event.task.uid = unsafe { bpf_get_socket_uid(skb) };
-    tell::refused(&mut event);
+    events::refused(&mut event);
     REFUSE
 }
 
@@ -155,7 +155,7 @@ fn crosses(skb: *mut __sk_buff, config: &Config) -> bool {
         let ((near, near_port), (far, far_port)) = (own_end(sk), far_end(sk));
         let waiting =
             TupleKey { source: far, destination: near, source_port: far_port, destination_port: near_port, pad: 0 };
-        if LEGS.get(&waiting).is_none() && ORIGINS.get(&waiting).is_none() {
+        if UPSTREAMS.get(&waiting).is_none() && ORIGINS.get(&waiting).is_none() {
             return false;
         }
         // The same addresses in another network namespace are others.
@@ -169,7 +169,7 @@ fn crosses(skb: *mut __sk_buff, config: &Config) -> bool {
 #[inline(never)]
 fn beside_tcp(skb: *mut __sk_buff, protocol: u32) -> i32 {
     let Some(config) = config() else { return ALLOW };
-    let mut event = tell::event(EVENT_REFUSED, REASON_PROTOCOL, protocol);
+    let mut event = events::event(EVENT_REFUSED, REASON_PROTOCOL, protocol);
     let Some(ipv6) = header(skb, &mut event.destination) else { return ALLOW };
     let mut routed = false;
     if !is_mesh_address(config, &event.destination) {
@@ -223,7 +223,7 @@ fn beside_tcp(skb: *mut __sk_buff, protocol: u32) -> i32 {
     } else {
         count(counter::PROTOCOL_DROPPED);
     }
-    tell::refused(&mut event);
+    events::refused(&mut event);
     REFUSE
 }
 

@@ -1,18 +1,18 @@
 //! The life of sockets, and connections that come to this host.
 //!
-//! Who binds and listens is in the [`registry`]; a SYN for a protected listener lands on the agent's listener ([`steer`]),
-//! unless it is the agent's own last leg. Which connections those are the kernel itself has
+//! Who binds and listens is in the [`registry`]; a SYN for a protected listener lands on the agent's listener ([`redirect_inbound`]),
+//! unless it is the agent's own upstream connection. Which connections those are the kernel itself has
 //! written down, from sockets that only the agent could have registered, under addresses that only they can have while the
 //! row is there: no local program can imitate one.
 //!
 //! *Invariant:* a SYN passes by itself to a listener of which it was found that it concerns nobody enrolled, and to no other.
 
 use crate::{
-    egress::{self, turned_to},
+    egress::{self, redirected_to},
+    events::{self, count},
     facts::*,
     maps::*,
     registry,
-    tell::{self, count},
 };
 use aya_ebpf::{
     bindings::{bpf_sk_lookup, bpf_sock, bpf_sock_ops, sk_action::SK_DROP, sk_action::SK_PASS},
@@ -40,7 +40,7 @@ pub fn released(sock: *mut bpf_sock) {
         }
         bpf_get_socket_cookie(sock.cast())
     };
-    egress::egress_released(cookie, &mut tell::event(0, 0, IPPROTO_TCP));
+    egress::egress_released(cookie, &mut events::event(0, 0, IPPROTO_TCP));
     let _ = OWN.remove(&cookie);
     registry::closed(cookie);
 }
@@ -71,7 +71,7 @@ pub fn event(ops: *mut bpf_sock_ops) {
                 registry::listens_no_more(cookie, sk);
             } else if state == TCP_CLOSE {
                 // Before the port is given back, so that nobody else can have these addresses while the row is there.
-                let _ = LEGS.remove(&tuple(ops));
+                let _ = UPSTREAMS.remove(&tuple(ops));
             }
         }
         _ => {}
@@ -99,14 +99,15 @@ fn connecting(ops: *mut bpf_sock_ops) {
         if let Some(found) = destination(config, &tuple.destination, tuple.destination_port)
             && found.mode == MODE_MESH
         {
-            let _ = FOREIGN.insert(&cookie, &1, 0);
+            let _ = OTHER_NETNS.insert(&cookie, &1, 0);
         }
         return;
     }
     if let Some(own) = unsafe { OWN.get(&cookie) } {
-        if own.kind == OWN_LEG {
-            let leg = Leg { client: own.client, client_port: own.client_port, pad: [0; 3], listeners: own.listeners };
-            if LEGS.insert(&tuple, &leg, 0).is_ok() {
+        if own.kind == OWN_UPSTREAM {
+            let upstream =
+                Upstream { client: own.client, client_port: own.client_port, pad: [0; 3], listeners: own.listeners };
+            if UPSTREAMS.insert(&tuple, &upstream, 0).is_ok() {
                 watch_states(ops);
             } else {
                 count(counter::REFUSED_MAP_FULL);
@@ -117,7 +118,7 @@ fn connecting(ops: *mut bpf_sock_ops) {
     if !is_loopback(&tuple.destination) {
         return;
     }
-    if let Some(origin) = turned_to(cookie, &tuple.destination, tuple.destination_port) {
+    if let Some(origin) = redirected_to(cookie, &tuple.destination, tuple.destination_port) {
         let _ = ORIGINS.insert(&tuple, origin, 0);
     } else {
         // A connection from before may have had these addresses, and nobody shall come in under its name.
@@ -125,7 +126,7 @@ fn connecting(ops: *mut bpf_sock_ops) {
     }
 }
 
-/// A connection stands, at the end that was dialled. Where it is one that was turned to the agent, its origin goes to the socket
+/// A connection stands, at the end that was dialled. Where it is one that was redirected to the agent, its origin goes to the socket
 /// that the agent will accept: from here on the addresses may be somebody else's.
 #[inline(always)]
 fn accepting(ops: *mut bpf_sock_ops) {
@@ -182,7 +183,7 @@ fn tuple(ops: *mut bpf_sock_ops) -> TupleKey {
 
 /// A SYN has come in: whose is it?
 #[inline(always)]
-pub fn steer(ctx: &SkLookupContext) -> u32 {
+pub fn redirect_inbound(ctx: &SkLookupContext) -> u32 {
     let lookup: *mut bpf_sk_lookup = ctx.lookup;
     let Some(config) = config() else { return SK_PASS };
     // SAFETY: fields of the context that this hook may read. The remote port is in network byte order.
@@ -203,35 +204,35 @@ pub fn steer(ctx: &SkLookupContext) -> u32 {
     };
     // SAFETY: as above.
     let device = unsafe { word(addr_of!((*lookup).ingress_ifindex)) };
-    let leg =
+    let upstream =
         TupleKey { source: remote, destination: local, source_port: remote_port, destination_port: local_port, pad: 0 };
     if is_loopback(&local) {
-        // What was turned to the agent is for the agent that is there now, whoever has the port of the one before.
+        // What was redirected to the agent is for the agent that is there now, whoever has the port of the one before.
         // SAFETY: nobody changes the row while its connection is there.
-        if let Some(origin) = unsafe { ORIGINS.get(&leg) } {
+        if let Some(origin) = unsafe { ORIGINS.get(&upstream) } {
             let index = outbound_listener(config, origin.cookie, ipv6);
             if OUTBOUND.redirect_sk_lookup(ctx, index, 0).is_ok() {
                 return SK_PASS;
             }
             count(counter::REFUSED_NO_AGENT);
-            refused(REASON_NO_AGENT, &leg);
+            refused(REASON_NO_AGENT, &upstream);
             return SK_DROP;
         }
     }
     let (mode, listeners) = protection(config, &local, local_port, ipv6, device);
     // SAFETY: rows are never changed in place.
-    if let Some(leg) = unsafe { LEGS.get(&leg) } {
-        // The leg is for those who were found to listen, and for nobody who came after them or may in this moment.
+    if let Some(upstream) = unsafe { UPSTREAMS.get(&upstream) } {
+        // The upstream connection is for those who were found to listen, and for nobody who came after them or may in this moment.
         let bound = bound_only(config, &local, local_port, ipv6);
-        if leg.listeners != 0 && leg.listeners == listeners.wrapping_add(bound) {
-            count(counter::LEGS_ADMITTED);
+        if upstream.listeners != 0 && upstream.listeners == listeners.wrapping_add(bound) {
+            count(counter::UPSTREAMS_ADMITTED);
             return SK_PASS;
         }
         return SK_DROP;
     }
     if mode == LISTENER_LEFT_ALONE {
         if is_loopback(&local) && is_the_agents(config, &local, local_port) {
-            refused(REASON_DIRECT, &leg);
+            refused(REASON_DIRECT, &upstream);
             return SK_DROP;
         }
         return SK_PASS;
@@ -243,7 +244,7 @@ pub fn steer(ctx: &SkLookupContext) -> u32 {
     }
     if mode == LISTENER_UNDECIDED {
         count(counter::REFUSED_UNDECIDED);
-        refused(REASON_UNDECIDED, &leg);
+        refused(REASON_UNDECIDED, &upstream);
         return SK_DROP;
     }
     // The same listener each time: what a retransmission, or the answer to a SYN cookie, needs.
@@ -252,11 +253,11 @@ pub fn steer(ctx: &SkLookupContext) -> u32 {
     let hash = mixed.wrapping_mul(0x9e37_79b1) >> 8;
     let index = slot(config, hash, ipv6);
     if INBOUND.redirect_sk_lookup(ctx, index, 0).is_ok() {
-        count(counter::STEERED);
+        count(counter::REDIRECTED_INBOUND);
         return SK_PASS;
     }
     count(counter::REFUSED_NO_AGENT);
-    refused(REASON_NO_AGENT, &leg);
+    refused(REASON_NO_AGENT, &upstream);
     SK_DROP
 }
 
@@ -280,12 +281,12 @@ fn refused(reason: u32, tuple: &TupleKey) {
 pub extern "C" fn ingress_refused(reason: u32, tuple: *const TupleKey) -> u32 {
     // SAFETY: the verifier insists that it is null or what it should be.
     let Some(tuple) = (unsafe { tuple.as_ref() }) else { return 0 };
-    let mut event = tell::event(EVENT_REFUSED, reason, IPPROTO_TCP);
+    let mut event = events::event(EVENT_REFUSED, reason, IPPROTO_TCP);
     event.source = tuple.source;
     event.source_port = tuple.source_port;
     event.destination = tuple.destination;
     event.destination_port = tuple.destination_port;
-    tell::refused(&mut event);
+    events::refused(&mut event);
     1
 }
 

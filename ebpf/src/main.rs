@@ -20,7 +20,7 @@ mod maps;
 mod names;
 mod quota;
 mod registry;
-mod tell;
+mod events;
 
 use aya_ebpf::{
     EbpfContext,
@@ -107,8 +107,8 @@ fn guard(ctx: SkBuffContext) -> i32 {
 }
 
 #[sk_lookup]
-fn steer(ctx: SkLookupContext) -> u32 {
-    ingress::steer(&ctx)
+fn redirect_inbound(ctx: SkLookupContext) -> u32 {
+    ingress::redirect_inbound(&ctx)
 }
 
 /// Attached nowhere: the agent runs it by itself.

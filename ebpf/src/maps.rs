@@ -35,7 +35,7 @@ pub static ACCEPTED: LruHashMap<u64, Origin> = LruHashMap::pinned(32_768, 0);
 #[map]
 pub static OWN: HashMap<u64, Own> = HashMap::pinned(262_144, BPF_F_NO_PREALLOC);
 #[map]
-pub static LEGS: HashMap<TupleKey, Leg> = HashMap::pinned(131_072, BPF_F_NO_PREALLOC);
+pub static UPSTREAMS: HashMap<TupleKey, Upstream> = HashMap::pinned(131_072, BPF_F_NO_PREALLOC);
 #[map]
 pub static LISTENERS: HashMap<ListenerKey, Listeners> = HashMap::pinned(131_072, BPF_F_NO_PREALLOC);
 #[map]
@@ -46,7 +46,7 @@ pub static BINDERS: SkStorage<Task> = SkStorage::new();
 #[map]
 pub static PROTECTED: HashMap<ProtectedKey, u32> = HashMap::pinned(65_536, BPF_F_NO_PREALLOC);
 #[map]
-pub static FOREIGN: LruHashMap<u64, u32> = LruHashMap::pinned(8_192, 0);
+pub static OTHER_NETNS: LruHashMap<u64, u32> = LruHashMap::pinned(8_192, 0);
 #[map]
 pub static SERVED: HashMap<u64, u32> = HashMap::pinned(4_096, BPF_F_NO_PREALLOC);
 #[map]

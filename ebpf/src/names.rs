@@ -1,11 +1,11 @@
 //! `getpeername()`, `getsockname()` and the address that `accept()` gives: what the program would see without Wimsey.
 //!
-//! A program whose connection was turned to the agent sees the address that it dialled and the source address that it would
-//! have had. A workload that accepts the agent's last leg sees the true client.
+//! A program whose connection was redirected to the agent sees the address that it dialled and the source address that it would
+//! have had. A workload that accepts the agent's upstream connection sees the true client.
 //!
 //! *Invariant:* nothing is decided by what is shown here. That a listening socket is asked for its name tells who holds it.
 
-use crate::{egress::turned_to, facts::*, maps::LEGS, registry};
+use crate::{egress::redirected_to, facts::*, maps::UPSTREAMS, registry};
 use aya_ebpf::{bindings::bpf_sock_addr, helpers::bpf_get_socket_cookie};
 use core::ptr::{addr_of, addr_of_mut};
 use wimsey_common::*;
@@ -49,22 +49,22 @@ fn true_peer(ctx: *mut bpf_sock_addr, peer: Address) -> Option<(Address, u16)> {
     // SAFETY: helpers and fields that this hook may use; rows are never changed in place.
     unsafe {
         let port = u16::from_be(word(addr_of!((*ctx).user_port)) as u16);
-        if let Some(origin) = turned_to(bpf_get_socket_cookie(ctx.cast()), &peer, port) {
+        if let Some(origin) = redirected_to(bpf_get_socket_cookie(ctx.cast()), &peer, port) {
             return Some((origin.destination, origin.destination_port));
         }
         let (near, near_port) = near_end(ctx);
-        let leg = LEGS.get(&TupleKey {
+        let upstream = UPSTREAMS.get(&TupleKey {
             source: peer,
             destination: near,
             source_port: port,
             destination_port: near_port,
             pad: 0,
         })?;
-        Some((leg.client, leg.client_port))
+        Some((upstream.client, upstream.client_port))
     }
 }
 
-/// The address that the socket would have if its connection had not been turned to the agent.
+/// The address that the socket would have if its connection had not been redirected to the agent.
 #[inline(always)]
 fn true_self(ctx: *mut bpf_sock_addr) -> Option<(Address, u16)> {
     config()?;
@@ -82,7 +82,7 @@ fn true_self(ctx: *mut bpf_sock_addr) -> Option<(Address, u16)> {
             return None;
         }
         let (peer, peer_port) = far_end(sk);
-        let origin = turned_to(bpf_get_socket_cookie(ctx.cast()), &peer, peer_port)?;
+        let origin = redirected_to(bpf_get_socket_cookie(ctx.cast()), &peer, peer_port)?;
         if split(&origin.source) == [0; 4] {
             return None;
         }

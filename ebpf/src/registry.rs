@@ -11,10 +11,10 @@
 use crate::{
     ALLOW, REFUSE,
     atomic::{exchange, minus, plus, swap},
+    events::{self, NOBODY, count},
     facts::*,
     maps::*,
     quota,
-    tell::{self, NOBODY, count},
 };
 use aya_ebpf::{
     bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock, bpf_sock_ops, xdp_md},
@@ -209,12 +209,12 @@ fn enter(cookie: u64, row: &Socket) -> bool {
 pub extern "C" fn registry_told(cookie: u64, kind: u32) -> u32 {
     // SAFETY: what is read here was written before the socket listened.
     let Some(row) = (unsafe { SOCKETS.get(&cookie) }) else { return 0 };
-    let mut event = tell::event(kind, 0, IPPROTO_TCP);
+    let mut event = events::event(kind, 0, IPPROTO_TCP);
     event.cookie = cookie;
     event.task = row.owner;
     event.destination = row.key.address;
     event.destination_port = row.key.port;
-    tell::send(&event);
+    events::send(&event);
     1
 }
 

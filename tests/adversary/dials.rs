@@ -424,7 +424,7 @@ fn a_syn_that_waits_for_an_agent_that_dies_meets_nobody_else() {
 }
 
 #[test]
-fn a_last_leg_that_waits_for_its_workload_meets_nobody_else() {
+fn an_upstream_connection_that_waits_for_its_workload_meets_nobody_else() {
     let lab = lab!();
     let settings = Settings { tables: "[sessions]\nreuse = false\n".to_owned(), ..Settings::default() };
     let mesh = mesh!(lab, &policy(&lab, &[PORT]), &settings);
@@ -443,7 +443,7 @@ fn a_last_leg_that_waits_for_its_workload_meets_nobody_else() {
         busy.end();
         crossing.join().unwrap()
     });
-    assert!(crossed["steps"][0]["tries"].as_u64() > Some(0), "no leg waited: {crossed}");
+    assert!(crossed["steps"][0]["tries"].as_u64() > Some(0), "no upstream connection waited: {crossed}");
     attacker.tell("sleep 100");
     attacker.expect_unheard(lab.marker(), "in the place of a workload that is gone");
     expect_alive(&mesh);

@@ -410,12 +410,12 @@ fn a_listener_for_ipv6_only_opens_nothing_for_ipv4_without_an_agent() {
 }
 
 #[test]
-fn the_last_leg_reaches_only_those_who_were_found_to_listen() {
+fn the_upstream_connection_reaches_only_those_who_were_found_to_listen() {
     let lab = lab!();
     let mesh = mesh!(lab, &policy(&lab, &[PORT]));
     let mut web = lab.puppet(&lab.beta, "server", WEB, "web");
     let attacker = lab.puppet(&lab.beta, "nobody", ATTACKER, "attacker");
-    legs(&lab, &mesh, &mut web, attacker, "");
+    upstreams(&lab, &mesh, &mut web, attacker, "");
 }
 
 #[test]
@@ -425,7 +425,7 @@ fn whoever_shares_a_port_and_listens_now_and_then_hears_no_client() {
     let mesh = mesh!(lab, &with_web(&lab, &[&selectors[0], &selectors[1]], &[PORT]));
     let mut web = lab.puppet(&lab.beta, "server", WEB, "web");
     let joiner = lab.puppet(&lab.beta, "elsewhere", WEB, "joiner");
-    legs(&lab, &mesh, &mut web, joiner, " shared");
+    upstreams(&lab, &mesh, &mut web, joiner, " shared");
 }
 
 /// Ways to be bound to one port of beta: family, options, address.
@@ -520,7 +520,7 @@ fn however_somebody_shares_a_port_they_hear_no_client() {
 }
 
 /// Web and somebody else come and go on one port, while clients of web say something. When the other one is gone, web is served.
-fn legs(lab: &Lab, mesh: &Mesh<'_>, web: &mut Hand, mut attacker: Hand, how: &str) {
+fn upstreams(lab: &Lab, mesh: &Mesh<'_>, web: &mut Hand, mut attacker: Hand, how: &str) {
     let mut users: Vec<Hand> =
         (0..2).map(|index| lab.puppet(&lab.alpha, "one", USER, &format!("user-{index}"))).collect();
     let (millis, patience) = (clock::millis(6000).as_millis(), clock::millis(30).as_millis());

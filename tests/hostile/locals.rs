@@ -69,17 +69,17 @@ fn the_agents_own_ports_take_nobody_in() {
 }
 
 #[test]
-fn the_agents_last_leg_cannot_be_imitated() {
+fn the_agents_upstream_connection_cannot_be_imitated() {
     let lab = lab!();
     let mesh = or_skip!(lab.only_mesh(&Policy::standard(&lab)));
     let mut server = lab.serve_echo(&lab.beta, "server", &[([0_u16; 8], PORT).into()]);
-    // While a proper connection is open, so that there is a leg to imitate.
+    // While a proper connection is open, so that there is an upstream connection to imitate.
     let say = format!("send:{}\\n", lab.marker());
     let mut open =
         lab.talk(&lab.alpha, "client", lab.beta.at(PORT), &[], &[&say, "line", "wait", "half-close", "to-end"]);
     open.step("line");
     server.event(|event| event["event"] == "accepted");
-    let leg = leg(&lab.beta);
+    let upstream = upstream(&lab.beta);
     let mut sources: Vec<SocketAddr> = vec![
         ([127, 0, 0, 6], 0).into(),
         ([127, 0, 0, 1], 0).into(),
@@ -87,7 +87,7 @@ fn the_agents_last_leg_cannot_be_imitated() {
         lab.beta.at6(0),
         (Ipv6Addr::LOCALHOST, 0).into(),
     ];
-    sources.extend(leg.map(|source| SocketAddr::new(source.ip().to_canonical(), source.port().wrapping_add(1))));
+    sources.extend(upstream.map(|source| SocketAddr::new(source.ip().to_canonical(), source.port().wrapping_add(1))));
     for source in sources {
         let targets =
             [lab.beta.at(PORT), lab.beta.at6(PORT), ([127, 0, 0, 1], PORT).into(), (Ipv6Addr::LOCALHOST, PORT).into()];
@@ -102,8 +102,8 @@ fn the_agents_last_leg_cannot_be_imitated() {
     lab.expect_tls(PORT);
 }
 
-/// Source address of an established connection to the workload's port that this host itself makes: the agent's leg.
-fn leg(host: &Host) -> Option<SocketAddr> {
+/// Source address of an established connection to the workload's port that this host itself makes: the agent's upstream connection.
+fn upstream(host: &Host) -> Option<SocketAddr> {
     let text = host.within(|| std::fs::read_to_string("/proc/thread-self/net/tcp").unwrap());
     let port = format!(":{PORT:04X}");
     text.lines().skip(1).find_map(|line| {

@@ -76,7 +76,7 @@ const IN_GUESTS: &[(&str, &[&str])] = &[
             "in_a_new_cgroup_without_an_agent",
             "no_note_can_be_made",
             "ipv6_only_opens_nothing_for_ipv4",
-            "last_leg_reaches_only",
+            "upstream_connection_reaches_only",
             "no_program_of_socket_calls",
         ],
     ),

@@ -389,8 +389,9 @@ impl Programs {
     }
 
     fn is_leg(&self, socket: &Socket) -> Result<bool, Error> {
-        let leg = self.tables.legs.get(&tuple_key(socket.remote, socket.local)).map_err(map_error(map::LEGS))?;
-        Ok(leg.is_some())
+        let upstream =
+            self.tables.upstreams.get(&tuple_key(socket.remote, socket.local)).map_err(map_error(map::UPSTREAMS))?;
+        Ok(upstream.is_some())
     }
 
     fn is_protected(&self, local: SocketAddr) -> Result<bool, Error> {

@@ -239,7 +239,7 @@ pub enum Error {
     },
     /// The local workload cannot be reached.
     #[error("cannot connect to the local workload at {to}: {error}")]
-    Leg {
+    Upstream {
         /// Where it listens.
         to: SocketAddr,
         /// What the kernel said.
@@ -263,7 +263,7 @@ impl std::fmt::Display for Holder {
 impl Error {
     /// A connection to a workload was refused: nobody listens there, or others than were asked for.
     pub fn is_refused(&self) -> bool {
-        matches!(self, Self::Leg { error, .. } if error.kind() == io::ErrorKind::ConnectionRefused)
+        matches!(self, Self::Upstream { error, .. } if error.kind() == io::ErrorKind::ConnectionRefused)
     }
 
     /// Who dialled the agent instead of a destination, and which of its addresses.
@@ -302,7 +302,7 @@ impl Refusal for Error {
             | Self::Host { .. }
             | Self::Diagnostics { .. }
             | Self::Accept { .. }
-            | Self::Leg { .. } => Culprit::Host,
+            | Self::Upstream { .. } => Culprit::Host,
         }
     }
 
@@ -337,7 +337,7 @@ impl Refusal for Error {
             Self::NoOrigin { .. } => "no-recorded-origin",
             Self::DirectDial { .. } => "dialled-the-agent",
             Self::Dial { .. } => "destination-unreachable",
-            Self::Leg { .. } => "workload-unreachable",
+            Self::Upstream { .. } => "workload-unreachable",
         }
     }
 }

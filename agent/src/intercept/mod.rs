@@ -6,7 +6,7 @@
 //!
 //! ```text
 //! control:  Programs::load ▶ doorways ▶ install(policy) ▶ listeners ▶ notice, notice, ...      release()
-//! shard:    UnboundListeners::open ▶ ShardListeners ▶ accept_outbound / accept_inbound ▶ Flow ... Dialler: dial / leg
+//! shard:    UnboundListeners::open ▶ ShardListeners ▶ accept_outbound / accept_inbound ▶ Flow ... Dialler: dial / upstream connection
 //! ```
 //!
 //! In this order at start: `load`, `install`, then `listeners` and `set_listener_mode` for each, then `preexisting`. After a

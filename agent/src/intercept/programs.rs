@@ -57,7 +57,7 @@ const PROGRAMS: [(&str, &str, &str, At); 15] = [
     ("post_bind6", "cgroup/post_bind6", "4.17", At::Everywhere),
     ("tcp_events", "sock_ops with network namespace cookies", "5.15", At::Everywhere),
     ("guard", "cgroup_skb/egress with socket lookup", "5.8", At::Everywhere),
-    ("steer", "sk_lookup", "5.9", At::Namespace),
+    ("redirect_inbound", "sk_lookup", "5.9", At::Namespace),
     ("getpeername4", "cgroup/getpeername4", "5.8", At::Everywhere),
     ("getpeername6", "cgroup/getpeername6", "5.8", At::Everywhere),
     ("getsockname4", "cgroup/getsockname4", "5.8", At::Everywhere),

@@ -1,4 +1,4 @@
-//! The doors of a shard: connections that the kernel has turned to the agent come in, the agent's own connections go out.
+//! The doors of a shard: connections that the kernel has redirected to the agent come in, the agent's own connections go out.
 //!
 //! A [`UnboundListeners`] is made with the programs and sent to the shard's thread, which opens it into a [`ShardListeners`] on its own
 //! runtime. A connection costs one or two map calls, on descriptors that nobody locks.
@@ -62,7 +62,7 @@ pub struct ShardListeners {
     outbound: Pair<TcpListener>,
     inbound: Pair<TcpListener>,
     /// Addresses of the outbound listeners: each connection that comes to one has it as its own.
-    turned_to: Pair<SocketAddr>,
+    redirected_to: Pair<SocketAddr>,
     /// Addresses of the inbound listeners: nobody has any business there.
     forbidden: Pair<SocketAddr>,
     dialler: Dialler,
@@ -114,7 +114,7 @@ impl UnboundListeners {
 
     /// Opens the door on the runtime of the calling thread.
     pub fn open(self) -> Result<ShardListeners, Error> {
-        let turned_to = self.outbound.addresses().map_err(|error| Error::Accept { error })?;
+        let redirected_to = self.outbound.addresses().map_err(|error| Error::Accept { error })?;
         let forbidden = self.inbound.addresses().map_err(|error| Error::Accept { error })?;
         let outbound = self.outbound.register().map_err(|error| Error::Accept { error })?;
         let inbound = self.inbound.register().map_err(|error| Error::Accept { error })?;
@@ -125,7 +125,7 @@ impl UnboundListeners {
             flows: self.flows,
             congestion: self.congestion,
         };
-        Ok(ShardListeners { outbound, inbound, turned_to, forbidden, dialler })
+        Ok(ShardListeners { outbound, inbound, redirected_to, forbidden, dialler })
     }
 }
 
@@ -135,13 +135,13 @@ impl ShardListeners {
         self.dialler.clone()
     }
 
-    /// The next connection of a local program that the kernel has turned to the agent. An error refuses one connection, or
+    /// The next connection of a local program that the kernel has redirected to the agent. An error refuses one connection, or
     /// says that accepting failed; the caller goes on. Cancel safe.
     pub async fn accept_outbound(&self) -> Result<Flow, Error> {
         let (socket, peer) = self.outbound.accept().await.map_err(|error| Error::Accept { error })?;
-        let local = match self.turned_to.six.filter(|_| peer.is_ipv6()) {
+        let local = match self.redirected_to.six.filter(|_| peer.is_ipv6()) {
             Some(six) => six,
-            None => self.turned_to.four,
+            None => self.redirected_to.four,
         };
         // By the socket itself: its addresses may be those of another connection by now, if its other end is gone.
         let cookie = socket_cookie(&socket);
@@ -242,7 +242,7 @@ impl Dialler {
     /// Connects to the local workload's own socket, which is shown `client` as its peer. No other program can make a
     /// connection that passes as this one. Closing it is a reset, until that is taken back. `opening`: what its first bytes
     /// wait for. `listeners`: [`Flow::listeners`]. It comes to them, or it is refused.
-    pub async fn leg(
+    pub async fn upstream(
         &self,
         to: OriginalDst,
         client: SocketAddr,
@@ -250,9 +250,9 @@ impl Dialler {
         opening: Opening,
     ) -> Result<TcpStream, Error> {
         let OriginalDst(to) = to;
-        let failed = |error| Error::Leg { to, error };
+        let failed = |error| Error::Upstream { to, error };
         let (client, client_port) = (address(client.ip()), client.port());
-        let own = Own { kind: OWN_LEG, pad: 0, client_port, client, listeners };
+        let own = Own { kind: OWN_UPSTREAM, pad: 0, client_port, client, listeners };
         let socket = self.own_socket(to, own, failed)?;
         prepare(&socket, self.congestion).map_err(failed)?;
         if opening == Opening::EarlyData {

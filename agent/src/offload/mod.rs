@@ -251,8 +251,8 @@ mod tests {
         let map = MapData::create(aya_obj::Map::new_from_params(SOCKMAP, 4, 4, 1, 0), "half_way", None).unwrap();
         let mut map = SockMap::try_from(Map::SockMap(map)).unwrap();
         map.set(0, &sessions.server.permit().parties().flow.socket, 0).unwrap();
-        let (_application, leg) = program().await;
-        let error = arm(sessions.server.joined(leg), choice).map(|_| "a pipe").unwrap_err();
+        let (_application, upstream) = program().await;
+        let error = arm(sessions.server.joined(upstream), choice).map(|_| "a pipe").unwrap_err();
         assert!(error.may_redial(), "{error}");
         assert_eq!((error.code(), error.culprit()), ("kernel-tls-failed", Culprit::Host));
         drop(error);

@@ -28,8 +28,8 @@ const SILENCE: Duration = Duration::from_millis(300);
 const LINGER: Duration = Duration::from_millis(500);
 const LINGER_BYTES: u64 = 64 * 1024;
 
-/// How often a last leg is tried again, each time with others who listen.
-const LEGS: usize = 3;
+/// How often an upstream connection is tried again, each time with others who listen.
+const UPSTREAM_ATTEMPTS: usize = 3;
 
 impl<'a> Pipeline<'a> {
     pub(super) async fn inbound(
@@ -95,14 +95,14 @@ impl<'a> Pipeline<'a> {
             }
         }
         // Only now does the workload hear of it: whoever is not admitted cannot even make it accept.
-        let leg = match self.leg(session.permit().parties(), Opening::NoData).await {
-            Ok(leg) => leg,
+        let upstream = match self.upstream(session.permit().parties(), Opening::NoData).await {
+            Ok(upstream) => upstream,
             Err(error) => {
                 attempt.refuse(session.into_permit().into_parties().flow.socket, &error);
                 return None;
             }
         };
-        match offload::arm(session.joined(leg), self.shared.engine) {
+        match offload::arm(session.joined(upstream), self.shared.engine) {
             Ok(pipe) => Some(Made { attempt, carriage: Carriage::Pipe(pipe), basis, rule: Some(rule), origin: None }),
             Err(error) => {
                 attempt.refuse(None, &Error::Offload(error));
@@ -113,8 +113,8 @@ impl<'a> Pipeline<'a> {
 
     /// A connection from the network that is carried without TLS, by a permissive rule.
     async fn plaintext(&self, mut attempt: Attempt<'a>, parties: Parties, rule: Arc<Rule>) -> Option<Made<'a>> {
-        let leg = match self.leg(&parties, Opening::NoData).await {
-            Ok(leg) => leg,
+        let upstream = match self.upstream(&parties, Opening::NoData).await {
+            Ok(upstream) => upstream,
             Err(error) => {
                 attempt.refuse(parties.flow.socket, &error);
                 return None;
@@ -122,7 +122,7 @@ impl<'a> Pipeline<'a> {
         };
         let Parties { flow, workload, .. } = parties;
         attempt.method = Method::Plaintext;
-        match Pipe::plain(leg, flow.socket) {
+        match Pipe::plain(upstream, flow.socket) {
             Ok(pipe) => {
                 let (carriage, basis) = (Carriage::Pipe(pipe), Basis::Plaintext { local: workload.id });
                 Some(Made { attempt, carriage, basis, rule: Some(rule), origin: None })
@@ -135,12 +135,12 @@ impl<'a> Pipeline<'a> {
     }
 
     /// Connects to those who were found to listen. Where somebody has come or gone since, it is asked again who they are.
-    pub(super) async fn leg(&self, parties: &Parties, opening: Opening) -> Result<TcpStream, Error> {
+    pub(super) async fn upstream(&self, parties: &Parties, opening: Opening) -> Result<TcpStream, Error> {
         let Parties { flow, workload, .. } = parties;
         let connected = async {
-            let (mut listeners, mut left) = (flow.listens().map_or(0, |listens| listens.who), LEGS);
+            let (mut listeners, mut left) = (flow.listens().map_or(0, |listens| listens.who), UPSTREAM_ATTEMPTS);
             loop {
-                let outcome = self.site.dialler.leg(flow.destination, flow.source, listeners, opening).await;
+                let outcome = self.site.dialler.upstream(flow.destination, flow.source, listeners, opening).await;
                 let refused = outcome.as_ref().is_err_and(|error| error.is_refused());
                 let others = match refused && left > 0 {
                     true => Box::pin(self.others(flow, workload, listeners)).await?,

@@ -53,15 +53,15 @@ pub(super) async fn next_stream<'a>(
         Some(session) if session.has_early_data() => Opening::EarlyData,
         _ => Opening::NoData,
     };
-    let leg = match pipeline.leg(permit.parties(), opening).await {
-        Ok(leg) => leg,
+    let upstream = match pipeline.upstream(permit.parties(), opening).await {
+        Ok(upstream) => upstream,
         Err(error) => {
             attempt.refuse(permit.into_parties().flow.socket, &error);
             return None;
         }
     };
     let session = attempt.session.take()?;
-    match reuse::ready(admission, permit, *session, leg).await {
+    match reuse::ready(admission, permit, *session, upstream).await {
         Ok(bound) => {
             let rule = Some(bound.rule().clone());
             Some((place, Made { attempt, carriage: Carriage::Bound(bound), basis, rule, origin: None }))

@@ -58,7 +58,7 @@ fn an_allowed_connection_comes_to_the_agent_with_its_origin() {
     // The program sees what it would see without the agent.
     assert_eq!(client.line(), "connected to 10.77.0.2:80 from 10.77.0.2");
     assert_eq!(client.line(), "answer");
-    assert_eq!(world.count(counter::TURNED), 1);
+    assert_eq!(world.count(counter::REDIRECTED), 1);
 }
 
 #[test]
@@ -323,10 +323,10 @@ fn a_protected_listener_is_reached_through_the_agent_and_sees_the_true_client() 
         );
         assert!(remote.line().starts_with("connected"));
 
-        let mut leg = world
-            .run(door.dialler().leg(flow.destination, flow.source, flow.listens().unwrap().who, Opening::NoData))
+        let mut upstream = world
+            .run(door.dialler().upstream(flow.destination, flow.source, flow.listens().unwrap().who, Opening::NoData))
             .unwrap();
-        world.run(leg.write_all(b"hello")).unwrap();
+        world.run(upstream.write_all(b"hello")).unwrap();
         let shown = match at.starts_with('[') && !from.contains(':') {
             true => format!("[::ffff:{from}]:7000"),
             false => flow.source.to_string(),
@@ -345,14 +345,19 @@ fn a_protected_listener_is_reached_through_the_agent_and_sees_the_true_client() 
         });
         assert_eq!(closed, listening.cookie);
     }
-    assert_eq!(world.count(counter::LEGS_ADMITTED), 3);
-    assert_eq!(world.count(counter::STEERED), 3);
+    assert_eq!(world.count(counter::UPSTREAMS_ADMITTED), 3);
+    assert_eq!(world.count(counter::REDIRECTED_INBOUND), 3);
 }
 
-/// A last leg to whoever listens there now.
-async fn leg(door: &ShardListeners, to: OriginalDst, client: SocketAddr, opening: Opening) -> Result<TcpStream, Error> {
+/// An upstream connection to whoever listens there now.
+async fn upstream(
+    door: &ShardListeners,
+    to: OriginalDst,
+    client: SocketAddr,
+    opening: Opening,
+) -> Result<TcpStream, Error> {
     let dialler = door.dialler();
-    dialler.leg(to, client, dialler.look(to, false)?.who, opening).await
+    dialler.upstream(to, client, dialler.look(to, false)?.who, opening).await
 }
 
 #[test]
@@ -364,12 +369,12 @@ fn first_bytes_arrive_with_the_connection_and_without_them_it_comes_a_little_lat
     assert_eq!(server.line(), "listening");
     let door = world.door();
     let (to, client) = (OriginalDst("10.77.0.2:8080".parse().unwrap()), "10.77.0.1:7000".parse().unwrap());
-    let mut first = world.run(leg(&door, to, client, Opening::EarlyData)).unwrap();
+    let mut first = world.run(upstream(&door, to, client, Opening::EarlyData)).unwrap();
     world.run(first.write_all(b"hello")).unwrap();
     assert!(server.line().starts_with("accepted"));
     assert_eq!(server.line(), "hello");
     let began = Instant::now();
-    let _leg = world.run(leg(&door, to, client, Opening::EarlyData)).unwrap();
+    let _upstream = world.run(upstream(&door, to, client, Opening::EarlyData)).unwrap();
     assert!(server.line().starts_with("accepted"));
     let took = began.elapsed();
     assert!((100..10_000).contains(&took.as_millis()), "the handshake's last segment waited {took:?}");
@@ -384,16 +389,16 @@ fn nobody_imitates_the_agents_last_leg() {
     assert_eq!(server.line(), "listening");
     let door = world.door();
     let to = OriginalDst("10.77.0.2:8080".parse().unwrap());
-    let leg = world.run(leg(&door, to, "10.77.0.1:7000".parse().unwrap(), Opening::NoData)).unwrap();
-    let had = leg.local_addr().unwrap();
+    let upstream = world.run(upstream(&door, to, "10.77.0.1:7000".parse().unwrap(), Opening::NoData)).unwrap();
+    let had = upstream.local_addr().unwrap();
     server.line();
-    leg.set_zero_linger().unwrap();
-    drop(leg);
+    upstream.set_zero_linger().unwrap();
+    drop(upstream);
     assert_eq!(server.line(), "ECONNRESET");
-    // The very address that the leg has just had leads to the agent now.
+    // The very address that the upstream connection has just had leads to the agent now.
     let _imitator = world.stranger(&format!("connect 10.77.0.2:8080 from {had}"));
     assert_eq!(world.run(door.accept_inbound()).unwrap().source, had);
-    assert_eq!(world.count(counter::LEGS_ADMITTED), 1);
+    assert_eq!(world.count(counter::UPSTREAMS_ADMITTED), 1);
 }
 
 #[test]
@@ -421,7 +426,7 @@ fn an_address_that_policy_protects_is_protected_before_anybody_listens() {
     let door = world.door();
     world.run(door.accept_inbound()).unwrap();
     // The listener without an identity next to it is left alone.
-    assert!(std::net::TcpStream::connect("10.77.0.2:9090").is_err() || world.count(counter::STEERED) == 1);
+    assert!(std::net::TcpStream::connect("10.77.0.2:9090").is_err() || world.count(counter::REDIRECTED_INBOUND) == 1);
 
     // Its owner cannot be said to be harmless, until policy lets go of the address.
     let listening = world.programs().listeners().unwrap();
@@ -819,7 +824,7 @@ fn a_second_agent_on_the_namespace_is_refused() {
     let elsewhere = tempfile::tempdir().unwrap();
     options.run_dir = elsewhere.path().into();
     assert!(matches!(wimsey::intercept::Programs::load(&options), Err(Error::SecondAgent { .. })));
-    assert!(world.count(counter::TURNED) == 0);
+    assert!(world.count(counter::REDIRECTED) == 0);
 }
 
 #[test]

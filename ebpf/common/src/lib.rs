@@ -17,7 +17,7 @@ pub use refusals::*;
 
 /// Version of the layouts below. It is part of the directory name under bpffs, so that an agent never adopts maps
 /// whose layout it does not know.
-pub const ABI: u32 = 4;
+pub const ABI: u32 = 5;
 
 /// Index of the loopback device, in every network namespace.
 pub const LOOPBACK_DEVICE: u32 = 1;
@@ -282,7 +282,7 @@ pub struct Task {
 }
 
 /// Value of `FLOWS` (by cookie of the application's socket), `ORIGINS` (by [`TupleKey`]) and `ACCEPTED` (by cookie of the
-/// agent's end): where a connection that was turned to the agent wanted to go.
+/// agent's end): where a connection that was redirected to the agent wanted to go.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Origin {
@@ -333,38 +333,38 @@ pub struct TupleKey {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Own {
-    /// [`OWN_DIAL`] or [`OWN_LEG`].
+    /// [`OWN_DIAL`] or [`OWN_UPSTREAM`].
     pub kind: u32,
     /// Always zero.
     pub pad: u16,
-    /// For a leg: port of the true client.
+    /// For an upstream connection: port of the true client.
     pub client_port: u16,
-    /// For a leg: address of the true client, which the workload is shown.
+    /// For an upstream connection: address of the true client, which the workload is shown.
     pub client: Address,
-    /// For a leg: who was found to listen where it goes, by [`who_listens`].
+    /// For an upstream connection: who was found to listen where it goes, by [`who_listens`].
     pub listeners: u64,
 }
 
 /// The agent's connection to a remote peer.
 pub const OWN_DIAL: u32 = 1;
-/// The agent's last leg to a local workload.
-pub const OWN_LEG: u32 = 2;
+/// The agent's upstream connection to a local workload.
+pub const OWN_UPSTREAM: u32 = 2;
 /// One of the agent's listeners: for connections that the programs turn to it, and for nobody who dials it.
 pub const OWN_LISTENER: u32 = 3;
 /// A listener that the agent has made to dial it itself.
 pub const OWN_TRIAL: u32 = 4;
 
-/// Value of `LEGS` (by [`TupleKey`]): the true client behind a leg.
+/// Value of `UPSTREAMS` (by [`TupleKey`]): the true client behind an upstream connection.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Leg {
+pub struct Upstream {
     /// Address of the true client.
     pub client: Address,
     /// Port of the true client.
     pub client_port: u16,
     /// Always zero.
     pub pad: [u16; 3],
-    /// As in [`Own`]: the leg is for them, and for nobody who listens there after them.
+    /// As in [`Own`]: the upstream connection is for them, and for nobody who listens there after them.
     pub listeners: u64,
 }
 
@@ -482,8 +482,8 @@ pub mod counter {
         };
     }
     counters! {
-        /// Connections turned to the agent.
-        TURNED = 0, "turned";
+        /// Connections redirected to the agent.
+        REDIRECTED = 0, "turned";
         /// Connections left alone.
         LEFT_ALONE = 1, "left-alone";
         /// Connections that a named bypass let pass.
@@ -500,10 +500,10 @@ pub mod counter {
         UDP_ALLOWED = 7, "udp-allowed";
         /// UDP datagrams or associations refused.
         UDP_REFUSED = 8, "udp-refused";
-        /// Inbound connections steered to the agent.
-        STEERED = 9, "steered";
-        /// Inbound connections of the agent's own last leg, admitted.
-        LEGS_ADMITTED = 10, "legs-admitted";
+        /// Inbound connections redirected to the agent.
+        REDIRECTED_INBOUND = 9, "steered";
+        /// Inbound connections of the agent's own upstream connection, admitted.
+        UPSTREAMS_ADMITTED = 10, "legs-admitted";
         /// Connections, outbound or inbound, refused because no agent was there.
         REFUSED_NO_AGENT = 11, "refused-no-agent";
         /// Events that did not fit into the ring buffer.
@@ -544,7 +544,7 @@ pub mod map {
     /// `HashMap<u64, Own>` by socket cookie.
     pub const OWN: &str = "OWN";
     /// `HashMap<TupleKey, Leg>`.
-    pub const LEGS: &str = "LEGS";
+    pub const UPSTREAMS: &str = "UPSTREAMS";
     /// `HashMap<ListenerKey, Listeners>`: how many sockets are bound where, by their protection.
     pub const LISTENERS: &str = "LISTENERS";
     /// `HashMap<u64, Socket>` by socket cookie: every socket that listens, and every bound one that may be a workload's.
@@ -556,7 +556,7 @@ pub mod map {
     /// `LruHashMap<u64, u32>` by socket cookie: sockets of other network namespaces that dial an address which is a mesh
     /// destination in this one. The egress guard sees packets of all namespaces and, before Linux 6.12, cannot ask for
     /// the namespace of a packet.
-    pub const FOREIGN: &str = "FOREIGN";
+    pub const OTHER_NETNS: &str = "OTHER_NETNS";
     /// `HashMap<u64, u32>` by cookie of a network namespace: those that an agent of this host serves. One map for all agents
     /// of the host.
     pub const SERVED: &str = "SERVED";
@@ -593,7 +593,7 @@ const _: () = {
     assert!(core::mem::size_of::<Origin>() == 112);
     assert!(core::mem::size_of::<TupleKey>() == 40);
     assert!(core::mem::size_of::<Own>() == 32);
-    assert!(core::mem::size_of::<Leg>() == 32);
+    assert!(core::mem::size_of::<Upstream>() == 32);
     assert!(core::mem::size_of::<ListenerKey>() == 32);
     assert!(core::mem::size_of::<Listeners>() == 24);
     assert!(core::mem::size_of::<ProtectedKey>() == 24);
@@ -627,6 +627,6 @@ mod pod {
         TaskLayout,
         Origin
     );
-    pod!(TupleKey, Own, Leg, ListenerKey, Listeners, ProtectedKey, Socket, Command, Event);
+    pod!(TupleKey, Own, Upstream, ListenerKey, Listeners, ProtectedKey, Socket, Command, Event);
     pod!(RefusalKey, Refusal, Allowance, QuotaKey);
 }

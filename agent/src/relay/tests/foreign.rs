@@ -17,8 +17,8 @@ use std::{
 async fn our_server(world: &World, socket: TcpStream, rekey: u64) -> JoinHandle<Tally> {
     let permit = world.permit(Direction::Inbound, socket, WEB, CURL);
     let session = world.accept(permit, terms(engine().ciphers())).await.unwrap();
-    let (application, leg) = program().await;
-    let pipe = arm(session.joined(leg), engine()).unwrap().rekey_after(rekey);
+    let (application, upstream) = program().await;
+    let pipe = arm(session.joined(upstream), engine()).unwrap().rekey_after(rekey);
     tokio::spawn(echo(application));
     Relay::over(pair().await.0, pipe, Limits::default()).tally
 }

@@ -98,8 +98,8 @@ impl Relay {
     }
 
     async fn server(session: Accepted) -> Self {
-        let (application, leg) = program().await;
-        Self::over(application, arm(session.joined(leg), engine()).unwrap(), Limits::default())
+        let (application, upstream) = program().await;
+        Self::over(application, arm(session.joined(upstream), engine()).unwrap(), Limits::default())
     }
 
     async fn closed(self) -> Tally {

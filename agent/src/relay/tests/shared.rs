@@ -45,8 +45,8 @@ async fn sessions() -> crate::handshake::testing::Sessions {
 /// Both sides of a shared connection, in its first use.
 async fn shared() -> (Use, Use) {
     let sessions = sessions().await;
-    let (application, leg) = program().await;
-    let server = Use::first(application, arm(sessions.server.joined(leg), engine()).unwrap());
+    let (application, upstream) = program().await;
+    let server = Use::first(application, arm(sessions.server.joined(upstream), engine()).unwrap());
     let client = arm(sessions.client, engine()).unwrap();
     (Use::first(sessions.client_application, client), server)
 }
@@ -303,8 +303,8 @@ async fn without_the_offer_or_the_answer_a_connection_is_used_once() {
 /// A relay as the server of a shared connection, and a client that says what it wants.
 async fn against_client() -> (Use, Peer) {
     let sessions = sessions().await;
-    let (application, leg) = program().await;
-    let relay = Use::first(application, arm(sessions.server.joined(leg), engine()).unwrap());
+    let (application, upstream) = program().await;
+    let relay = Use::first(application, arm(sessions.server.joined(upstream), engine()).unwrap());
     (relay, Peer::client(sessions.client))
 }
 

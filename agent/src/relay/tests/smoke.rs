@@ -103,9 +103,9 @@ async fn two_hops_by_each_engine_beside_plain_tcp() {
         for ciphers in [Ciphers::All, Ciphers::ChaChaOnly] {
             let sessions = World::new().sessions(ciphers).await;
             let name = format!("two relays, {:?} {}", engine().engine(), sessions.client.accepted().cipher());
-            let (right, leg) = program().await;
+            let (right, upstream) = program().await;
             let pipes =
-                vec![arm(sessions.client, engine()).unwrap(), arm(sessions.server.joined(leg), engine()).unwrap()];
+                vec![arm(sessions.client, engine()).unwrap(), arm(sessions.server.joined(upstream), engine()).unwrap()];
             measure(&name, sessions.client_application, right, pipes);
         }
     }
