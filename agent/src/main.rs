@@ -44,7 +44,8 @@ enum Verb {
     Status(Show),
     /// The open connections: both ends, rule, engine, key exchange
     Connections(Show),
-    /// What this kernel can do, tried with real bytes, whether the agent sees the whole host, and the room in the kernel's tables
+    /// What this kernel can do, tried with real bytes, whether the agent sees the whole host, and the room in the kernel's
+    /// tables
     Doctor {
         /// Print JSON
         #[arg(long)]

@@ -158,7 +158,8 @@ pub fn admit(permit: &Permit, agreement: &Agreement, now: SystemTime) -> Result<
     fit(permit, agreement, now).map(Admission)
 }
 
-/// The server: its workload has accepted on `upstream connection`, and the client will be told. The permit holds the socket of `shared`.
+/// The server: its workload has accepted on `upstream connection`, and the client will be told. The permit holds the socket
+/// of `shared`.
 pub async fn ready(
     Admission(rule): Admission,
     permit: Permit,

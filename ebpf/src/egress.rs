@@ -496,8 +496,8 @@ pub fn arrived(ops: *mut bpf_sock_ops) {
     }
 }
 
-/// A socket was closed, or dials again. One that was redirected to the agent and never arrived there has left no line yet. `event`:
-/// room for it.
+/// A socket was closed, or dials again. One that was redirected to the agent and never arrived there has left no line yet.
+/// `event`: room for it.
 #[inline(never)]
 #[unsafe(no_mangle)]
 pub extern "C" fn egress_released(cookie: u64, event: *mut Event) -> u32 {

@@ -1,7 +1,7 @@
 //! The egress guard: what slipped past the hooks of `connect()` and `sendmsg()` does not leave the host.
 //!
-//! What counts is where a packet goes next, as its header says, beside what its socket is connected to: the two differ where it is
-//! routed by its source, or its destination is translated.
+//! What counts is where a packet goes next, as its header says, beside what its socket is connected to: the two differ
+//! where it is routed by its source, or its destination is translated.
 //!
 //! *Invariant:* a SYN to a mesh destination leaves only from a socket of the agent, none goes to a socket that waits for the
 //! agent or for a workload, and what is not TCP leaves an enrolled workload for a mesh destination only as UDP, by a rule.
@@ -77,8 +77,8 @@ fn syn(skb: *mut __sk_buff) -> i32 {
     let mut event = events::event(EVENT_REFUSED, REASON_GUARD, IPPROTO_TCP);
     // SAFETY: a socket that the verifier knows not to be null.
     (event.destination, event.destination_port) = unsafe { far_end(sk) };
-    // SAFETY: fields and a helper that this hook may use. What was redirected to the agent goes to it over loopback, or nowhere: the
-    // socket may have been bound to a device after its `connect()`, which with fast open sends nothing.
+    // SAFETY: fields and a helper that this hook may use. What was redirected to the agent goes to it over loopback, or
+    // nowhere: the socket may have been bound to a device after its `connect()`, which with fast open sends nothing.
     if is_loopback(&event.destination) && unsafe { word(addr_of!((*skb).ifindex)) } != LOOPBACK_DEVICE {
         let cookie = unsafe { bpf_get_socket_cookie(skb.cast()) };
         let redirected = redirected_to(cookie, &event.destination, event.destination_port).is_some();
@@ -142,8 +142,8 @@ fn next_hop(skb: *mut __sk_buff, config: &Config, event: &mut Event) -> u64 {
     found
 }
 
-/// Would this packet come to a socket that has sent a SYN itself, to the agent or from it to a workload? The kernel joins two that
-/// have to one connection, and asks nobody who listens (RFC 9293, 3.5: simultaneous open).
+/// Would this packet come to a socket that has sent a SYN itself, to the agent or from it to a workload? The kernel joins
+/// two that have to one connection, and asks nobody who listens (RFC 9293, 3.5: simultaneous open).
 #[inline(never)]
 fn crosses(skb: *mut __sk_buff, config: &Config) -> bool {
     // SAFETY: fields of the context that this hook may read; the verifier insists on the null checks.

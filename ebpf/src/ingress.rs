@@ -1,9 +1,9 @@
 //! The life of sockets, and connections that come to this host.
 //!
-//! Who binds and listens is in the [`registry`]; a SYN for a protected listener lands on the agent's listener ([`redirect_inbound`]),
-//! unless it is the agent's own upstream connection. Which connections those are the kernel itself has
-//! written down, from sockets that only the agent could have registered, under addresses that only they can have while the
-//! row is there: no local program can imitate one.
+//! Who binds and listens is in the [`registry`]; a SYN for a protected listener lands on the agent's listener
+//! ([`redirect_inbound`]), unless it is the agent's own upstream connection. Which connections those are the kernel itself
+//! has written down, from sockets that only the agent could have registered, under addresses that only they can have while
+//! the row is there: no local program can imitate one.
 //!
 //! *Invariant:* a SYN passes by itself to a listener of which it was found that it concerns nobody enrolled, and to no other.
 
@@ -126,8 +126,8 @@ fn connecting(ops: *mut bpf_sock_ops) {
     }
 }
 
-/// A connection stands, at the end that was dialled. Where it is one that was redirected to the agent, its origin goes to the socket
-/// that the agent will accept: from here on the addresses may be somebody else's.
+/// A connection stands, at the end that was dialled. Where it is one that was redirected to the agent, its origin goes to
+/// the socket that the agent will accept: from here on the addresses may be somebody else's.
 #[inline(always)]
 fn accepting(ops: *mut bpf_sock_ops) {
     let own = tuple(ops);
@@ -222,7 +222,8 @@ pub fn redirect_inbound(ctx: &SkLookupContext) -> u32 {
     let (mode, listeners) = protection(config, &local, local_port, ipv6, device);
     // SAFETY: rows are never changed in place.
     if let Some(upstream) = unsafe { UPSTREAMS.get(&upstream) } {
-        // The upstream connection is for those who were found to listen, and for nobody who came after them or may in this moment.
+        // The upstream connection is for those who were found to listen, and for nobody who came after them or may in this
+        // moment.
         let bound = bound_only(config, &local, local_port, ipv6);
         if upstream.listeners != 0 && upstream.listeners == listeners.wrapping_add(bound) {
             count(counter::UPSTREAMS_ADMITTED);

@@ -443,8 +443,8 @@ fn ways(lab: &Lab) -> [(u8, &'static str, String); 8] {
     ]
 }
 
-/// Of several sockets that share a port the kernel chooses by rules of its own, which differ by family, address, device and age:
-/// each pair is tried, in an order that is printed.
+/// Of several sockets that share a port the kernel chooses by rules of its own, which differ by family, address, device and
+/// age: each pair is tried, in an order that is printed.
 #[test]
 fn however_somebody_shares_a_port_they_hear_no_client() {
     let lab = lab!();
@@ -519,7 +519,8 @@ fn however_somebody_shares_a_port_they_hear_no_client() {
     expect_alive(&mesh);
 }
 
-/// Web and somebody else come and go on one port, while clients of web say something. When the other one is gone, web is served.
+/// Web and somebody else come and go on one port, while clients of web say something. When the other one is gone, web is
+/// served.
 fn upstreams(lab: &Lab, mesh: &Mesh<'_>, web: &mut Hand, mut attacker: Hand, how: &str) {
     let mut users: Vec<Hand> =
         (0..2).map(|index| lab.puppet(&lab.alpha, "one", USER, &format!("user-{index}"))).collect();

@@ -102,7 +102,8 @@ fn the_agents_upstream_connection_cannot_be_imitated() {
     lab.expect_tls(PORT);
 }
 
-/// Source address of an established connection to the workload's port that this host itself makes: the agent's upstream connection.
+/// Source address of an established connection to the workload's port that this host itself makes: the agent's upstream
+/// connection.
 fn upstream(host: &Host) -> Option<SocketAddr> {
     let text = host.within(|| std::fs::read_to_string("/proc/thread-self/net/tcp").unwrap());
     let port = format!(":{PORT:04X}");

@@ -337,8 +337,8 @@ impl Puppet {
         Ok(json!({ "child": child }))
     }
 
-    /// Listens, hears for a moment who is there, closes, and again: with a new socket each time, or with the same one. `listener`:
-    /// who listens, where somebody else has bound.
+    /// Listens, hears for a moment who is there, closes, and again: with a new socket each time, or with the same one.
+    /// `listener`: who listens, where somebody else has bound.
     fn flap(&mut self, at: SocketAddr, millis: u64, how: &str, listener: Option<u32>) -> io::Result<Value> {
         let uid = geteuid().as_raw();
         let end = Instant::now() + Duration::from_millis(millis);
@@ -379,8 +379,8 @@ impl Puppet {
         Ok(json!({ "listens": listens }))
     }
 
-    /// For so long: for every socket of the host that waits for an answer to its SYN, dials from where it dialled to where it is,
-    /// so that the kernel may join the two (simultaneous open). What is said there is heard like that of a client.
+    /// For so long: for every socket of the host that waits for an answer to its SYN, dials from where it dialled to where
+    /// it is, so that the kernel may join the two (simultaneous open). What is said there is heard like that of a client.
     fn cross(&mut self, millis: u64) -> io::Result<Value> {
         let end = Instant::now() + Duration::from_millis(millis);
         let (mut tries, mut joined) = (0, 0);
@@ -429,8 +429,8 @@ impl Puppet {
 }
 
 impl Known {
-    /// Another thread has the socket from here on, and serves whoever calls: with descriptors of its own or those of the process, as
-    /// another user or the same.
+    /// Another thread has the socket from here on, and serves whoever calls: with descriptors of its own or those of the
+    /// process, as another user or the same.
     fn serve_beside(self, own: bool, user: Option<u32>) -> io::Result<()> {
         let (ready, is_ready) = std::sync::mpsc::channel();
         let Known { socket, bound, listened, shared } = self;

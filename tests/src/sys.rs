@@ -50,8 +50,8 @@ pub fn set_fixed_tls(socket: BorrowedFd<'_>) -> io::Result<()> {
 /// header, RFC 8754): the one kind that needs no right.
 pub fn set_route(socket: BorrowedFd<'_>, hop: Ipv6Addr) -> io::Result<()> {
     const SEGMENT_ROUTING: u8 = 4;
-    // Next header, length in units of eight bytes beyond the first, type, segments left, last entry, flags, tag. The kernel puts the
-    // destination of the socket into the first segment.
+    // Next header, length in units of eight bytes beyond the first, type, segments left, last entry, flags, tag. The kernel
+    // puts the destination of the socket into the first segment.
     let mut header = vec![0, 4, SEGMENT_ROUTING, 1, 1, 0, 0, 0];
     header.extend(Ipv6Addr::UNSPECIFIED.octets());
     header.extend(hop.octets());
@@ -134,7 +134,7 @@ pub fn end_thread() -> ! {
 
 /// Closes what has this number in the calling thread's table of descriptors.
 pub fn close(number: std::os::fd::RawFd) {
-    // SAFETY: whoever calls this has given the value that owned the number to a thread with another table, where it owns the same
-    // number. JUSTIFICATION: no type knows of two tables.
+    // SAFETY: whoever calls this has given the value that owned the number to a thread with another table, where it owns
+    // the same number. JUSTIFICATION: no type knows of two tables.
     unsafe { libc::close(number) };
 }

@@ -92,9 +92,9 @@ impl Attestor {
     /// The process that dialled. It has to be there still, in the same cgroup and with the same ids: what is recorded
     /// alone is not enough for a connection that somebody waits for.
     ///
-    /// Where no entry asks for more than the kernel recorded, what was verified of a process holds for a tenth of a second, as long as
-    /// it lives and its next connections are recorded with the same ids and cgroup: the record is made in the process's own
-    /// context, so what is verified besides is only that nothing has changed since.
+    /// Where no entry asks for more than the kernel recorded, what was verified of a process holds for a tenth of a second,
+    /// as long as it lives and its next connections are recorded with the same ids and cgroup: the record is made in the
+    /// process's own context, so what is verified besides is only that nothing has changed since.
     pub async fn dialler(&self, task: &Task, entries: &dyn EntrySource) -> Result<Attested, AttestError> {
         let facts = self.recorded(task);
         match self.recall(task, &facts, entries)? {

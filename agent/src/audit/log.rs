@@ -134,8 +134,8 @@ impl Sender {
             self.health.lost.fetch_add(1, Ordering::Relaxed);
         }
     }
-    /// The same for a refusal, by this process or by the kernel. What repeats faster than anybody can read is counted, and handed over by
-    /// [`Sender::collect`].
+    /// The same for a refusal, by this process or by the kernel. What repeats faster than anybody can read is counted, and
+    /// handed over by [`Sender::collect`].
     pub fn send_refusal(&self, record: Record) {
         let now = lock(&self.repeats).take(record, Instant::now());
         now.iter().for_each(|record| self.send(record));

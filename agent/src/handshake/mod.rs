@@ -1,8 +1,8 @@
 //! handshake: a `Permit` in, a `Session` out. TLS 1.3 with the workload's own SVID, both ends authenticated.
 //!
-//! rustls runs the handshake on records that are read one by one, exactly, so that what the peer sends behind its
-//! Finished stays in the socket for whoever carries the records then. No resumption, no 0-RTT, no SNI; ALPN offers another agent
-//! to use the connection more than once, and nothing else.
+//! rustls runs the handshake on records that are read one by one, exactly, so that what the peer sends behind its Finished
+//! stays in the socket for whoever carries the records then. No resumption, no 0-RTT, no SNI; ALPN offers another agent to
+//! use the connection more than once, and nothing else.
 //! *Invariant:* a `Session` exists only for a peer that the permit admits, and no byte of an application passes here.
 
 mod detect;

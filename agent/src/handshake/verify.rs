@@ -1,7 +1,7 @@
 //! The judgement of a peer in one handshake: its certificate is good, and a rule admits it.
 //!
-//! [`PeerVerifier`] puts [`wimsey_identity::trust::verify`] into rustls and keeps the verdict for the handshake to read, the refusal
-//! included, since rustls's own error cannot say it whole.
+//! [`PeerVerifier`] puts [`wimsey_identity::trust::verify`] into rustls and keeps the verdict for the handshake to read,
+//! the refusal included, since rustls's own error cannot say it whole.
 //!
 //! *Invariant:* no handshake completes with a peer that the policy's peers do not admit.
 

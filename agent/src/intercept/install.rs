@@ -389,8 +389,8 @@ impl Programs {
         Ok(generation)
     }
 
-    /// Before it changes who is who: every listener that was left alone is undecided until it is judged anew, but for those that
-    /// are `cleared`; and so is whoever begins to listen from here on.
+    /// Before it changes who is who: every listener that was left alone is undecided until it is judged anew, but for those
+    /// that are `cleared`; and so is whoever begins to listen from here on.
     fn raise(&mut self, before: Option<Config>, cleared: &Cleared) -> Result<(), Error> {
         self.leave_undecided(before, true);
         self.listeners()?;

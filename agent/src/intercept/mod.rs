@@ -1,8 +1,8 @@
 //! intercept: sockets in, a [`Flow`](crate::flow::Flow) out.
 //!
 //! The kernel programs of `ebpf/` turn connections to the agent. [`Programs`] loads and attaches them, puts policies into
-//! their maps and tells what they have to tell, on the control runtime. Each shard has a [`ShardListeners`]: accepted connections come
-//! in with what the kernel recorded about them, the agent's own connections go out.
+//! their maps and tells what they have to tell, on the control runtime. Each shard has a [`ShardListeners`]: accepted
+//! connections come in with what the kernel recorded about them, the agent's own connections go out.
 //!
 //! ```text
 //! control:  Programs::load ▶ doorways ▶ install(policy) ▶ listeners ▶ notice, notice, ...      release()

@@ -142,8 +142,8 @@ struct Thread {
 }
 
 impl Search {
-    /// Begins one for these sockets. Only those that `may` matter are looked into: whoever cannot has descriptors as many as they
-    /// like, and costs no time.
+    /// Begins one for these sockets. Only those that `may` matter are looked into: whoever cannot has descriptors as many
+    /// as they like, and costs no time.
     fn new(wanted: HashSet<u32>, cgroup2: &Path, may: &dyn Fn(&Task) -> bool) -> Self {
         let mut search = Self { wanted, ..Self::default() };
         if search.wanted.is_empty() {

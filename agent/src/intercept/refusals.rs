@@ -39,7 +39,8 @@ pub(super) struct Refusals {
 struct Passed {
     total: u64,
     at: u64,
-    /// Up to there an agent before may have been told, and has passed on what it has read. What it has not read comes as events.
+    /// Up to there an agent before may have been told, and has passed on what it has read. What it has not read comes as
+    /// events.
     told: u64,
 }
 

@@ -59,8 +59,8 @@ pub(super) fn left_alone(tables: &Tables) -> Result<Vec<Listening>, Error> {
     Ok(found)
 }
 
-/// Listening sockets that were left alone, and of whose binder, listener and holders no entry of a policy to come matches any. It
-/// takes as long as a walk through all processes.
+/// Listening sockets that were left alone, and of whose binder, listener and holders no entry of a policy to come matches
+/// any. It takes as long as a walk through all processes.
 #[derive(Debug, Default)]
 pub(super) struct Cleared(HashMap<u64, u32>);
 

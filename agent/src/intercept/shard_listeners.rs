@@ -1,7 +1,7 @@
 //! The doors of a shard: connections that the kernel has redirected to the agent come in, the agent's own connections go out.
 //!
-//! A [`UnboundListeners`] is made with the programs and sent to the shard's thread, which opens it into a [`ShardListeners`] on its own
-//! runtime. A connection costs one or two map calls, on descriptors that nobody locks.
+//! A [`UnboundListeners`] is made with the programs and sent to the shard's thread, which opens it into a
+//! [`ShardListeners`] on its own runtime. A connection costs one or two map calls, on descriptors that nobody locks.
 //!
 //! *Invariant:* a destination is never guessed. What the kernel has no record of is reset.
 
@@ -172,7 +172,8 @@ impl ShardListeners {
         })
     }
 
-    /// The next connection for a protected listener of this host. Errors as in [`ShardListeners::accept_outbound`]. Cancel safe.
+    /// The next connection for a protected listener of this host. Errors as in [`ShardListeners::accept_outbound`]. Cancel
+    /// safe.
     pub async fn accept_inbound(&self) -> Result<Flow, Error> {
         let (socket, peer) = self.inbound.accept().await.map_err(|error| Error::Accept { error })?;
         let local = canonical(socket.local_addr().map_err(|error| Error::Accept { error })?);

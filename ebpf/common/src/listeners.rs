@@ -20,8 +20,9 @@ pub struct ListenerKey {
     pub ipv6_only: u16,
 }
 
-/// [`ListenerKey::device`] for sockets of nobody's that are bound, do not listen, and may share their address with others that do
-/// (`SO_REUSEADDR`, `SO_REUSEPORT`). The kernel may choose one of them a moment before the programs hear that it listens.
+/// [`ListenerKey::device`] for sockets of nobody's that are bound, do not listen, and may share their address with others
+/// that do (`SO_REUSEADDR`, `SO_REUSEPORT`). The kernel may choose one of them a moment before the programs hear that it
+/// listens.
 pub const BOUND_ONLY: u32 = u32::MAX;
 
 /// Value of `LISTENERS`: how many sockets are bound to one address, by their protection. The strictest that is there counts.
