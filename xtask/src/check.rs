@@ -20,6 +20,9 @@ const CRATES: [&str; 3] = ["agent/src", "agent/identity/src", "agent/sys/src"];
 /// Lines of code before the tests of a file; a longer file becomes a folder with the same door.
 const LONGEST_FILE: usize = 700;
 
+/// Pages of docs/ that name tests, and whether each line of their tables has to.
+const PAGES: [(&str, bool); 3] = [("SPECIFICATION.md", false), ("REQUIREMENTS.md", false), ("THREAT-MODEL.md", true)];
+
 /// Runs all checks.
 pub fn verb() -> Fallible {
     setup::ensure(&[Need::Toolchain, Need::Build])?;
@@ -150,15 +153,17 @@ impl Checks {
             Ok(long.map(|(path, lines)| format!("{path}: {lines} lines before its tests; make it a folder")).collect())
         });
         self.own("numbers of decisions", || Ok(repeated_decisions(&root().join("docs/adr"))));
-        let promises = root().join("docs/SPECIFICATION.md");
-        match fs::read_to_string(&promises) {
-            Ok(text) => self.promises(&text),
-            Err(_) => self.skip("tests that SPECIFICATION.md names", "there is no docs/SPECIFICATION.md"),
+        for (page, every_line) in PAGES {
+            match fs::read_to_string(root().join("docs").join(page)) {
+                Ok(text) => self.promises(page, &text, every_line),
+                Err(_) => self.skip(&format!("tests that {page} names"), &format!("there is no docs/{page}")),
+            }
         }
     }
 
-    fn promises(&mut self, text: &str) {
-        self.own("tests that SPECIFICATION.md names", || {
+    /// The tests that a page names are in the tree; with `every_line`, each line of its tables names one.
+    fn promises(&mut self, page: &str, text: &str, every_line: bool) {
+        self.own(&format!("tests that {page} names"), || {
             let files = rust_files(&["agent", "benches", "ebpf", "tests", "xtask/src"])?;
             let code: String = files.into_iter().map(|(_, text)| text).collect();
             let named = source::named_tests(text);
@@ -166,11 +171,16 @@ impl Checks {
                 return Ok(vec!["it names no test at all (write `Test: \\`name\\`` or a table column Test)".into()]);
             }
             let missing = named.into_iter().filter(|name| !code.contains(&format!("fn {name}(")));
-            Ok(missing.map(|name| format!("no test {name}")).collect())
+            let mut found: Vec<String> = missing.map(|name| format!("no test {name}")).collect();
+            if every_line {
+                let without = source::lines_without_test(text).into_iter();
+                found.extend(without.map(|line| format!("docs/{page}:{line}: names no test")));
+            }
+            Ok(found)
         });
         let pending = text.matches("test pending").count();
         if pending > 0 {
-            self.skip("promises of SPECIFICATION.md", &format!("{pending} say \"test pending\""));
+            self.skip(&format!("promises of {page}"), &format!("{pending} say \"test pending\""));
         }
     }
 

@@ -115,20 +115,8 @@ fn before_tests(text: &str) -> &str {
 /// Tests that a page of promises names: words in backticks after `Test:` or `Tests:`, or in a table's column of that
 /// name. A path such as `flows::name` names its last part.
 pub fn named_tests(page: &str) -> Vec<String> {
-    let mut found = Vec::new();
-    let mut column = None;
-    for line in page.lines() {
-        let line = line.trim();
-        if line.starts_with('|') {
-            let cells: Vec<&str> = line.trim_matches('|').split('|').map(str::trim).collect();
-            if let Some(at) = cells.iter().position(|cell| is_heading(cell)) {
-                column = Some(at);
-            } else if let Some(cell) = column.and_then(|at| cells.get(at)) {
-                found.extend(quoted(cell));
-            }
-            continue;
-        }
-        column = None;
+    let mut found: Vec<String> = test_cells(page).into_iter().flat_map(|(_, cell)| quoted(cell)).collect();
+    for line in page.lines().filter(|line| !line.trim().starts_with('|')) {
         for key in ["Test:", "Tests:"] {
             if let Some((_, rest)) = line.split_once(key) {
                 found.extend(quoted(rest));
@@ -138,6 +126,36 @@ pub fn named_tests(page: &str) -> Vec<String> {
     found.sort();
     found.dedup();
     found
+}
+
+/// The lines of a page's tables that have a column for tests and name none in it.
+pub fn lines_without_test(page: &str) -> Vec<usize> {
+    let empty = test_cells(page).into_iter().filter(|(_, cell)| quoted(cell).is_empty());
+    empty.map(|(line, _)| line).collect()
+}
+
+/// What stands in the column for tests, with its line, of every table that has one.
+fn test_cells(page: &str) -> Vec<(usize, &str)> {
+    let mut found = Vec::new();
+    let mut column = None;
+    for (number, line) in page.lines().enumerate() {
+        let Some(row) = line.trim().strip_prefix('|') else {
+            column = None;
+            continue;
+        };
+        let cells: Vec<&str> = row.trim_end_matches('|').split('|').map(str::trim).collect();
+        if let Some(at) = cells.iter().position(|cell| is_heading(cell)) {
+            column = Some(at);
+        } else if let Some(at) = column.filter(|_| !is_below_heading(row)) {
+            found.push((number + 1, cells.get(at).copied().unwrap_or_default()));
+        }
+    }
+    found
+}
+
+/// Is this the line of dashes between a table's heading and what is in it?
+fn is_below_heading(row: &str) -> bool {
+    row.chars().all(|c| "-:| ".contains(c))
 }
 
 fn is_heading(cell: &str) -> bool {
@@ -282,6 +300,14 @@ mod tests {
         let page = "- No plaintext. Test: `flows::no_plaintext_is_seen`, `half_close_works`\n\
                     | promise | test |\n|---|---|\n| `x` is small | `x_is_small` |\n\nThe map `net_prio` is no test.\n";
         assert_eq!(named_tests(page), ["half_close_works", "no_plaintext_is_seen", "x_is_small"]);
+    }
+
+    #[test]
+    fn a_line_of_a_table_that_names_no_test_is_found() {
+        let page = "| threat | test |\n|:--|---|\n| one | `one_is_refused` |\n| `two` | none |\n| three |\n| four | |\n\n\
+                    | who | what |\n|---|---|\n| nobody | nothing |\n";
+        assert_eq!(lines_without_test(page), [4, 5, 6]);
+        assert_eq!(named_tests(page), ["one_is_refused"]);
     }
 
     #[test]
