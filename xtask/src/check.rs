@@ -2,13 +2,14 @@
 //!
 //! *Invariant:* every check runs, also after one has failed, and what could not be checked is counted by name.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
 use crate::build;
+use crate::codes;
 use crate::count::Count;
 use crate::run::{During, Fallible, root, seconds, step, tail, work};
 use crate::setup::{self, Need};
@@ -153,6 +154,7 @@ impl Checks {
             Ok(long.map(|(path, lines)| format!("{path}: {lines} lines before its tests; make it a folder")).collect())
         });
         self.own("numbers of decisions", || Ok(repeated_decisions(&root().join("docs/adr"))));
+        self.own("codes that OPERATIONS.md explains", unexplained_codes);
         for (page, every_line) in PAGES {
             match fs::read_to_string(root().join("docs").join(page)) {
                 Ok(text) => self.promises(page, &text, every_line),
@@ -216,6 +218,17 @@ impl Checks {
     }
 }
 
+/// What the table of codes in docs/OPERATIONS.md and the code do not agree about.
+fn unexplained_codes() -> Fallible<Vec<String>> {
+    let page = "docs/OPERATIONS.md";
+    let text = fs::read_to_string(root().join(page)).during(page)?;
+    let mut said = BTreeSet::new();
+    for (_, text) in rust_files(&["agent/src", "agent/identity/src", "ebpf/common/src"])? {
+        said.extend(codes::codes(&text));
+    }
+    Ok(codes::differences(&said, &text))
+}
+
 /// Every Rust file below these folders of the repository, with its path from the root.
 fn rust_files(folders: &[&str]) -> Fallible<Vec<(String, String)>> {
     let mut files = Vec::new();
@@ -256,4 +269,15 @@ fn repeated_decisions(folder: &Path) -> Vec<String> {
     let repeated = numbers.into_iter().filter(|(_, names)| names.len() > 1);
     found.extend(repeated.map(|(number, names)| format!("number {number} twice: {}", names.join(", "))));
     found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_code_has_its_row_in_the_page_for_operators_and_every_row_its_code() {
+        let found = unexplained_codes().unwrap();
+        assert!(found.is_empty(), "docs/OPERATIONS.md:\n{}", found.join("\n"));
+    }
 }

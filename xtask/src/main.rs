@@ -5,6 +5,7 @@
 mod bench;
 mod build;
 mod check;
+mod codes;
 mod count;
 mod demo;
 mod guests;

@@ -18,7 +18,7 @@ pub fn upward_imports(library: &str, binary: &str, folder: &str, path: &str, tex
         return vec![format!("{path}: not listed in lib.rs")];
     };
     let mut found = Vec::new();
-    for (line, name) in imports(before_tests(text)) {
+    for (line, name) in imports(without_tests(text)) {
         let listed = order.iter().position(|other| *other == name);
         if listed.is_some_and(|listed| listed > place) {
             found.push(format!("{path}:{line}: imports {name}, which is listed after {own}"));
@@ -104,11 +104,14 @@ pub fn unsafe_outside(path: &str, text: &str) -> Vec<String> {
 
 /// The number of lines before the file's tests.
 pub fn lines_before_tests(text: &str) -> usize {
-    before_tests(text).lines().count()
+    without_tests(text).lines().count()
 }
 
-fn before_tests(text: &str) -> &str {
-    let end = text.find("\n#[cfg(test)]\nmod ").unwrap_or(text.len());
+/// What stands before the tests that are in the file itself; those in a file of their own end nothing.
+pub fn without_tests(text: &str) -> &str {
+    const TESTS: &str = "\n#[cfg(test)]\nmod ";
+    let is_here = |at: &usize| text[at + TESTS.len()..].lines().next().is_some_and(|line| line.contains('{'));
+    let end = text.match_indices(TESTS).map(|(at, _)| at).find(is_here).unwrap_or(text.len());
     &text[..end]
 }
 
@@ -169,30 +172,50 @@ fn quoted(text: &str) -> Vec<String> {
 }
 
 /// The text with comments and the insides of strings replaced by spaces; lines stay where they are.
-fn blanked(text: &str) -> String {
+pub fn blanked(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     let chars: Vec<char> = text.chars().collect();
-    let at = |i: usize| chars.get(i).copied().unwrap_or('\0');
     let mut i = 0;
     while i < chars.len() {
-        let end = match (at(i), at(i + 1)) {
-            ('/', '/') => (i..chars.len()).find(|&j| at(j) == '\n').unwrap_or(chars.len()),
-            ('/', '*') => after_comment(&chars, i),
-            ('r', '"' | '#') if !is_word(at(i.wrapping_sub(1))) => after_raw(&chars, i).unwrap_or(i + 1),
-            ('"', _) => after_string(&chars, i),
-            // A character, not a lifetime: 'x' or an escape.
-            ('\'', '\\') => (i + 3..chars.len()).find(|&j| at(j) == '\'').map_or(chars.len(), |j| j + 1),
-            ('\'', _) if at(i + 2) == '\'' => i + 3,
-            _ => i + 1,
-        };
+        let end = after(&chars, i);
         if end == i + 1 {
-            out.push(at(i));
+            out.push(chars[i]);
         } else {
-            out.extend((i..end).map(|j| if at(j) == '\n' { '\n' } else { ' ' }));
+            out.extend((i..end).map(|j| if chars[j] == '\n' { '\n' } else { ' ' }));
         }
         i = end;
     }
     out
+}
+
+/// Every text in quotes, raw ones left out, and the number of characters before it.
+pub fn texts(text: &str) -> Vec<(usize, String)> {
+    let chars: Vec<char> = text.chars().collect();
+    let mut found = Vec::new();
+    let mut i = 0;
+    while i < chars.len() {
+        let end = after(&chars, i);
+        if chars[i] == '"' && end > i + 1 {
+            found.push((i, chars[i + 1..end - 1].iter().collect()));
+        }
+        i = end;
+    }
+    found
+}
+
+/// The end of the comment, string or character that begins here; of anything else, the next place.
+fn after(chars: &[char], i: usize) -> usize {
+    let at = |i: usize| chars.get(i).copied().unwrap_or('\0');
+    match (at(i), at(i + 1)) {
+        ('/', '/') => (i..chars.len()).find(|&j| at(j) == '\n').unwrap_or(chars.len()),
+        ('/', '*') => after_comment(chars, i),
+        ('r', '"' | '#') if !is_word(at(i.wrapping_sub(1))) => after_raw(chars, i).unwrap_or(i + 1),
+        ('"', _) => after_string(chars, i),
+        // A character, not a lifetime: 'x' or an escape.
+        ('\'', '\\') => (i + 3..chars.len()).find(|&j| at(j) == '\'').map_or(chars.len(), |j| j + 1),
+        ('\'', _) if at(i + 2) == '\'' => i + 3,
+        _ => i + 1,
+    }
 }
 
 fn is_word(c: char) -> bool {
@@ -314,5 +337,6 @@ mod tests {
     fn lines_after_the_tests_do_not_count() {
         assert_eq!(lines_before_tests("a\nb\n\n#[cfg(test)]\nmod tests {\n}\n"), 2);
         assert_eq!(lines_before_tests("a\nb\n"), 2);
+        assert_eq!(lines_before_tests("a\n#[cfg(test)]\nmod tests;\nb\n\n#[cfg(test)]\nmod more {\n}\n"), 4);
     }
 }
