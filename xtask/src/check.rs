@@ -8,11 +8,11 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use crate::build;
 use crate::count::Count;
 use crate::run::{During, Fallible, root, seconds, step, tail, work};
 use crate::setup::{self, Need};
 use crate::source;
+use crate::{build, draw};
 
 /// Crates whose modules are listed in the order in which they may import each other.
 const CRATES: [&str; 3] = ["agent/src", "agent/identity/src", "agent/sys/src"];
@@ -150,6 +150,7 @@ impl Checks {
             Ok(long.map(|(path, lines)| format!("{path}: {lines} lines before its tests; make it a folder")).collect())
         });
         self.own("numbers of decisions", || Ok(repeated_decisions(&root().join("docs/adr"))));
+        self.own("pictures", draw::stale);
         let promises = root().join("docs/SPECIFICATION.md");
         match fs::read_to_string(&promises) {
             Ok(text) => self.promises(&text),
