@@ -151,6 +151,7 @@ impl Checks {
         });
         self.own("numbers of decisions", || Ok(repeated_decisions(&root().join("docs/adr"))));
         self.own("pictures", draw::stale);
+        self.own("diffs of CONTRIBUTING.md", || unfit_diffs("CONTRIBUTING.md"));
         let promises = root().join("docs/SPECIFICATION.md");
         match fs::read_to_string(&promises) {
             Ok(text) => self.promises(&text),
@@ -232,6 +233,24 @@ fn collect(root: &Path, folder: &Path, files: &mut Vec<(String, String)>) -> Fal
     Ok(())
 }
 
+/// Whether what a page tells readers to change is there to be changed: its diffs, taken together, apply to the tree. Where a
+/// reader has made all of these changes, they can be taken back.
+fn unfit_diffs(page: &str) -> Fallible<Vec<String>> {
+    let text = fs::read_to_string(root().join(page)).during(page)?;
+    let patch = work("diffs").join("page.diff");
+    fs::write(&patch, source::diffs(&text)).during(patch.display())?;
+    let apply = |options: &[&str]| {
+        let mut git = Command::new("git");
+        git.args(["apply", "--check"]).args(options).arg(&patch).current_dir(root());
+        git.output().during("cannot run git")
+    };
+    let forwards = apply(&[])?;
+    if forwards.status.success() || apply(&["--reverse"])?.status.success() {
+        return Ok(Vec::new());
+    }
+    Ok(String::from_utf8_lossy(&forwards.stderr).lines().map(|line| format!("{page}: {line}")).collect())
+}
+
 fn repeated_decisions(folder: &Path) -> Vec<String> {
     let mut numbers: BTreeMap<String, Vec<String>> = BTreeMap::new();
     let mut found = Vec::new();
@@ -247,4 +266,14 @@ fn repeated_decisions(folder: &Path) -> Vec<String> {
     let repeated = numbers.into_iter().filter(|(_, names)| names.len() > 1);
     found.extend(repeated.map(|(number, names)| format!("number {number} twice: {}", names.join(", "))));
     found
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_contributors_are_told_to_change_is_there() {
+        assert_eq!(unfit_diffs("CONTRIBUTING.md").map_err(|failure| failure.to_string()), Ok(Vec::new()));
+    }
 }
