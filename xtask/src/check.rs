@@ -8,12 +8,11 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::{Duration, Instant};
 
-use crate::build;
-use crate::codes;
 use crate::count::Count;
 use crate::run::{During, Fallible, root, seconds, step, tail, work};
 use crate::setup::{self, Need};
 use crate::source;
+use crate::{build, codes, draw};
 
 /// Crates whose modules are listed in the order in which they may import each other.
 const CRATES: [&str; 3] = ["agent/src", "agent/identity/src", "agent/sys/src"];
@@ -154,6 +153,8 @@ impl Checks {
             Ok(long.map(|(path, lines)| format!("{path}: {lines} lines before its tests; make it a folder")).collect())
         });
         self.own("numbers of decisions", || Ok(repeated_decisions(&root().join("docs/adr"))));
+        self.own("pictures", draw::stale);
+        self.own("diffs of CONTRIBUTING.md", || unfit_diffs("CONTRIBUTING.md"));
         self.own("codes that OPERATIONS.md explains", unexplained_codes);
         for (page, every_line) in PAGES {
             match fs::read_to_string(root().join("docs").join(page)) {
@@ -254,6 +255,24 @@ fn collect(root: &Path, folder: &Path, files: &mut Vec<(String, String)>) -> Fal
     Ok(())
 }
 
+/// Whether what a page tells readers to change is there to be changed: its diffs, taken together, apply to the tree. Where a
+/// reader has made all of these changes, they can be taken back.
+fn unfit_diffs(page: &str) -> Fallible<Vec<String>> {
+    let text = fs::read_to_string(root().join(page)).during(page)?;
+    let patch = work("diffs").join("page.diff");
+    fs::write(&patch, source::diffs(&text)).during(patch.display())?;
+    let apply = |options: &[&str]| {
+        let mut git = Command::new("git");
+        git.args(["apply", "--check"]).args(options).arg(&patch).current_dir(root());
+        git.output().during("cannot run git")
+    };
+    let forwards = apply(&[])?;
+    if forwards.status.success() || apply(&["--reverse"])?.status.success() {
+        return Ok(Vec::new());
+    }
+    Ok(String::from_utf8_lossy(&forwards.stderr).lines().map(|line| format!("{page}: {line}")).collect())
+}
+
 fn repeated_decisions(folder: &Path) -> Vec<String> {
     let mut numbers: BTreeMap<String, Vec<String>> = BTreeMap::new();
     let mut found = Vec::new();
@@ -279,5 +298,10 @@ mod tests {
     fn every_code_has_its_row_in_the_page_for_operators_and_every_row_its_code() {
         let found = unexplained_codes().unwrap();
         assert!(found.is_empty(), "docs/OPERATIONS.md:\n{}", found.join("\n"));
+    }
+
+    #[test]
+    fn what_contributors_are_told_to_change_is_there() {
+        assert_eq!(unfit_diffs("CONTRIBUTING.md").map_err(|failure| failure.to_string()), Ok(Vec::new()));
     }
 }

@@ -8,6 +8,7 @@ mod check;
 mod codes;
 mod count;
 mod demo;
+mod draw;
 mod guests;
 mod initramfs;
 mod run;
@@ -28,10 +29,12 @@ cargo xtask <verb>
   setup                     bring the pinned toolchain, Debian packages, the BPF linker and cargo-deny
   build                     the kernel programs, then the agent (target/release/wimsey)
   demo [--vm]               the main job on one screen, on two hosts made of network namespaces, or in a guest
-  check                     format, lints, licences, documentation, order of modules, fence around unsafe, policies
+  check                     format, lints, licences, documentation, order of modules, fence around unsafe, pictures,
+                            policies
   test [tier...] [-- word]  tiers: pure, namespaces, vm (or vm=6.12 for one kernel); all without a name; only tests whose
                             name has the word
   vm [kernel...] [-- cmd]   boot Debian kernels in QEMU (a suite, a version such as 6.12, or newest) and run a command
+  draw                      the pictures of the documentation, from docs/pictures/*.txt
   policy <dir...>           check policies and run their [[expect]] cases
   bench [option...]         the benchmarking lab: plain TCP, relays, proxies, Wimsey, interleaved; --quick, --only PEER,PEER,
                             --peer ztunnel=FILE, --cores N,N, --json FILE; all of them: target/release/lab-bench --help
@@ -68,6 +71,7 @@ fn verb(words: &[String]) -> Fallible {
         "check" => check::verb(),
         "test" => test::verb(rest, after),
         "vm" => vm::verb(rest, after),
+        "draw" => draw::verb(rest),
         "policy" => check::policy(rest),
         "bench" => bench::verb(rest, after),
         "help" | "--help" | "-h" => {

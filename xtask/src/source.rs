@@ -1,4 +1,5 @@
-//! What can be said about Rust source by reading it: imports, `unsafe`, length, and the tests that a page names.
+//! What can be said about Rust source by reading it: imports, `unsafe`, length; and about pages: the tests that they name, the
+//! diffs that they show.
 //!
 //! This is not a parser. Comments and the text of strings are blanked first; what is left is searched for words.
 //!
@@ -159,6 +160,12 @@ fn test_cells(page: &str) -> Vec<(usize, &str)> {
 /// Is this the line of dashes between a table's heading and what is in it?
 fn is_below_heading(row: &str) -> bool {
     row.chars().all(|c| "-:| ".contains(c))
+}
+
+/// The diffs of a page, one after the other: what stands in its blocks of that kind.
+pub fn diffs(page: &str) -> String {
+    let blocks = page.split("\n```diff\n").skip(1);
+    blocks.filter_map(|rest| Some(format!("{}\n", rest.split_once("\n```")?.0))).collect()
 }
 
 fn is_heading(cell: &str) -> bool {
@@ -338,5 +345,11 @@ mod tests {
         assert_eq!(lines_before_tests("a\nb\n\n#[cfg(test)]\nmod tests {\n}\n"), 2);
         assert_eq!(lines_before_tests("a\nb\n"), 2);
         assert_eq!(lines_before_tests("a\n#[cfg(test)]\nmod tests;\nb\n\n#[cfg(test)]\nmod more {\n}\n"), 4);
+    }
+
+    #[test]
+    fn the_diffs_of_a_page_are_its_blocks_of_that_kind() {
+        let page = "Text\n\n```diff\n-a\n+b\n```\n\n```text\n-c\n```\n\n```diff\n+d\n```\n";
+        assert_eq!(diffs(page), "-a\n+b\n+d\n");
     }
 }
