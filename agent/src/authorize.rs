@@ -274,7 +274,7 @@ impl Refusal for Reason {
 
 #[cfg(test)]
 impl Permit {
-    /// A permit that no policy gave, for the tests of the rooms behind this one.
+    /// A permit that no policy gave, for the tests of the stages behind this one.
     pub(crate) fn forged(parties: Parties, peers: Peers) -> Self {
         Self { parties, peers, permissive: None, early: Vec::new() }
     }

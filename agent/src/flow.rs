@@ -1,4 +1,4 @@
-//! A connection that came to the agent, and what the kernel recorded about it. `intercept` makes it; every room after that
+//! A connection that came to the agent, and what the kernel recorded about it. `intercept` makes it; every stage after that
 //! reads it.
 //!
 //! *Invariant:* a flow's destination is what the kernel recorded under the connection's own addresses, never a guess.

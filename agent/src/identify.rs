@@ -1,7 +1,7 @@
 //! identify: a [`Flow`] in, [`Parties`] out.
 //!
 //! Which registration entry is the process on this host's end ([`crate::attest`])? A process without an entry is no failure of
-//! this room: it says so in its own way ([`Error::is_unknown`]), and the pipeline says why that is refused by where the
+//! this stage: it says so in its own way ([`Error::is_unknown`]), and the pipeline says why that is refused by where the
 //! connection goes. The entry's credential ([`crate::credential`]) is asked for when a handshake needs it, and not before:
 //! what is denied, or carried in plaintext, needs none.
 //!
@@ -67,7 +67,7 @@ pub enum Error {
     Attestation(#[from] AttestError),
 }
 
-/// What this room needs beside the policy. Cheap to clone: a shard has one of its own.
+/// What this stage needs beside the policy. Cheap to clone: a shard has one of its own.
 #[derive(Clone, Debug)]
 pub struct Identities {
     provider: Arc<dyn Provider>,

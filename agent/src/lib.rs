@@ -1,8 +1,8 @@
 //! Wimsey's node agent, as a library in reading order.
 //!
 //! The modules are listed in the order in which a connection walks them, after the words that all of them use. A module
-//! imports only modules listed above it (`cargo xtask check` proves it). The rooms never call each other: only
-//! [`pipeline`] does, and each room takes the output of the one before it by value:
+//! imports only modules listed above it (`cargo xtask check` proves it). The stages never call each other: only
+//! [`pipeline`] does, and each stage takes the output of the one before it by value:
 //!
 //! ```text
 //! app ─connect─▶ [ebpf] ─▶ intercept ▶ identify ▶ authorize ▶ handshake ▶ offload ▶ relay ─▶ peer

@@ -1,4 +1,4 @@
-//! Whose fault is it? Every room's error answers that, with a stable code and a sentence for the operator.
+//! Whose fault is it? Every module's error answers that, with a stable code and a sentence for the operator.
 //!
 //! *Invariant:* there is no catch-all. A refusal that names nobody cannot be written.
 

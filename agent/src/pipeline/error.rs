@@ -1,6 +1,6 @@
-//! Why a connection was refused on its way through the rooms: each room's own reasons, and the few of the corridor.
+//! Why a connection was refused on its way through the stages: each stage's own reasons, and the few of the pipeline.
 //!
-//! *Invariant:* every refusal names its room, who has to act, and a stable code.
+//! *Invariant:* every refusal names its stage, who has to act, and a stable code.
 
 use crate::admission::Full;
 use crate::audit::Stage;
@@ -47,7 +47,7 @@ pub enum Error {
     /// The agent is ending.
     #[error("the agent is ending")]
     Closing,
-    /// No room was reached: nobody could be told about this connection.
+    /// No stage was reached: nobody could be told about this connection.
     #[error("the audit log cannot be written, and [audit] when_full is \"refuse\"")]
     AuditUnwritable,
     /// identify refused.
@@ -77,7 +77,7 @@ pub enum Error {
 }
 
 impl Error {
-    /// The room that refused.
+    /// The stage that refused.
     pub fn stage(&self) -> Stage {
         match self {
             Self::TooMany(_) | Self::AuditUnwritable | Self::DialTimeout(_) | Self::Closing | Self::Intercept(_) => {

@@ -1,8 +1,8 @@
 //! The pipeline: calls the stages in order, and makes exactly one audit record of each connection.
 //!
-//! A flow comes in; identify, authorize, handshake, offload and relay take it by value one after the other. Whatever room
-//! refuses, the application or peer gets a reset, never half an answer, and the record says which room, whose fault and
-//! why. Deadlines, limits and the engine's fallback live here, not in the rooms.
+//! A flow comes in; identify, authorize, handshake, offload and relay take it by value one after the other. Whatever stage
+//! refuses, the application or peer gets a reset, never half an answer, and the record says which stage, whose fault and
+//! why. Deadlines, limits and the engine's fallback live here, not in the stages.
 //!
 //! *Invariant:* every path out of [`serve`] goes through `Attempt::close`.
 
@@ -91,7 +91,7 @@ pub struct Site {
     pub closing: watch::Receiver<bool>,
 }
 
-/// Walks one flow through the rooms, and inbound what comes after it on the same connection. Returns when all of it is
+/// Walks one flow through the stages, and inbound what comes after it on the same connection. Returns when all of it is
 /// over and recorded.
 pub async fn serve(shared: &AgentState, site: &Site, flow: Flow) {
     let ends = (flow.source, flow.destination);
