@@ -355,8 +355,5 @@ fn a_hostile_name_cannot_forge_a_line() {
         cgroup: Some("/a".into()),
         note: None,
     };
-    assert_eq!(
-        facts.to_string(),
-        r#"process 1 (a\nb\u{1b}[31m), uid 2, gid 3, executable "/tmp/x\ny", cgroup "/a""#
-    );
+    assert_eq!(facts.to_string(), r#"process 1 (a\nb\u{1b}[31m), uid 2, gid 3, executable "/tmp/x\ny", cgroup "/a""#);
 }

@@ -9,19 +9,9 @@ use std::{
     io,
     os::fd::{AsFd, BorrowedFd},
 };
+use wimsey_sys::crypto_info::{Cipher, CryptoInfo};
 use wimsey_sys::tls::{self, TlsHalf};
-use zeroize::Zeroizing;
 
-/// `TLS_1_3_VERSION`.
-const VERSION: u16 = 0x0304;
-/// `TLS_CIPHER_AES_GCM_128`, `TLS_CIPHER_AES_GCM_256`, `TLS_CIPHER_CHACHA20_POLY1305`.
-const AES_128: u16 = 51;
-const AES_256: u16 = 52;
-const CHACHA: u16 = 54;
-/// The largest of the three structures.
-const MAX_INFO: usize = 56;
-/// Length of `rec_seq`, which ends each of the structures.
-const SEQUENCE: usize = 8;
 /// What the kernel adds to the plaintext of a record: header, content type, tag.
 const OVERHEAD: u64 = 22;
 
@@ -62,9 +52,9 @@ pub(super) fn arm(
     for (half, traffic, step) in
         [(TlsHalf::Transmit, transmit, "setsockopt TLS_TX"), (TlsHalf::Receive, receive, "setsockopt TLS_RX")]
     {
-        let info = CryptoInfo::new(traffic).map_err(half_way(step))?;
-        tls::set_tls_keys(socket, half, info.as_bytes()).map_err(half_way(step))?;
-        info.confirm(socket, half).map_err(half_way("getsockopt"))?;
+        let info = crypto_info(traffic).map_err(half_way(step))?;
+        info.put(socket, half).map_err(half_way(step))?;
+        confirm(&info, socket, half).map_err(half_way("getsockopt"))?;
     }
     Ok(Armed { ability, base, due: record::rekey_after(transmit.aead()) })
 }
@@ -116,7 +106,7 @@ impl KernelKeys {
     pub(crate) fn next_transmit(&mut self, socket: BorrowedFd<'_>) -> io::Result<()> {
         let records = sequence(socket)?;
         let traffic = self.secrets.next_transmit().map_err(io::Error::other)?;
-        tls::set_tls_keys(socket, TlsHalf::Transmit, CryptoInfo::new(&traffic)?.as_bytes())?;
+        crypto_info(&traffic)?.put(socket, TlsHalf::Transmit)?;
         self.earlier_records = self.earlier_records.saturating_add(records);
         self.records = 0;
         Ok(())
@@ -125,7 +115,7 @@ impl KernelKeys {
     /// A KeyUpdate was received: what follows comes under the next key.
     pub(crate) fn next_receive(&mut self, socket: BorrowedFd<'_>) -> io::Result<()> {
         let traffic = self.secrets.next_receive().map_err(io::Error::other)?;
-        tls::set_tls_keys(socket, TlsHalf::Receive, CryptoInfo::new(&traffic)?.as_bytes())
+        crypto_info(&traffic)?.put(socket, TlsHalf::Receive)
     }
 
     /// Has every byte that was handed to the socket been put into the connection? The kernel may hold back the last
@@ -144,100 +134,20 @@ pub(super) fn has_left(socket: BorrowedFd<'_>, base: u64, plaintext: u64, record
 
 /// Records sent under the present key.
 pub(super) fn sequence(socket: BorrowedFd<'_>) -> io::Result<u64> {
-    let mut info = Zeroizing::new([0; MAX_INFO]);
-    let length = told(socket, TlsHalf::Transmit, &mut info)?;
-    info.get(..length)
-        .and_then(|info| info.last_chunk::<SEQUENCE>())
-        .map(|sequence| u64::from_be_bytes(*sequence))
-        .ok_or_else(|| io::Error::from(io::ErrorKind::InvalidData))
+    CryptoInfo::read(socket, TlsHalf::Transmit).map(|info| info.sequence())
 }
 
-/// Reads the keys of one half back. The kernel wants to be asked for exactly the structure that it has.
-fn told(socket: BorrowedFd<'_>, half: TlsHalf, into: &mut [u8; MAX_INFO]) -> io::Result<usize> {
-    // `struct tls_crypto_info`, which begins each structure and says which one it is.
-    let mut kind = [0; 4];
-    tls::tls_keys(socket, half, &mut kind)?;
-    let [_, _, low, high] = kind;
-    let length = length_of(u16::from_ne_bytes([low, high])).ok_or(io::ErrorKind::InvalidData)?;
-    tls::tls_keys(socket, half, into.get_mut(..length).unwrap_or_default())
+/// The keys of one direction, as the kernel takes them.
+pub(super) fn crypto_info(traffic: &Traffic) -> io::Result<CryptoInfo> {
+    let cipher = match traffic.aead() {
+        Aead::Aes128Gcm => Cipher::Aes128Gcm,
+        Aead::Aes256Gcm => Cipher::Aes256Gcm,
+        Aead::ChaCha20Poly1305 => Cipher::ChaCha20Poly1305,
+    };
+    CryptoInfo::new(cipher, traffic.key(), traffic.mask(), traffic.sequence())
 }
 
-/// A `tls12_crypto_info_*` structure, wiped when dropped.
-pub(super) struct CryptoInfo {
-    bytes: Zeroizing<[u8; MAX_INFO]>,
-    length: usize,
-}
-
-impl CryptoInfo {
-    pub(super) fn new(traffic: &Traffic) -> io::Result<Self> {
-        let (cipher, key, mask) = (cipher(traffic.aead()), traffic.key(), traffic.mask());
-        // AES-GCM: the first four bytes of the nonce mask are the `salt`, which stands behind the key.
-        let (salt, mask) = mask.split_at_checked(if cipher == CHACHA { 0 } else { 4 }).unwrap_or_default();
-        let mut info = Self { bytes: Zeroizing::new([0; MAX_INFO]), length: 0 };
-        let (version, cipher_bytes) = (VERSION.to_ne_bytes(), cipher.to_ne_bytes());
-        let sequence = traffic.sequence().to_be_bytes();
-        for part in [&version[..], &cipher_bytes, mask, key, salt, &sequence] {
-            let end = info.length + part.len();
-            info.bytes.get_mut(info.length..end).ok_or(io::ErrorKind::InvalidInput)?.copy_from_slice(part);
-            info.length = end;
-        }
-        if length_of(cipher) == Some(info.length) { Ok(info) } else { Err(io::ErrorKind::InvalidInput.into()) }
-    }
-
-    pub(super) fn as_bytes(&self) -> &[u8] {
-        self.bytes.get(..self.length).unwrap_or_default()
-    }
-
-    /// The kernel says back what it was told.
-    pub(super) fn confirm(&self, socket: BorrowedFd<'_>, half: TlsHalf) -> io::Result<()> {
-        let mut back = Zeroizing::new([0; MAX_INFO]);
-        let length = told(socket, half, &mut back)?;
-        // In older kernels the nonce mask comes back elsewhere in the structure; version, cipher and length say enough
-        // about which keys are there, and the number of the next record that they are these.
-        let same = back.get(..4) == self.bytes.get(..4)
-            && length == self.length
-            && back.get(length - SEQUENCE..length) == self.bytes.get(length - SEQUENCE..length);
-        if same { Ok(()) } else { Err(io::ErrorKind::InvalidData.into()) }
-    }
-}
-
-fn cipher(aead: Aead) -> u16 {
-    match aead {
-        Aead::Aes128Gcm => AES_128,
-        Aead::Aes256Gcm => AES_256,
-        Aead::ChaCha20Poly1305 => CHACHA,
-    }
-}
-
-fn length_of(cipher: u16) -> Option<usize> {
-    match cipher {
-        AES_128 => Some(40),
-        AES_256 | CHACHA => Some(56),
-        _ => None,
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn the_structure_for_the_kernel_is_laid_out_as_in_linux_tls_h() {
-        let mask = Zeroizing::new([0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]);
-        let traffic = Traffic::new(Aead::Aes256Gcm, 5, Zeroizing::new([0xaa; 32]), mask);
-        let info = CryptoInfo::new(&traffic).unwrap();
-        let bytes = info.as_bytes();
-        assert_eq!(bytes.len(), 56);
-        assert_eq!(bytes[..2], 0x0304_u16.to_ne_bytes());
-        assert_eq!(bytes[2..4], 52_u16.to_ne_bytes());
-        assert_eq!(bytes[4..12], [4, 5, 6, 7, 8, 9, 10, 11], "iv");
-        assert_eq!(bytes[12..44], [0xaa; 32], "key");
-        assert_eq!(bytes[44..48], [0, 1, 2, 3], "salt");
-        assert_eq!(bytes[48..], [0, 0, 0, 0, 0, 0, 0, 5], "rec_seq");
-        let traffic = Traffic::new(Aead::ChaCha20Poly1305, 0, Zeroizing::new([0xbb; 32]), Zeroizing::new([9; 12]));
-        let info = CryptoInfo::new(&traffic).unwrap();
-        assert_eq!((info.as_bytes().len(), &info.as_bytes()[4..16]), (56, &[9; 12][..]));
-        let traffic = Traffic::new(Aead::Aes128Gcm, 0, Zeroizing::new([0xcc; 32]), Zeroizing::new([9; 12]));
-        assert_eq!(CryptoInfo::new(&traffic).unwrap().as_bytes().len(), 40);
-    }
+/// The kernel says back what it was told.
+fn confirm(info: &CryptoInfo, socket: BorrowedFd<'_>, half: TlsHalf) -> io::Result<()> {
+    if CryptoInfo::read(socket, half)?.is_like(info) { Ok(()) } else { Err(io::ErrorKind::InvalidData.into()) }
 }

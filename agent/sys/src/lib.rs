@@ -84,6 +84,7 @@ fn code(line: &str, program: &std::path::Path) -> Option<(usize, usize)> {
     (start < end).then_some((start, end))
 }
 
+pub mod crypto_info;
 pub mod tls;
 
 // intercept: maps of the kernel programs, and two socket options.

@@ -36,12 +36,12 @@ pub fn set_tls_protocol(socket: BorrowedFd<'_>) -> io::Result<()> {
 }
 
 /// Gives the kernel the keys of one half: `crypto_info` is one of the `tls12_crypto_info_*` structures of linux/tls.h.
-pub fn set_tls_keys(socket: BorrowedFd<'_>, half: TlsHalf, crypto_info: &[u8]) -> io::Result<()> {
+pub(crate) fn set_tls_keys(socket: BorrowedFd<'_>, half: TlsHalf, crypto_info: &[u8]) -> io::Result<()> {
     set_option(socket, SOL_TLS, half.option(), crypto_info)
 }
 
 /// Reads back the `tls12_crypto_info_*` structure of one half, keys included: the caller wipes `into`.
-pub fn tls_keys(socket: BorrowedFd<'_>, half: TlsHalf, into: &mut [u8]) -> io::Result<usize> {
+pub(crate) fn tls_keys(socket: BorrowedFd<'_>, half: TlsHalf, into: &mut [u8]) -> io::Result<usize> {
     option_into(socket, SOL_TLS, half.option(), into)
 }
 

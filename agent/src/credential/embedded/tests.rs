@@ -28,8 +28,7 @@ impl Bench {
         let scratch = tempfile::tempdir().unwrap();
         let ca_dir = scratch.path().join("ca");
         ca::init(&ca_dir, &domain_of("example.org"), ca::DEFAULT_LIFE, now()).unwrap();
-        let settings =
-            Settings { ca_dir, trust_domain: domain_of("example.org"), svid_ttl: HOUR, bundles: Vec::new() };
+        let settings = Settings { ca_dir, trust_domain: domain_of("example.org"), svid_ttl: HOUR, bundles: Vec::new() };
         let clock = Arc::new(std::sync::atomic::AtomicI64::new(0));
         let reader = clock.clone();
         let time = move || {

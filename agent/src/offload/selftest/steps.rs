@@ -5,7 +5,7 @@
 use crate::{
     handshake::{Aead, Traffic},
     offload::{
-        kernel::{self, ArmError, CryptoInfo},
+        kernel::{self, ArmError, crypto_info},
         matrix::{Ability, Outcome, Row},
         record::{self, ContentType, Opener, Sealer},
     },
@@ -180,7 +180,7 @@ impl Bench {
         self.tell(ContentType::HANDSHAKE, &KEY_UPDATE)?;
         require(self.opened(ContentType::HANDSHAKE)? == KEY_UPDATE, "the KeyUpdate was changed")?;
         // Where this is refused the old keys are still in force at both ends, so that the other steps can go on.
-        tls::set_tls_keys(self.kernel.as_fd(), TlsHalf::Transmit, CryptoInfo::new(&transmit)?.as_bytes())?;
+        crypto_info(&transmit)?.put(self.kernel.as_fd(), TlsHalf::Transmit)?;
         self.usable = false;
         self.earlier_records = records + 1;
         self.opener = Opener::new(&transmit).map_err(io::Error::other)?;
@@ -193,7 +193,7 @@ impl Bench {
         sealed.extend(self.sealed(ContentType::APPLICATION_DATA, MARKER)?);
         self.wire.write_all(&sealed)?;
         require(self.received()? == (22, KEY_UPDATE.to_vec()), "the KeyUpdate did not arrive")?;
-        tls::set_tls_keys(self.kernel.as_fd(), TlsHalf::Receive, CryptoInfo::new(&receive)?.as_bytes())?;
+        crypto_info(&receive)?.put(self.kernel.as_fd(), TlsHalf::Receive)?;
         require(self.received()? == (23, MARKER.to_vec()), "data under the fresh key did not arrive")?;
         self.usable = true;
         Ok(())

@@ -332,8 +332,7 @@ impl Mutation {
                 }
             }
             ref of_lines => {
-                let mut lines: Vec<Vec<u8>> =
-                    file.split_inclusive(|byte| *byte == b'\n').map(<[u8]>::to_vec).collect();
+                let mut lines: Vec<Vec<u8>> = file.split_inclusive(|byte| *byte == b'\n').map(<[u8]>::to_vec).collect();
                 let count = lines.len();
                 // Where all is one line by now, a line that goes is the file: nobody could tell.
                 if count < LINES {
