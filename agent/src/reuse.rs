@@ -31,9 +31,12 @@ pub enum Unfit {
     /// No rule admits the peer any more.
     #[error("no rule lets {0} begin another connection")]
     NotPermitted(SpiffeId),
-    /// Its certificate is revoked, or its authority is not trusted any more.
-    #[error("{0} is no longer believed: its certificate is revoked, or its authority has left the trust bundle")]
-    NotBelieved(SpiffeId),
+    /// Its certificate, or one above it, has been revoked since.
+    #[error("the certificate of {0} has been revoked")]
+    Revoked(SpiffeId),
+    /// Its authority has left the trust bundle since.
+    #[error("the authority of {0} has left the trust bundle")]
+    Untrusted(SpiffeId),
     /// Its certificate is over.
     #[error("the certificate of {0} expired at {1}")]
     Expired(SpiffeId, String),
@@ -67,14 +70,21 @@ impl Refusal for Unfit {
     fn culprit(&self) -> Culprit {
         match self {
             Self::NotPermitted(_) => Culprit::Policy,
-            Self::NotBelieved(_) | Self::Expired(..) | Self::Late | Self::Closed(_) | Self::Lost(_) => Culprit::Peer,
+            Self::Revoked(_)
+            | Self::Untrusted(_)
+            | Self::Expired(..)
+            | Self::Late
+            | Self::Closed(_)
+            | Self::Lost(_) => Culprit::Peer,
             Self::NotOurs(_) | Self::Application(_) => Culprit::Host,
         }
     }
     fn code(&self) -> &'static str {
         match self {
             Self::NotPermitted(_) => "peer-not-permitted",
-            Self::NotBelieved(_) => "peer-revoked",
+            // The codes by which a handshake refuses for the same cause.
+            Self::Revoked(_) => "peer-certificate-revoked",
+            Self::Untrusted(_) => "peer-untrusted",
             Self::Expired(..) => "peer-certificate-expired",
             Self::NotOurs(_) => "session-not-ours",
             Self::Late => "session-late",
@@ -180,7 +190,8 @@ fn fit(permit: &Permit, agreement: &Agreement, now: SystemTime) -> Result<Arc<Ru
         return Err(Unfit::Expired(peer.id.clone(), display_time(peer.not_after)));
     }
     if !parties.trust.still_believes(&peer.id.trust_domain(), &peer.path) {
-        return Err(Unfit::NotBelieved(peer.id.clone()));
+        let revoked = parties.trust.revokes(&peer.id.trust_domain(), peer.path.certificates());
+        return Err(if revoked { Unfit::Revoked(peer.id.clone()) } else { Unfit::Untrusted(peer.id.clone()) });
     }
     permit.rule(&peer.id).cloned().ok_or_else(|| Unfit::NotPermitted(peer.id.clone()))
 }
@@ -230,7 +241,7 @@ mod tests {
         // Another workload of this host never gets it.
         assert_eq!(code(ask(&world, WEB, WEB, now).await), "session-not-ours");
         // Nobody believes the peer's authority any more.
-        assert_eq!(code(ask(&elsewhere, CURL, WEB, now).await), "peer-revoked");
+        assert_eq!(code(ask(&elsewhere, CURL, WEB, now).await), "peer-untrusted");
         // The own credential ends after an hour, the peer's certificate later.
         let later = agreement.local.not_after;
         assert_eq!(code(ask(&world, CURL, WEB, later).await), "session-not-ours");

@@ -1,6 +1,7 @@
 //! `wimsey agent` and `wimsey release`.
 
 use super::Wrong;
+use std::io::IsTerminal;
 use std::path::Path;
 use std::process::ExitCode;
 use tracing_subscriber::filter::{LevelFilter, ParseError, Targets};
@@ -36,7 +37,10 @@ pub fn release(config: &Path) -> anyhow::Result<ExitCode> {
 fn log() {
     let wanted = std::env::var("RUST_LOG").unwrap_or_default();
     let (filter, misunderstood) = filter(&wanted);
-    let lines = tracing_subscriber::fmt::layer().with_writer(std::io::stderr).with_target(false);
+    let lines = tracing_subscriber::fmt::layer()
+        .with_writer(std::io::stderr)
+        .with_ansi(std::io::stderr().is_terminal())
+        .with_target(false);
     tracing_subscriber::registry().with(lines).with(filter).init();
     if let Some(error) = misunderstood {
         tracing::warn!(RUST_LOG = wanted, %error, "RUST_LOG cannot be understood: it is taken for info");

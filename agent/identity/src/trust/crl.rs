@@ -74,7 +74,7 @@ pub enum CrlError {
     /// No list in it.
     #[error(
         "revocation list of {domain}: {path}: holds no list: put the PEM list (X509 CRL) of its authority there, or \
-         remove the file and its key crl"
+         remove the file, and the key crl where the configuration has one for it"
     )]
     Empty {
         /// Trust domain that it is for.
