@@ -444,7 +444,7 @@ fn ways(lab: &Lab) -> [(u8, &'static str, String); 8] {
 }
 
 /// Of several sockets that share a port the kernel chooses by rules of its own, which differ by family, address, device and age:
-/// each pair is tried, in an order that is printed.
+/// each pair is tried, from another one on each time.
 #[test]
 fn however_somebody_shares_a_port_they_hear_no_client() {
     let lab = lab!();
