@@ -24,7 +24,7 @@ use crate::vm::{self, Job, Kernel};
 const GUEST_SLOWNESS: u32 = 12;
 /// Bytes of a bulk transfer, before they are divided by the slowness.
 const GUEST_BULK: u32 = 256 << 20;
-/// The longest that the tests of a guest may take. On two idle cores the three kernels take half of it, side by side.
+/// The longest that the tests of a guest may take. On two idle cores the three kernels take two thirds of it, side by side.
 const GUEST_LIMIT: Duration = Duration::from_secs(60 * 60);
 /// The longest that a guest may say nothing. A test may be long, so this is longer than any.
 const GUEST_SILENCE: Duration = Duration::from_secs(8 * 60);
