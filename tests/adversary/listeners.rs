@@ -24,6 +24,11 @@ pub fn with_web(lab: &Lab, selectors: &[&str], ports: &[u16]) -> Policy {
     ports.iter().fold(policy, |policy, port| policy.serve(lab, *port))
 }
 
+/// The same where web is its user in its cgroup, and the user elsewhere is nobody.
+pub fn with_web_in_its_cgroup(lab: &Lab) -> Policy {
+    with_web(lab, &[&format!("unix:uid:{WEB}"), &format!("cgroup:{}/server", lab.cgroup_path())], &[PORT])
+}
+
 /// Web on beta, listening: `how` stands between the making of the socket and the bind.
 pub fn web(lab: &Lab, cgroup: &str, name: &str, how: &str, at: &str) -> Hand {
     let mut web = lab.puppet(&lab.beta, cgroup, WEB, name);
@@ -159,9 +164,7 @@ fn a_socket_that_listens_again_after_it_was_shut_down_is_never_open_for_a_moment
 
 /// Web and the same user in a cgroup that is nobody's share a port.
 fn joined(lab: &Lab, web_first: bool) {
-    let selectors = [format!("unix:uid:{WEB}"), format!("cgroup:{}/server", lab.cgroup_path())];
-    let policy = with_web(lab, &[&selectors[0], &selectors[1]], &[PORT]);
-    let mesh = mesh!(lab, &policy);
+    let mesh = mesh!(lab, &with_web_in_its_cgroup(lab));
     let how = "opt s reuseport; opt s reuseaddr; ";
     let at = format!("0.0.0.0:{PORT}");
     let (web, joiner) = if web_first {
@@ -421,8 +424,7 @@ fn the_last_leg_reaches_only_those_who_were_found_to_listen() {
 #[test]
 fn whoever_shares_a_port_and_listens_now_and_then_hears_no_client() {
     let lab = lab!();
-    let selectors = [format!("unix:uid:{WEB}"), format!("cgroup:{}/server", lab.cgroup_path())];
-    let mesh = mesh!(lab, &with_web(&lab, &[&selectors[0], &selectors[1]], &[PORT]));
+    let mesh = mesh!(lab, &with_web_in_its_cgroup(&lab));
     let mut web = lab.puppet(&lab.beta, "server", WEB, "web");
     let joiner = lab.puppet(&lab.beta, "elsewhere", WEB, "joiner");
     legs(&lab, &mesh, &mut web, joiner, " shared");
@@ -448,8 +450,7 @@ fn ways(lab: &Lab) -> [(u8, &'static str, String); 8] {
 #[test]
 fn however_somebody_shares_a_port_they_hear_no_client() {
     let lab = lab!();
-    let selectors = [format!("unix:uid:{WEB}"), format!("cgroup:{}/server", lab.cgroup_path())];
-    let mesh = mesh!(lab, &with_web(&lab, &[&selectors[0], &selectors[1]], &[PORT]));
+    let mesh = mesh!(lab, &with_web_in_its_cgroup(&lab));
     let mut web = lab.puppet(&lab.beta, "server", WEB, "web");
     let mut joiner = lab.puppet(&lab.beta, "elsewhere", WEB, "joiner");
     let mut user = lab.puppet(&lab.alpha, "one", USER, "user");
