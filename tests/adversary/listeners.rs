@@ -369,6 +369,29 @@ fn when_a_policy_is_in_force_no_listener_that_it_enrols_is_open() {
     expect_alive(&mesh);
 }
 
+#[test]
+fn when_an_agent_is_ready_it_serves_what_listened_before_it() {
+    let lab = lab!();
+    // An enrolled user has so many descriptors that it takes long to find out who holds the server's socket.
+    let place = enter::Place { user: Some((USER, USER)), files: Some(20_000), ..lab.place(&lab.beta, "one") };
+    let mut holder = Hand::start(&lab, place, &or_skip!(skip::lab_app()), "holder");
+    holder.try_tell(&format!("hold {} 0", clock::count(15_000)), clock::seconds(240)).unwrap();
+    for _ in 0..20 {
+        holder.must("fork 60000");
+    }
+    let _server = lab.serve_echo(&lab.beta, "server", &[lab.beta.at(PORT)]);
+    let mesh = mesh!(lab, &Policy::standard(&lab).workload_by("user", &[&format!("unix:uid:{USER}")]));
+    for _ in 0..3 {
+        lab.expect_echo(&lab.alpha, "client", lab.beta.at(PORT), &[]);
+        mesh.beta().terminate().unwrap();
+        mesh.beta().start().unwrap();
+    }
+    for pid in processes(&lab.cgroup("one")) {
+        let _: Result<(), _> = rustix::process::kill_process(pid, Signal::KILL);
+    }
+    expect_alive(&mesh);
+}
+
 /// Root binds and web listens, in a loop.
 fn bound_by_root(lab: &Lab, when: &str) {
     let mut web = lab.puppet(&lab.beta, "server", 0, "web");
