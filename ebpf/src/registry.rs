@@ -59,7 +59,8 @@ pub fn bound(sock: *mut bpf_sock, address: Address) -> i32 {
     let noted = remember(sock, binder);
     // Whoever is left alone has a row when they listen: until then they are nobody to be found, but for those whom the kernel
     // may choose in the place of somebody else. Where there is no memory for the note (nor ever is, on an x86 processor
-    // without `cmpxchg16b`, since Linux 7.0), the row is all that tells, and it counts nowhere: a workload may be who listens.
+    // without `cmpxchg16b`, since Linux 7.0), the row is all that tells, and it counts among those who may share or nowhere: a
+    // workload may be who listens.
     let nobody = found == LISTENER_LEFT_ALONE && !own;
     let shares = nobody && flags(sock) & MAY_SHARE != 0;
     if nobody && noted && !shares {

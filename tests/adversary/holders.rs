@@ -1,6 +1,6 @@
 //! Who binds is not who holds: what is protected is both.
 
-use crate::listeners::{policy, settle, web, with_web};
+use crate::listeners::{policy, settle, web, with_web, with_web_in_its_cgroup};
 use lab::hand::{ATTACKER, Hand, USER, WEB, expect_alive, knock};
 use lab::janitor::processes;
 use lab::policy::PORT;
@@ -151,8 +151,7 @@ fn what_a_workload_bound_is_its_own_when_whoever_is_left_with_it_listens_again()
 
 /// Web is known by its cgroup, and comes into it late.
 fn moved(lab: &Lab, listen_first: bool) {
-    let selectors = [format!("unix:uid:{WEB}"), format!("cgroup:{}/server", lab.cgroup_path())];
-    let mesh = mesh!(lab, &with_web(lab, &[&selectors[0], &selectors[1]], &[PORT]));
+    let mesh = mesh!(lab, &with_web_in_its_cgroup(lab));
     let mut web = lab.puppet(&lab.beta, "elsewhere", WEB, "web");
     web.must(&format!("serve off; socket s 4; opt s reuseaddr; bind s 0.0.0.0:{PORT}"));
     settle();

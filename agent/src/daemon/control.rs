@@ -14,6 +14,7 @@ use crate::credential::Provider;
 use crate::intercept::{self, KernelEvent, Programs, Work};
 use crate::pipeline::AgentState;
 use crate::relay::Stop;
+use std::collections::HashSet;
 use std::io;
 use std::sync::Arc;
 use std::thread::JoinHandle;
@@ -30,6 +31,9 @@ const TICK: Duration = Duration::from_secs(10);
 const LOOK: Duration = Duration::from_secs(2);
 /// How long after a refusal those of its kind that were not told are looked for.
 const SOON: Duration = Duration::from_secs(2);
+/// How long the agent says nothing of being ready because of listeners that it has not judged. Less than systemd waits
+/// (`TimeoutStartSec`): whoever has very many descriptors must not end the agent with them.
+const FIRST_LOOK: Duration = Duration::from_secs(10);
 /// How long shards may take to end after their last connection was told to.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 
@@ -117,7 +121,7 @@ impl Control {
         let mut rounds = Rounds::new();
         self.look_at_listeners();
         self.look_for_old_connections();
-        ready();
+        let mut getting_ready = Some((Instant::now() + FIRST_LOOK, self.listeners.unjudged()));
         match wimsey_sys::forget_code() {
             Ok(bytes) => tracing::debug!(bytes, "what only the start needed is given back"),
             Err(error) => tracing::debug!(%error, "what only the start needed stays in memory"),
@@ -135,6 +139,7 @@ impl Control {
                 _ = stop(&mut terminate, &mut interrupt) => break,
             }
             self.listeners.judge(self.shared.identities.attestor(), &self.shared.policy, &self.programs);
+            getting_ready = getting_ready.filter(|(due, before)| !self.is_ready(*due, before));
         }
         self.drain(closing, shards, &mut questions, &mut rounds, [&mut terminate, &mut interrupt]).await;
         self.tell_the_rest();
@@ -143,6 +148,23 @@ impl Control {
         // Somebody else's socket by now, if it cannot be removed.
         let _ = std::fs::remove_file(&socket);
         Ok(())
+    }
+
+    /// Tells systemd that the agent is ready once everything that listened before it has been judged: until then connections
+    /// to that are refused. Says whether it was told.
+    fn is_ready(&self, due: Instant, before: &HashSet<u64>) -> bool {
+        let left = self.listeners.unjudged().intersection(before).count();
+        if left > 0 && Instant::now() < due {
+            return false;
+        }
+        if left > 0 {
+            tracing::warn!(
+                listeners = left,
+                "ready, although connections to some listeners are refused until they are judged"
+            );
+        }
+        ready();
+        true
     }
 
     /// Does what is done as long as the agent runs, draining or not.

@@ -104,6 +104,12 @@ impl Listeners {
         self.known.values()
     }
 
+    /// Those of which nobody knows yet what they are. One that was looked for and not found is none of them.
+    pub(super) fn unjudged(&self) -> HashSet<u64> {
+        let unjudged = self.known.iter().filter(|(_, known)| known.finding.is_none() && known.unlisted == 0);
+        unjudged.map(|(cookie, _)| *cookie).collect()
+    }
+
     /// A socket listens, or is to be looked at again.
     pub(super) fn note(&mut self, listening: Listening) {
         let finding = self.known.remove(&listening.cookie).and_then(|known| known.finding);

@@ -128,7 +128,7 @@ impl Programs {
         discard_foreign(&host)?;
         let pins_lock = host.make_pins()?;
         let loaded = Loaded::load(&host, &options.sizes)?;
-        let tables = Tables::open(&host.pins, &host.shared_pin(map::SERVED))?;
+        let tables = Tables::open(&host.pins, &host::shared_pin(map::SERVED))?;
         let config = tables.config.get(&0).map_err(map_error(map::CONFIG))?;
         let config = config.filter(|config| config.abi == ABI && config.epoch != 0);
         let (generation, epoch) = config.map_or((0, 0), |config| (config.generation, config.epoch));

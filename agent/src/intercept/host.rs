@@ -47,12 +47,7 @@ impl Host {
         let (netns, netns_inode) = netns()?;
         let pins = pins(netns_inode);
         let cgroup2 = Facts::gather(&pins)?.judge()?;
-        let probe = socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::DGRAM, None)
-            .during(|| "making a socket".into())?;
-        let netns_cookie = sys::netns_cookie(probe.as_fd()).map_err(|error| match error.raw_os_error() {
-            Some(libc::ENOPROTOOPT) => hook_missing("SO_NETNS_COOKIE", "5.14"),
-            _ => Error::Host { what: "asking for the cookie of the network namespace".into(), error },
-        })?;
+        let netns_cookie = netns_cookie()?;
         Ok(Self { cgroup2, pins, netns, netns_inode, netns_cookie })
     }
 
@@ -69,11 +64,6 @@ impl Host {
         self.close_pins()?;
         let directory = fs::File::open(&self.pins).during(what)?;
         exclusively(directory.into(), &self.pins)
-    }
-
-    /// Where a map is pinned that all agents of the host share.
-    pub fn shared_pin(&self, map: &str) -> PathBuf {
-        Path::new(BPFFS).join("wimsey").join(format!("abi{ABI}-{map}"))
     }
 
     /// Opens a directory of the hierarchy; `/` is its root.
@@ -138,6 +128,21 @@ pub(super) fn hosts_pins(netns_inode: u64) -> Result<Option<PathBuf>, Error> {
 /// Directory of the pins of the namespace with this inode number.
 pub(super) fn pins(netns_inode: u64) -> PathBuf {
     Path::new(BPFFS).join("wimsey").join(format!("abi{ABI}-{netns_inode}"))
+}
+
+/// Where a map is pinned that all agents of the host share.
+pub(super) fn shared_pin(map: &str) -> PathBuf {
+    Path::new(BPFFS).join("wimsey").join(format!("abi{ABI}-{map}"))
+}
+
+/// The cookie of this thread's network namespace.
+pub(super) fn netns_cookie() -> Result<u64, Error> {
+    let probe =
+        socket2::Socket::new(socket2::Domain::IPV4, socket2::Type::DGRAM, None).during(|| "making a socket".into())?;
+    sys::netns_cookie(probe.as_fd()).map_err(|error| match error.raw_os_error() {
+        Some(libc::ENOPROTOOPT) => hook_missing("SO_NETNS_COOKIE", "5.14"),
+        _ => Error::Host { what: "asking for the cookie of the network namespace".into(), error },
+    })
 }
 
 /// This thread's network namespace and its inode number.

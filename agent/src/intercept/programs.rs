@@ -25,6 +25,7 @@ use std::{
     path::{Path, PathBuf},
 };
 use wimsey_common::{QUOTA_SHARE, map};
+use wimsey_sys::bpf::Table;
 
 /// The kernel programs, compiled. Empty where they were not built.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/wimsey-ebpf"));
@@ -116,7 +117,7 @@ impl Loaded {
         loader.default_map_pin_directory(&host.pins);
         loader.map_max_entries(LOG.0, LOG.1);
         // Which namespaces have an agent is known to all agents of the host.
-        loader.map_pin_path(map::SERVED, host.shared_pin(map::SERVED));
+        loader.map_pin_path(map::SERVED, host::shared_pin(map::SERVED));
         for (map, rows) in sizes {
             loader.map_max_entries(map, *rows);
         }
@@ -189,7 +190,20 @@ pub fn release(run_dir: &Path) -> Result<bool, Error> {
     };
     let _lock = host::lock(run_dir, inode).map_err(in_use)?;
     let _pins_lock = host::lock_pins(&pins).map_err(in_use)?;
+    // First of all, so that other agents of the host refuse whom nobody protects from here on.
+    is_served_no_more()?;
     remove_pins(&pins)
+}
+
+/// Tells the other agents of the host that none protects this network namespace.
+fn is_served_no_more() -> Result<(), Error> {
+    let failed = |error| Error::Map { map: map::SERVED, error };
+    let served = host::shared_pin(map::SERVED);
+    if !served.exists() {
+        return Ok(());
+    }
+    let served: Table<u64, u32> = Table::open(&served).map_err(failed)?;
+    served.remove(&host::netns_cookie()?).map(drop).map_err(failed)
 }
 
 /// Detaches the programs, then lets go of the maps. The connect hooks go first: they rely on all the others.

@@ -13,6 +13,8 @@ mod world;
 use std::{
     io::Write,
     net::{SocketAddr, TcpListener},
+    os::fd::AsFd,
+    path::Path,
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -838,6 +840,22 @@ fn what_is_released_is_as_if_nothing_had_been_there() {
     let mut stranger = world.stranger("connect 10.77.0.2:80");
     assert_eq!(stranger.line(), "connected to 10.77.0.2:80 from 10.77.0.2");
     assert!(!world.release());
+}
+
+#[test]
+fn other_agents_of_the_host_hear_of_a_release() {
+    let mut world = world!();
+    let facts = world.enrol().allowing();
+    world.install(facts);
+    let served = format!("/sys/fs/bpf/wimsey/abi{ABI}-{}", map::SERVED);
+    let served: wimsey_sys::bpf::Table<u64, u32> = wimsey_sys::bpf::Table::open(Path::new(&served)).unwrap();
+    let probe = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
+    let own = wimsey_sys::netns_cookie(probe.as_fd()).unwrap();
+    assert_eq!(served.get(&own).unwrap(), Some(1));
+    world.kill_agent();
+    assert_eq!(served.get(&own).unwrap(), Some(1), "what a dead agent leaves protects this namespace");
+    assert!(world.release());
+    assert_eq!(served.get(&own).unwrap(), None);
 }
 
 #[test]

@@ -182,7 +182,9 @@ fn while_it_changes_who_is_who_nobody_falls_between_two_policies() {
         let ends = client.line();
         assert!(ends.starts_with("EPERM: ") && !ends.contains(','), "{changes} changes: {ends}");
     }
-    assert!(changes > 20, "{changes}");
+    // How many there are is a matter of the machine: a hundred, or ten where the processor is emulated.
+    let slowness: u32 = std::env::var("LAB_SLOW").ok().and_then(|text| text.parse().ok()).unwrap_or(1).max(1);
+    assert!(changes > 20 / slowness, "{changes}");
 }
 
 fn resident() -> u64 {
