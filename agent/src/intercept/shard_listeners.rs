@@ -242,7 +242,7 @@ impl Dialler {
 
     /// Connects to the local workload's own socket, which is shown `client` as its peer. No other program can make a
     /// connection that passes as this one. Closing it is a reset, until that is taken back. `opening`: what its first bytes
-    /// wait for. `listeners`: [`Flow::listeners`]. It comes to them, or it is refused.
+    /// wait for. `listeners`: who may be reached, of [`Origin::Inbound`](crate::flow::Origin). It comes to them, or it is refused.
     pub async fn upstream(
         &self,
         to: OriginalDst,

@@ -1,6 +1,6 @@
 //! Authorities and certificates for tests, good and bad.
 #![expect(missing_docs, reason = "for tests: the names say it")]
-#![expect(clippy::unwrap_used, reason = "a test that cannot be set up fails")]
+#![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test that cannot be set up fails")]
 
 use super::{
     bundle::{Anchors, Trust},
