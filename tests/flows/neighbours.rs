@@ -1,9 +1,8 @@
 //! Several workloads on one host, loopback, and everything that is none of Wimsey's business.
 
-use lab::policy::PORT;
-use lab::policy::id;
+use lab::policy::{DOMAIN, PORT, id};
 use lab::world::{events, pick};
-use lab::{Policy, Settings, clock, lab, or_skip};
+use lab::{Mint, Policy, Settings, clock, lab, or_skip};
 use std::net::SocketAddr;
 
 #[test]
@@ -253,6 +252,41 @@ fn a_permissive_listener_takes_plaintext_and_says_so() {
     let svid = mesh.mint().svid(&id("somebody-else")).unwrap();
     let attempt = lab.stranger.within(|| lab::stranger::Tls::default().talk(lab.beta.at(PORT), Some(&svid), b"hello"));
     attempt.expect_refused();
+}
+
+#[test]
+fn what_is_carried_in_plaintext_needs_no_svid() {
+    let lab = lab!();
+    // An authority that ends soon: from then on nobody gets an SVID.
+    let life = clock::seconds(12);
+    let authority = lab.directory().join("ca");
+    lab::agent::make_authority(&lab, &or_skip!(lab::skip::wimsey()), DOMAIN, &authority);
+    let (_, certificate, key) = Mint::found(DOMAIN, time::Duration::hours(-1), life.try_into().unwrap()).unwrap();
+    let over = std::time::Instant::now() + life;
+    std::fs::write(authority.join("ca.pem"), certificate).unwrap();
+    std::fs::write(authority.join("ca.key"), key).unwrap();
+    // Whose program it is the agent finds out, so that it carries the bypass itself.
+    let app = or_skip!(lab::skip::lab_app());
+    let (group, path) = (format!("cgroup:{}/client", lab.cgroup_path()), format!("unix:path:{}", app.display()));
+    let policy = Policy::empty(&lab)
+        .workload_by("client", &[&group, &path])
+        .workload("server")
+        .serve(&lab, PORT)
+        .allow("client-to-server", "client", "server")
+        .bypass("metrics", "client", lab.stranger.at(9001))
+        .raw(&format!("[[inbound]]\nid = \"{}\"\nmode = \"permissive\"\nname = \"moving\"\n", id("server")));
+    let mesh = or_skip!(lab.only_mesh(&policy));
+    let _metrics = lab.serve_echo(&lab.stranger, "elsewhere", &[lab.stranger.at(9001)]);
+    let _server = lab.serve_echo(&lab.beta, "server", &[lab.beta.at(PORT)]);
+    std::thread::sleep(over.saturating_duration_since(std::time::Instant::now()) + std::time::Duration::from_secs(1));
+
+    lab.expect_no_echo(&lab.alpha, "client", lab.beta.at(PORT), &[]);
+    mesh.alpha().expect_denied(PORT, "credential-unavailable");
+    lab.expect_echo(&lab.alpha, "client", lab.stranger.at(9001), &[]);
+    mesh.alpha().expect_record("the bypass", |record| record["decision"] == "bypassed" && record["rule"] == "metrics");
+    let said = lab.stranger.within(|| lab::stranger::say(lab.beta.at(PORT), b"in plaintext\n"));
+    assert_eq!(said.answer, b"in plaintext\n", "{said:?}");
+    mesh.beta().expect_record("plaintext", |record| record["decision"] == "bypassed" && record["rule"] == "moving");
 }
 
 #[test]

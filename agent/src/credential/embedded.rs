@@ -386,7 +386,7 @@ impl Provider for Embedded {
             lists: lists.collect(),
             issued: self.issued.load(Ordering::Relaxed),
             failed: self.failed.load(Ordering::Relaxed),
-            failing: self.slots.load().iter().filter_map(|(key, slot)| fault_of(key, slot)).collect(),
+            failing: self.slots.load().iter().filter_map(|(key, slot)| fault_of(key, slot, now)).collect(),
         }
     }
 }
@@ -458,7 +458,11 @@ fn status_of((number, id): &Key, slot: &Slot) -> Option<CredentialStatus> {
     })
 }
 
-fn fault_of((number, id): &Key, slot: &Slot) -> Option<FailingStatus> {
+/// Where the clock has been set back, there may be a credential again that is good without having been replaced.
+fn fault_of((number, id): &Key, slot: &Slot, now: SystemTime) -> Option<FailingStatus> {
+    if slot.held.load().as_ref().is_some_and(|held| held.is_fresh(now)) {
+        return None;
+    }
     let error = lock(&slot.making).error.clone()?;
     Some(FailingStatus { workload: *number, id: id.to_string(), error })
 }

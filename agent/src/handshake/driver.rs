@@ -8,6 +8,7 @@ use super::{
     secrets::{Schedule, Secrets},
     settings::REUSE,
 };
+use bytes::{Buf, BytesMut};
 use rustls::{
     client::UnbufferedClientConnection,
     crypto::SupportedKxGroup,
@@ -41,7 +42,7 @@ pub(super) struct Finished {
 /// What has been read before the state machine exists.
 #[derive(Default)]
 pub(super) struct Opening {
-    incoming: Vec<u8>,
+    incoming: BytesMut,
     total: usize,
 }
 
@@ -53,7 +54,7 @@ pub(super) async fn hear_offer(network: &TcpStream) -> Result<(Opening, bool), C
     loop {
         let start = opening.incoming.len();
         if let Err(cause) = read_record(network, &mut opening.incoming, &mut opening.total).await {
-            leave(network, &mut Vec::new(), &cause).await;
+            leave(network, &mut BytesMut::new(), &cause).await;
             return Err(cause);
         }
         let mut fresh = opening.incoming.get(start..).unwrap_or_default();
@@ -76,10 +77,10 @@ pub(super) async fn hear_offer(network: &TcpStream) -> Result<(Opening, bool), C
 /// Shakes hands. On failure the peer has been sent the alert that says why, as far as the socket took it.
 pub(super) async fn run(network: &TcpStream, mut machine: Machine, opening: Opening) -> Result<Finished, Cause> {
     let Opening { mut incoming, mut total } = opening;
-    let mut outgoing = Vec::new();
+    let mut outgoing = BytesMut::new();
     loop {
         let (discard, step) = machine.step(&mut incoming, &mut outgoing);
-        incoming.drain(..discard.min(incoming.len()));
+        incoming.advance(discard.min(incoming.len()));
         match step {
             Ok(Step::Again) => {}
             Ok(Step::Blocked) => {
@@ -120,7 +121,7 @@ impl Machine {
         matches!(self, Self::Client(_))
     }
 
-    fn step(&mut self, incoming: &mut [u8], outgoing: &mut Vec<u8>) -> (usize, Result<Step, rustls::Error>) {
+    fn step(&mut self, incoming: &mut [u8], outgoing: &mut BytesMut) -> (usize, Result<Step, rustls::Error>) {
         match self {
             Self::Client(machine) => advance(machine.process_tls_records(incoming), outgoing),
             Self::Server(machine) => advance(machine.process_tls_records(incoming), outgoing),
@@ -129,7 +130,7 @@ impl Machine {
 
     /// Encodes what rustls still wants to say after an error: one alert, or nothing. Asked a second time, or about another
     /// buffer than the one that it failed on, rustls would look for messages where there are none any more.
-    fn drain_alert(&mut self, incoming: &mut [u8], outgoing: &mut Vec<u8>) {
+    fn drain_alert(&mut self, incoming: &mut [u8], outgoing: &mut BytesMut) {
         // What it answers besides the alert is the error that is known already.
         let (_discard, _step) = self.step(incoming, outgoing);
     }
@@ -155,7 +156,7 @@ impl Machine {
 
 fn advance<Data>(
     status: UnbufferedStatus<'_, '_, Data>,
-    outgoing: &mut Vec<u8>,
+    outgoing: &mut BytesMut,
 ) -> (usize, Result<Step, rustls::Error>) {
     let step = match status.state {
         Err(error) => Err(error),
@@ -184,7 +185,7 @@ fn advance<Data>(
 }
 
 /// Appends exactly one record.
-async fn read_record(network: &TcpStream, incoming: &mut Vec<u8>, total: &mut usize) -> Result<(), Cause> {
+async fn read_record(network: &TcpStream, incoming: &mut BytesMut, total: &mut usize) -> Result<(), Cause> {
     let start = incoming.len();
     incoming.resize(start + HEADER, 0);
     let mut have = 0;
@@ -229,24 +230,20 @@ async fn read(network: &TcpStream, room: &mut [u8]) -> Result<usize, Cause> {
     }
 }
 
-async fn write_all(network: &TcpStream, outgoing: &mut Vec<u8>) -> Result<(), Cause> {
-    let mut written = 0;
-    while let Some(rest) = outgoing.get(written..)
-        && !rest.is_empty()
-    {
-        match network.try_write(rest) {
-            Ok(length) => written += length,
+async fn write_all(network: &TcpStream, outgoing: &mut BytesMut) -> Result<(), Cause> {
+    while !outgoing.is_empty() {
+        match network.try_write(outgoing) {
+            Ok(length) => outgoing.advance(length),
             Err(error) if error.kind() == ErrorKind::WouldBlock => network.writable().await.map_err(Cause::Network)?,
             Err(error) => return Err(Cause::from_io(error)),
         }
     }
-    outgoing.clear();
     Ok(())
 }
 
 /// Says the last word, an alert, and takes what has arrived off the socket: a close with unread bytes is a reset, which
 /// may overtake the alert.
-async fn leave(network: &TcpStream, outgoing: &mut Vec<u8>, cause: &Cause) {
+async fn leave(network: &TcpStream, outgoing: &mut BytesMut, cause: &Cause) {
     if outgoing.is_empty()
         && let Some(description) = cause.plain_alert()
     {

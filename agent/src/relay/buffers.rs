@@ -3,6 +3,7 @@
 //! *Invariant:* a scratch is used inside one turn of one flow and holds nothing of it afterwards.
 
 use crate::offload::record::{FULL_RECORD, MAX_PLAINTEXT};
+use bytes::{Buf, BytesMut};
 use std::{cell::RefCell, io, ops::Range};
 
 /// The most records that are read, sealed and written at once: a mebibyte, so that a system call is shared by many.
@@ -56,8 +57,8 @@ impl Batch {
 /// Bytes that a socket has not taken yet.
 #[derive(Default)]
 pub(super) struct Pending {
-    bytes: Vec<u8>,
-    written: usize,
+    bytes: BytesMut,
+    touched: bool,
 }
 
 impl Pending {
@@ -67,12 +68,12 @@ impl Pending {
 
     /// How many bytes are still to be taken.
     pub(super) fn left(&self) -> usize {
-        self.bytes.len() - self.written
+        self.bytes.len()
     }
 
     /// Has not a byte of it been taken?
     pub(super) fn is_untouched(&self) -> bool {
-        self.written == 0
+        !self.touched
     }
 
     pub(super) fn keep(&mut self, rest: &[u8]) {
@@ -81,13 +82,12 @@ impl Pending {
 
     /// Writes what it can. True: nothing is left, and no memory is held.
     pub(super) fn flush(&mut self, mut write: impl FnMut(&[u8]) -> io::Result<usize>) -> io::Result<bool> {
-        while let Some(rest) = self.bytes.get(self.written..)
-            && !rest.is_empty()
-        {
-            match write(rest)? {
+        while !self.bytes.is_empty() {
+            match write(&self.bytes)? {
                 0 => return Ok(false),
-                taken => self.written += taken,
+                taken => self.bytes.advance(taken.min(self.bytes.len())),
             }
+            self.touched = true;
         }
         *self = Self::default();
         Ok(true)
