@@ -195,8 +195,11 @@ impl Error {
         matches!(self.cause, Cause::Kernel { .. })
     }
     /// The permit with the flow's own socket, as long as it still exists.
-    pub fn into_permit(self) -> Option<Permit> {
-        self.permit.map(|permit| *permit)
+    pub fn into_permit(mut self) -> Result<Permit, Self> {
+        match self.permit.take() {
+            Some(permit) => Ok(*permit),
+            None => Err(self),
+        }
     }
 }
 

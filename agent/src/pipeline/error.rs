@@ -44,9 +44,14 @@ pub enum Error {
     /// The other end was not there in time.
     #[error("the connection was not made within {0:?} ([timeouts] dial)")]
     DialTimeout(Duration),
-    /// The agent is ending.
-    #[error("the agent is ending")]
-    Closing,
+    /// The local workload was not there in time.
+    #[error("the local workload at {to} did not accept within {within:?} ([timeouts] dial)")]
+    UpstreamTimeout {
+        /// Where it listens.
+        to: SocketAddr,
+        /// So long.
+        within: Duration,
+    },
     /// No stage was reached: nobody could be told about this connection.
     #[error("the audit log cannot be written, and [audit] when_full is \"refuse\"")]
     AuditUnwritable,
@@ -80,9 +85,11 @@ impl Error {
     /// The stage that refused.
     pub fn stage(&self) -> Stage {
         match self {
-            Self::TooMany(_) | Self::AuditUnwritable | Self::DialTimeout(_) | Self::Closing | Self::Intercept(_) => {
-                Stage::Intercept
-            }
+            Self::TooMany(_)
+            | Self::AuditUnwritable
+            | Self::DialTimeout(_)
+            | Self::UpstreamTimeout { .. }
+            | Self::Intercept(_) => Stage::Intercept,
             Self::Identify(_) | Self::Credential(_) | Self::NotRelayed(_) | Self::ListenerUndecided(_) => {
                 Stage::Identify
             }
@@ -96,7 +103,7 @@ impl Error {
 impl Refusal for Error {
     fn culprit(&self) -> Culprit {
         match self {
-            Self::AuditUnwritable | Self::Closing => Culprit::Host,
+            Self::AuditUnwritable | Self::UpstreamTimeout { .. } => Culprit::Host,
             Self::TooMany(full) => full.culprit(),
             Self::NotRelayed(_) | Self::ListenerUndecided(_) => Culprit::Host,
             Self::BypassNotRelayed { .. } => Culprit::Policy,
@@ -118,7 +125,7 @@ impl Refusal for Error {
             Self::NotRelayed(_) | Self::BypassNotRelayed { .. } => "not-relayed",
             Self::ListenerUndecided(_) => "listener-undecided",
             Self::DialTimeout(_) => "dial-timeout",
-            Self::Closing => "agent-ending",
+            Self::UpstreamTimeout { .. } => "workload-timeout",
             Self::Identify(error) => error.code(),
             Self::Credential(error) => error.code(),
             Self::Authorize(error) => error.code(),

@@ -130,8 +130,8 @@ impl<'a> Pipeline<'a> {
                     tracing::warn!(%error, "dialling again with engine user");
                     engine = Choice::User;
                     match error.into_permit() {
-                        Some(again) => permit = again,
-                        None => return Err(Box::new(Failed { error: Error::Closing, socket: None })),
+                        Ok(again) => permit = again,
+                        Err(error) => return Err(Box::new(Failed { error: Error::Offload(error), socket: None })),
                     }
                 }
                 Err(error) => return Err(Box::new(Failed { error: Error::Offload(error), socket: None })),
