@@ -375,8 +375,8 @@ fn when_an_agent_is_ready_it_serves_what_listened_before_it() {
     // An enrolled user has so many descriptors that it takes long to find out who holds the server's socket.
     let place = enter::Place { user: Some((USER, USER)), files: Some(20_000), ..lab.place(&lab.beta, "one") };
     let mut holder = Hand::start(&lab, place, &or_skip!(skip::lab_app()), "holder");
-    holder.try_tell(&format!("hold {} 0", clock::count(15_000)), clock::seconds(240)).unwrap();
-    for _ in 0..20 {
+    holder.try_tell("files 15000", clock::seconds(60)).unwrap();
+    for _ in 0..10 {
         holder.must("fork 60000");
     }
     let _server = lab.serve_echo(&lab.beta, "server", &[lab.beta.at(PORT)]);
