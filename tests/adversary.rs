@@ -29,6 +29,8 @@ mod holders;
 mod dials;
 #[path = "adversary/floods.rs"]
 mod floods;
+#[path = "adversary/script.rs"]
+mod script;
 #[path = "adversary/search.rs"]
 mod search;
 
