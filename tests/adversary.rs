@@ -23,6 +23,8 @@ macro_rules! mesh {
 
 #[path = "adversary/listeners.rs"]
 mod listeners;
+#[path = "adversary/shared_ports.rs"]
+mod shared_ports;
 #[path = "adversary/holders.rs"]
 mod holders;
 #[path = "adversary/dials.rs"]
