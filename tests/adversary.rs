@@ -23,12 +23,16 @@ macro_rules! mesh {
 
 #[path = "adversary/listeners.rs"]
 mod listeners;
+#[path = "adversary/shared_ports.rs"]
+mod shared_ports;
 #[path = "adversary/holders.rs"]
 mod holders;
 #[path = "adversary/dials.rs"]
 mod dials;
 #[path = "adversary/floods.rs"]
 mod floods;
+#[path = "adversary/script.rs"]
+mod script;
 #[path = "adversary/search.rs"]
 mod search;
 

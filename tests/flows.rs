@@ -18,3 +18,7 @@ mod sessions;
 mod foreign;
 #[path = "flows/lifecycle.rs"]
 mod lifecycle;
+#[path = "flows/renewal.rs"]
+mod renewal;
+#[path = "flows/commands.rs"]
+mod commands;

@@ -6,24 +6,26 @@
 //!
 //! *Invariant:* one thread until `thread` is told, so that a fork is a whole copy and a change of user is that of the process.
 
+mod known;
+mod calls;
+mod repeated;
+
 use crate::{clock, dial, script, sys};
 use anyhow::Context;
+use calls::{connect, local, make, option, read};
+use known::{Accepted, Known, give, inbox};
+use repeated::{dials, litter};
 use rustix::event::{PollFd, PollFlags};
 use rustix::fs::Timespec;
-use rustix::net::{
-    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
-};
-use rustix::process::{Uid, getegid, geteuid, getpid};
+use rustix::process::{getegid, geteuid};
 use serde_json::{Value, json};
-use socket2::{Domain, Protocol, SockAddr, Socket, Type};
+use socket2::Socket;
 use std::collections::BTreeMap;
 use std::fs::File;
-use std::io::{self, IoSlice, IoSliceMut, Read, Write};
-use std::mem::MaybeUninit;
-use std::net::{IpAddr, Ipv4Addr, Shutdown, SocketAddr};
-use std::os::fd::{AsFd, AsRawFd, OwnedFd};
-use std::os::linux::net::SocketAddrExt;
-use std::os::unix::net::{SocketAddr as UnixAddr, UnixDatagram};
+use std::io::{self, Write};
+use std::net::{Shutdown, SocketAddr};
+use std::os::fd::AsFd;
+use std::os::unix::net::UnixDatagram;
 use std::str::FromStr;
 use std::time::{Duration, Instant};
 
@@ -36,27 +38,6 @@ pub const COMMANDS: &str = "socket S 4|6 [tcp|mptcp|sctp|dccp|udp|icmp|ping] opt
 
 /// Connections that a puppet has open at most; the oldest goes first.
 const CONNECTIONS: usize = 64;
-
-/// A socket, and what this process knows of its past.
-struct Known {
-    socket: Socket,
-    /// Whose user bound it and made it listen.
-    bound: Option<u32>,
-    listened: Option<u32>,
-    /// Another process holds it as well, and may have done anything with it.
-    shared: bool,
-}
-
-/// A connection that was accepted.
-struct Accepted {
-    stream: Socket,
-    from: String,
-    bound: Option<u32>,
-    listened: Option<u32>,
-    shared: bool,
-    uid: u32,
-    peer: Option<SocketAddr>,
-}
 
 struct Puppet {
     sockets: BTreeMap<String, Known>,
@@ -116,11 +97,6 @@ pub fn serve(name: &str) -> crate::Result<()> {
 fn with(mut value: Value, name: &str, part: Value) -> Value {
     value[name] = part;
     value
-}
-
-/// Where sockets are given to the puppet of this name. The name is one of the network namespace.
-fn inbox(name: &str) -> io::Result<UnixAddr> {
-    UnixAddr::from_abstract_name(format!("wimsey-lab-puppet-{name}"))
 }
 
 fn parse<T: FromStr>(word: Option<&str>, what: &str) -> io::Result<T> {
@@ -305,28 +281,6 @@ impl Puppet {
         Ok(json!({}))
     }
 
-    /// Takes a socket that somebody gave, with what the giver knows of its past.
-    fn take(&mut self, millis: i64) -> io::Result<Known> {
-        let limit = Timespec { tv_sec: millis / 1000, tv_nsec: millis % 1000 * 1_000_000 };
-        if rustix::event::poll(&mut [PollFd::new(&self.inbox, PollFlags::IN)], Some(&limit))? == 0 {
-            return Err(io::Error::from_raw_os_error(libc::EAGAIN));
-        }
-        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-        let mut ancillary = RecvAncillaryBuffer::new(&mut space);
-        let mut past = [0; 64];
-        let slices = &mut [IoSliceMut::new(&mut past)];
-        let size = rustix::net::recvmsg(&self.inbox, slices, &mut ancillary, RecvFlags::empty())?.bytes;
-        let given: Option<OwnedFd> = ancillary.drain().find_map(|message| match message {
-            RecvAncillaryMessage::ScmRights(mut sockets) => sockets.next(),
-            _ => None,
-        });
-        let socket = Socket::from(given.ok_or_else(|| io::Error::other("no socket came"))?);
-        let past = String::from_utf8_lossy(past.get(..size).unwrap_or_default()).into_owned();
-        let mut words = past.split(' ').map(|word| word.parse().ok());
-        let (bound, listened) = (words.next().flatten(), words.next().flatten());
-        Ok(Known { socket, bound, listened, shared: true })
-    }
-
     /// A copy of the process that serves for a while with all that it inherits. It does nothing else with it and stays the
     /// user that it is, so that what is known of the sockets stays true.
     fn fork(&mut self, millis: u64) -> io::Result<Value> {
@@ -335,132 +289,6 @@ impl Puppet {
             self.ends = Some(Instant::now() + Duration::from_millis(millis));
         }
         Ok(json!({ "child": child }))
-    }
-
-    /// Listens, hears for a moment who is there, closes, and again: with a new socket each time, or with the same one.
-    /// `listener`: who listens, where somebody else has bound.
-    fn flap(&mut self, at: SocketAddr, millis: u64, how: &str, listener: Option<u32>) -> io::Result<Value> {
-        let uid = geteuid().as_raw();
-        let end = Instant::now() + Duration::from_millis(millis);
-        let fresh = || -> io::Result<Known> {
-            let socket = make(at.is_ipv6(), "tcp")?;
-            socket.set_reuse_address(true)?;
-            socket.set_reuse_port(how == "shared")?;
-            if listener.is_some() {
-                real_user(uid)?;
-            }
-            // What the last one has left in the kernel takes a moment to go.
-            while let Err(error) = socket.bind(&at.into()) {
-                if error.kind() != io::ErrorKind::AddrInUse || Instant::now() >= end {
-                    return Err(error);
-                }
-                std::thread::sleep(Duration::from_millis(1));
-            }
-            listener.map_or(Ok(()), real_user)?;
-            Ok(Known { socket, bound: Some(uid), listened: Some(listener.unwrap_or(uid)), shared: false })
-        };
-        let (mut listens, mut same) = (0, fresh()?);
-        while Instant::now() < end {
-            same.socket.listen(64)?;
-            listens += 1;
-            self.sockets.insert("flap".to_owned(), same);
-            for _ in 0..2 {
-                std::thread::sleep(Duration::from_millis(1));
-                self.hear();
-            }
-            same = self.sockets.remove("flap").ok_or_else(|| io::Error::other("the socket is gone"))?;
-            if how == "again" {
-                same.socket.shutdown(Shutdown::Read)?;
-            } else {
-                drop(same);
-                same = fresh()?;
-            }
-        }
-        Ok(json!({ "listens": listens }))
-    }
-
-    /// For so long: for every socket of the host that waits for an answer to its SYN, dials from where it dialled to where
-    /// it is, so that the kernel may join the two (simultaneous open). What is said there is heard like that of a client.
-    fn cross(&mut self, millis: u64) -> io::Result<Value> {
-        let end = Instant::now() + Duration::from_millis(millis);
-        let (mut tries, mut joined) = (0, 0);
-        while Instant::now() < end {
-            for (waits, dialled) in waiting()? {
-                tries += 1;
-                let stream = make(false, "tcp")?;
-                stream.set_reuse_address(true)?;
-                if stream.bind(&dialled.into()).is_err()
-                    || connect(&stream, &waits.into(), Duration::from_millis(100)).is_err()
-                {
-                    continue;
-                }
-                joined += 1;
-                let uid = geteuid().as_raw();
-                let from = "cross".to_owned();
-                let (bound, listened) = (Some(uid), Some(uid));
-                self.accepted.push(Accepted { stream, from, bound, listened, shared: false, uid, peer: Some(waits) });
-            }
-            self.hear();
-        }
-        Ok(json!({ "tries": tries, "joined": joined }))
-    }
-
-    /// Makes and keeps sockets, each of which has dialled the address in vain: a thousand from each address and port, of
-    /// which only the first can get anywhere.
-    fn hoard(&mut self, number: usize, to: SocketAddr) -> io::Result<Value> {
-        // The kernel walks along all that are bound to one port, so that there are several.
-        let [.., high, low] = getpid().as_raw_nonzero().get().to_be_bytes();
-        for index in 0..number {
-            let port = 5000 + u16::try_from(index / 1000).unwrap_or(0);
-            let from = SocketAddr::new(Ipv4Addr::new(127, 9, high, low).into(), port);
-            let socket = make(false, "tcp")?;
-            socket.set_reuse_address(true)?;
-            // Whoever has as many as one may is refused both.
-            if let Err(error) = socket.bind(&from.into())
-                && error.kind() != io::ErrorKind::PermissionDenied
-            {
-                return Err(error);
-            }
-            let _ = socket.connect(&to.into());
-            self.hoard.push(socket);
-        }
-        Ok(json!({ "held": self.hoard.len() }))
-    }
-}
-
-impl Known {
-    /// Another thread has the socket from here on, and serves whoever calls: with descriptors of its own or those of the
-    /// process, as another user or the same.
-    fn serve_beside(self, own: bool, user: Option<u32>) -> io::Result<()> {
-        let (ready, is_ready) = std::sync::mpsc::channel();
-        let Known { socket, bound, listened, shared } = self;
-        let number = socket.as_raw_fd();
-        std::thread::spawn(move || {
-            let begun = if own { sys::own_descriptors() } else { Ok(()) };
-            let begun = begun.and_then(|()| user.map_or(Ok(()), become_user));
-            let good = begun.is_ok();
-            if ready.send(begun).is_err() || !good {
-                return;
-            }
-            loop {
-                let Ok((stream, peer)) = socket.accept() else {
-                    std::thread::sleep(Duration::from_millis(2));
-                    continue;
-                };
-                let (uid, from) = (geteuid().as_raw(), "beside".to_owned());
-                let mut accepted = Accepted { stream, from, bound, listened, shared, uid, peer: peer.as_socket() };
-                let _ = accepted.stream.set_nonblocking(true);
-                while accepted.hear() {
-                    std::thread::sleep(Duration::from_millis(1));
-                }
-            }
-        });
-        let begun = is_ready.recv().map_err(io::Error::other)?;
-        if own {
-            // The thread has a copy under the same number.
-            sys::close(number);
-        }
-        begun
     }
 }
 
@@ -471,159 +299,8 @@ fn bytes(text: &str) -> io::Result<Vec<u8>> {
     pairs.map(|pair| byte(pair).ok_or_else(|| io::Error::other("want hexadecimal digits"))).collect()
 }
 
-impl Accepted {
-    fn tell(&self, event: &str, more: Value) {
-        let mut line = more;
-        for (name, value) in [
-            ("event", json!(event)),
-            ("pid", json!(getpid().as_raw_nonzero().get())),
-            ("uid", json!(geteuid().as_raw())),
-            ("accepted", json!(self.uid)),
-            ("socket", json!(self.from)),
-            ("bound", json!(self.bound)),
-            ("listened", json!(self.listened)),
-            ("shared", json!(self.shared)),
-            ("peer", json!(self.peer.map(|peer| peer.to_string()))),
-        ] {
-            line[name] = value;
-        }
-        script::say(&line);
-    }
-
-    /// Reads what is there and sends it back. False when the connection is over.
-    fn hear(&mut self) -> bool {
-        let mut buffer = [0; 2048];
-        loop {
-            match (&self.stream).read(&mut buffer) {
-                Ok(0) => return false,
-                Ok(size) => {
-                    let text = String::from_utf8_lossy(&buffer[..size.min(160)]).into_owned();
-                    self.tell("read", json!({ "bytes": size, "text": text }));
-                    let _ = (&self.stream).write(&buffer[..size]);
-                }
-                Err(error) => return error.kind() == io::ErrorKind::WouldBlock,
-            }
-        }
-    }
-}
-
-/// Both ends of the IPv4 sockets of this network namespace that have sent a SYN and wait, as every user can read them.
-fn waiting() -> io::Result<Vec<(SocketAddr, SocketAddr)>> {
-    const SYN_SENT: &str = "02";
-    let table = std::fs::read_to_string("/proc/thread-self/net/tcp")?;
-    let end = |text: &str| {
-        let (address, port) = text.split_once(':')?;
-        let address = u32::from_str_radix(address, 16).ok()?.to_ne_bytes();
-        Some(SocketAddr::new(Ipv4Addr::from(address).into(), u16::from_str_radix(port, 16).ok()?))
-    };
-    let row = |line: &str| {
-        let mut fields = line.split_whitespace().skip(1);
-        let (own, far, state) = (fields.next()?, fields.next()?, fields.next()?);
-        if state == SYN_SENT { Some((end(own)?, end(far)?)) } else { None }
-    };
-    Ok(table.lines().filter_map(row).collect())
-}
-
 fn told(error: &io::Error) -> String {
     if error.raw_os_error().is_some() { dial::name(error) } else { error.to_string() }
-}
-
-fn local(socket: &Socket) -> Option<String> {
-    socket.local_addr().ok()?.as_socket().map(|address| address.to_string())
-}
-
-/// A socket that never makes its process wait.
-fn make(six: bool, kind: &str) -> io::Result<Socket> {
-    let domain = if six { Domain::IPV6 } else { Domain::IPV4 };
-    let icmp = if six { Protocol::ICMPV6 } else { Protocol::ICMPV4 };
-    let (kind, protocol) = match kind {
-        "tcp" => (Type::STREAM, Protocol::TCP),
-        "mptcp" => (Type::STREAM, Protocol::MPTCP),
-        "sctp" => (Type::STREAM, Protocol::SCTP),
-        "dccp" => (Type::DCCP, Protocol::DCCP),
-        "udp" => (Type::DGRAM, Protocol::UDP),
-        "icmp" => (Type::RAW, icmp),
-        "ping" => (Type::DGRAM, icmp),
-        other => return Err(io::Error::other(format!("no kind of socket is called {other}"))),
-    };
-    let socket = Socket::new(domain, kind, Some(protocol))?;
-    socket.set_nonblocking(true)?;
-    Ok(socket)
-}
-
-fn option(socket: &Socket, option: &str) -> io::Result<()> {
-    match option {
-        "reuseport" => socket.set_reuse_port(true),
-        "reuseaddr" => socket.set_reuse_address(true),
-        "v6only" => socket.set_only_v6(true),
-        "dual" => socket.set_only_v6(false),
-        // Closing it is a reset.
-        "reset" => socket.set_linger(Some(Duration::ZERO)),
-        // Its `connect()` sends nothing: the first bytes do, in the SYN.
-        "deferred" => {
-            sys::set_number(socket.as_fd(), libc::IPPROTO_TCP, libc::TCP_FASTOPEN_NO_COOKIE, 1)?;
-            sys::set_number(socket.as_fd(), libc::IPPROTO_TCP, libc::TCP_FASTOPEN_CONNECT, 1)
-        }
-        other => match other.split_once(':') {
-            Some(("device", device)) => socket.bind_device(Some(device.as_bytes())),
-            Some(("via", hop)) => sys::set_route(socket.as_fd(), parse(Some(hop), "an IPv6 address")?),
-            _ => Err(io::Error::other(format!("no option is called {option}"))),
-        },
-    }
-}
-
-/// Whose calls this thread's are from here on, as far as the kernel's record of a task goes; its rights stay what they are.
-fn real_user(uid: u32) -> io::Result<()> {
-    let (real, own) = (Uid::from_raw(uid), geteuid());
-    Ok(rustix::thread::set_thread_res_uid(real, own, own)?)
-}
-
-fn timespec(time: Duration) -> Timespec {
-    Timespec { tv_sec: time.as_secs().cast_signed(), tv_nsec: time.subsec_nanos().into() }
-}
-
-/// Connects, and waits a moment for what comes of it.
-fn connect(socket: &Socket, to: &SockAddr, patience: Duration) -> io::Result<Value> {
-    match socket.connect(to) {
-        Ok(()) => {}
-        Err(error) if error.raw_os_error() == Some(libc::EINPROGRESS) => {
-            let limit = timespec(patience);
-            if rustix::event::poll(&mut [PollFd::new(socket, PollFlags::OUT)], Some(&limit))? == 0 {
-                return Err(io::Error::from_raw_os_error(libc::ETIMEDOUT));
-            }
-            if let Some(error) = socket.take_error()? {
-                return Err(error);
-            }
-        }
-        Err(error) => return Err(error),
-    }
-    Ok(json!({ "local": local(socket) }))
-}
-
-/// What comes within a moment.
-fn read(socket: &Socket, patience: Duration) -> io::Result<Value> {
-    let limit = timespec(patience);
-    if rustix::event::poll(&mut [PollFd::new(socket, PollFlags::IN)], Some(&limit))? == 0 {
-        return Err(io::Error::from_raw_os_error(libc::ETIMEDOUT));
-    }
-    let mut buffer = [0; 2048];
-    let mut stream = socket;
-    let size = stream.read(&mut buffer)?;
-    Ok(json!({ "bytes": size, "text": String::from_utf8_lossy(&buffer[..size]) }))
-}
-
-fn give(known: &mut Known, to: &str) -> io::Result<()> {
-    let post = UnixDatagram::unbound()?;
-    post.connect_addr(&inbox(to)?)?;
-    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
-    let mut ancillary = SendAncillaryBuffer::new(&mut space);
-    let given = [known.socket.as_fd()];
-    ancillary.push(SendAncillaryMessage::ScmRights(&given));
-    let word = |uid: Option<u32>| uid.map_or("-".to_owned(), |uid| uid.to_string());
-    let past = format!("{} {}", word(known.bound), word(known.listened));
-    rustix::net::sendmsg(&post, &[IoSlice::new(past.as_bytes())], &mut ancillary, SendFlags::DONTWAIT)?;
-    known.shared = true;
-    Ok(())
 }
 
 fn become_user(uid: u32) -> io::Result<()> {
@@ -635,39 +312,4 @@ fn become_user(uid: u32) -> io::Result<()> {
     }
     let user = rustix::process::Uid::from_raw(uid);
     Ok(set_thread_res_uid(user, user, user)?)
-}
-
-/// Binds to so many addresses, one after the other, listens where that is not all, and leaves each in this way, or gives
-/// them.
-fn litter(base: u32, number: u32, how: &str) -> io::Result<Vec<Socket>> {
-    let mut held = Vec::new();
-    for index in base..base + number {
-        let [_, a, b, c] = index.to_be_bytes();
-        let at = SocketAddr::new(IpAddr::V4(Ipv4Addr::new(127, a + 1, b, c)), 7000);
-        let socket = make(false, if how.starts_with("mptcp") { "mptcp" } else { "tcp" })?;
-        socket.bind(&at.into())?;
-        if !how.ends_with("bound") {
-            socket.listen(1)?;
-        }
-        if how == "shutdown" {
-            socket.shutdown(Shutdown::Read)?;
-        }
-        if how == "hold" {
-            held.push(socket);
-        }
-    }
-    Ok(held)
-}
-
-/// Connects as often as it can, and tells what came of it by name.
-fn dials(to: SocketAddr, millis: u64) -> io::Result<Value> {
-    let end = Instant::now() + Duration::from_millis(millis);
-    let mut ends: BTreeMap<String, u64> = BTreeMap::new();
-    let mut attempts = 0_u64;
-    while Instant::now() < end {
-        let outcome = make(to.is_ipv6(), "tcp")?.connect(&to.into());
-        attempts += 1;
-        *ends.entry(outcome.map_or_else(|error| dial::name(&error), |()| "connected".to_owned())).or_default() += 1;
-    }
-    Ok(json!({ "attempts": attempts, "ends": ends }))
 }

@@ -1,5 +1,5 @@
-//! What can be said about Rust source by reading it: imports, `unsafe`, length; and about pages: the tests that they name, the
-//! diffs that they show.
+//! What can be said about Rust source by reading it: imports, `unsafe`; and about pages: the tests that they name, the diffs
+//! that they show.
 //!
 //! This is not a parser. Comments and the text of strings are blanked first; what is left is searched for words.
 //!
@@ -101,11 +101,6 @@ pub fn unsafe_outside(path: &str, text: &str) -> Vec<String> {
         }
     }
     found
-}
-
-/// The number of lines before the file's tests.
-pub fn lines_before_tests(text: &str) -> usize {
-    without_tests(text).lines().count()
 }
 
 /// What stands before the tests that are in the file itself; those in a file of their own end nothing.
@@ -341,10 +336,11 @@ mod tests {
     }
 
     #[test]
-    fn lines_after_the_tests_do_not_count() {
-        assert_eq!(lines_before_tests("a\nb\n\n#[cfg(test)]\nmod tests {\n}\n"), 2);
-        assert_eq!(lines_before_tests("a\nb\n"), 2);
-        assert_eq!(lines_before_tests("a\n#[cfg(test)]\nmod tests;\nb\n\n#[cfg(test)]\nmod more {\n}\n"), 4);
+    fn only_tests_in_the_file_itself_end_what_is_read_of_it() {
+        assert_eq!(without_tests("a\nb\n\n#[cfg(test)]\nmod tests {\n}\n"), "a\nb\n");
+        assert_eq!(without_tests("a\nb\n"), "a\nb\n");
+        let more = "a\n#[cfg(test)]\nmod tests;\nb\n";
+        assert_eq!(without_tests(&format!("{more}\n#[cfg(test)]\nmod more {{\n}}\n")), more);
     }
 
     #[test]
