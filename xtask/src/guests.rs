@@ -114,6 +114,7 @@ const NOT_IN_GUESTS: &[(&str, &[&str])] = &[(
         "curl_with_an_svid",
         "identities_come_from_users",
         "are_drained_where_policy",
+        "needs_no_svid",
     ],
 )];
 

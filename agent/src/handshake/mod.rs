@@ -191,7 +191,7 @@ impl Session {
         &self.accepted
     }
     /// The socket on which the records go, and the secrets that protect them.
-    pub(crate) fn to_key(&mut self) -> (&TcpStream, &mut Secrets) {
+    pub(crate) fn network_and_secrets(&mut self) -> (&TcpStream, &mut Secrets) {
         let Accepted { permit, secrets, .. } = &mut self.accepted;
         let flow = &permit.parties().flow;
         let network = match flow.direction() {

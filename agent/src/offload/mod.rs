@@ -59,7 +59,7 @@ pub(crate) struct UserKeys {
 /// with engine `user`.
 pub fn arm(mut session: Session, choice: Choice) -> Result<Pipe, Error> {
     // Keys first: they need the sockets only by reference, and a failure gives the permit back whole.
-    let (network, secrets) = session.to_key();
+    let (network, secrets) = session.network_and_secrets();
     let keyed = key(network, secrets, choice).inspect_err(|_| reset(network));
     let (mut permit, other, secrets, agreement) = session.into_parts();
     let protection = match keyed {

@@ -1,6 +1,6 @@
 //! Whom to trust: bundles of anchors and revocation lists, and the judgement of a certificate against them.
 //!
-//! What is read from disk is read whole or refused ([`pem`]); what a certificate says is read in one way or refused
+//! What is read from disk is read whole or refused (`pem`); what a certificate says is read in one way or refused
 //! ([`x509`]).
 //!
 //! *Invariant:* a chain is only ever checked against the anchors and revocation lists of the trust domain that its leaf
