@@ -5,7 +5,7 @@
 //!
 //! *Invariant:* nothing that is asked here changes anything, and no answer holds a key.
 
-use crate::intercept::Room;
+use crate::intercept::TableUsage;
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::fmt;
@@ -158,7 +158,7 @@ pub struct RevocationStatus {
     /// RFC 3339: when the first of them must have been replaced.
     pub next_update: String,
     /// One of them is not: peers of its authority are refused.
-    pub over: bool,
+    pub expired: bool,
 }
 
 /// A protected listening socket.
@@ -212,8 +212,8 @@ pub struct TableStatus {
     pub counted: bool,
 }
 
-impl From<Room> for TableStatus {
-    fn from(Room { name, used, size, counted }: Room) -> Self {
+impl From<TableUsage> for TableStatus {
+    fn from(TableUsage { name, used, size, counted }: TableUsage) -> Self {
         Self { name, used, size, counted }
     }
 }

@@ -113,8 +113,8 @@ impl OpenConnections {
     pub fn begin(&self) {
         self.flows.fetch_add(1, Ordering::Relaxed);
     }
-    /// Takes one of the places for connections that wait for another use: a quarter of `all`, beside those for flows, so that
-    /// what waits never keeps anybody out.
+    /// Takes one of the places for connections that wait for another stream: a quarter of `all`, beside those for flows, so
+    /// that what waits never keeps anybody out.
     pub fn wait(&self, all: usize) -> Option<Place> {
         self.waiting.take((all / 4).max(1)).ok()
     }

@@ -1,10 +1,10 @@
 //! reuse: a `Permit` and an idle connection between two agents in, a `Bound` one out.
 //!
 //! A handshake costs several times what a connection costs otherwise. Between two agents a TLS connection therefore
-//! carries one connection of the applications after the other, never two at a time (docs/SESSIONS.md). Each use is
+//! carries one connection of the applications after the other, never two at a time (docs/SESSIONS.md). Each stream is
 //! authorised like a new connection: what the handshake proved is held against the policy, the trust and the time of now.
 //!
-//! *Invariant:* a [`Bound`] exists only for a peer that the permit of this very use admits, whose certificate is still
+//! *Invariant:* a [`Bound`] exists only for a peer that the permit of this very stream admits, whose certificate is still
 //! valid and believed, and for the same local workload that shook hands.
 
 mod pool;
@@ -25,7 +25,7 @@ use wimsey_identity::refusal::{Culprit, Refusal};
 use wimsey_identity::spiffe::SpiffeId;
 use wimsey_identity::trust::x509::display_time;
 
-/// Why a use is not let onto a connection.
+/// Why a stream is not let onto a connection.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Unfit {
     /// No rule admits the peer any more.
@@ -46,7 +46,7 @@ pub enum Unfit {
     /// The peer did not answer in time.
     #[error("the peer did not say in time that its workload has accepted")]
     Late,
-    /// The connection failed before the use began.
+    /// The connection failed before the stream began.
     #[error("the connection ended before it was used again: {0}")]
     Closed(CloseReason),
     /// The connection failed, and nobody can say whether the workload was given the first bytes.
@@ -95,7 +95,7 @@ impl Refusal for Unfit {
     }
 }
 
-/// A use that has begun: the bytes of its application may move.
+/// A stream that has begun: the bytes of its application may move.
 pub struct Bound {
     application: TcpStream,
     /// First bytes of the application that are still to be sent.
@@ -104,7 +104,7 @@ pub struct Bound {
     rule: Arc<Rule>,
 }
 
-/// The client: begins a use of `spare` for the application in the permit. Where that does not come about, both ends of the
+/// The client: begins a stream of `spare` for the application in the permit. Where that does not come about, both ends of the
 /// application are as they were, and it can be dialled for as if there had been no spare connection, unless the reason
 /// [is final](Unfit::is_final).
 ///
@@ -160,7 +160,7 @@ pub async fn begin(
     Err(Box::new((unfit, permit)))
 }
 
-/// What a use of a connection was admitted by.
+/// What a stream of a connection was admitted by.
 pub struct Admission(Arc<Rule>);
 
 /// The server: may the client have what it has asked for? `agreement` is that of its connection.
@@ -205,7 +205,7 @@ impl Bound {
     pub fn idle(&self) -> &IdleSession {
         &self.idle
     }
-    /// Carries the use to its end.
+    /// Carries the stream to its end.
     pub fn carry(
         self,
         limits: &Limits,
@@ -225,7 +225,7 @@ mod tests {
     use std::time::Instant;
 
     #[tokio::test]
-    async fn a_further_use_needs_what_a_handshake_would() {
+    async fn a_further_stream_needs_what_a_handshake_would() {
         let (world, elsewhere) = (World::new(), World::new());
         let sessions = world.sessions_by(Terms { reuse: true, ..terms(Ciphers::All) }).await;
         let agreement = sessions.client.accepted().agreement();

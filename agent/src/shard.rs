@@ -1,4 +1,4 @@
-//! A shard: one thread, one single-threaded runtime, one door. Flows live and die here.
+//! A shard: one thread, one single-threaded runtime, one listeners. Flows live and die here.
 //!
 //! *Invariant:* no flow leaves the thread that accepted it, and nothing here is shared but what [`AgentState`] holds.
 
@@ -23,18 +23,18 @@ const SWEEP: Duration = Duration::from_secs(5);
 
 /// Starts the thread of one shard. It ends when `closing` turns true and its last flow is over.
 pub fn start(
-    doorway: UnboundListeners,
+    unbound: UnboundListeners,
     shared: Arc<AgentState>,
     closing: watch::Receiver<bool>,
 ) -> std::io::Result<std::thread::JoinHandle<()>> {
-    let index = doorway.shard();
+    let index = unbound.shard();
     std::thread::Builder::new().name(format!("wimsey-shard{index}")).spawn(move || {
         let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
             Ok(runtime) => runtime,
             Err(error) => return tracing::error!(shard = index, %error, "a shard has no runtime"),
         };
         let flows = LocalSet::new();
-        if let Err(error) = runtime.block_on(flows.run_until(serve(shared, doorway, closing))) {
+        if let Err(error) = runtime.block_on(flows.run_until(serve(shared, unbound, closing))) {
             tracing::error!(shard = index, %error, "a shard cannot take connections");
         }
         // The listeners are gone; what runs may finish, and the daemon ends it when the time to drain is over.
@@ -44,12 +44,12 @@ pub fn start(
 
 async fn serve(
     shared: Arc<AgentState>,
-    doorway: UnboundListeners,
+    unbound: UnboundListeners,
     mut closing: watch::Receiver<bool>,
 ) -> Result<(), Error> {
-    let door = doorway.open()?;
+    let listeners = unbound.open()?;
     let site = Rc::new(Site {
-        dialler: door.dialler(),
+        dialler: listeners.dialler(),
         pool: RefCell::new(Pool::new(
             shared.config.sessions,
             shared.config.limits.connections / 4 / shared.shards.max(1),
@@ -58,14 +58,14 @@ async fn serve(
         closing: closing.clone(),
     });
     tokio::select! {
-        () = accept(&shared, &site, &door, Direction::Outbound) => {}
-        () = accept(&shared, &site, &door, Direction::Inbound) => {}
+        () = accept(&shared, &site, &listeners, Direction::Outbound) => {}
+        () = accept(&shared, &site, &listeners, Direction::Inbound) => {}
         () = tidy(&shared, &site) => {}
         () = busy_poll::run(), if shared.config.busy_poll => {}
         _ = closing.wait_for(|closing| *closing) => {}
     }
     site.pool.borrow_mut().close();
-    // The door closes here. Flows that are under way have what they need.
+    // The listeners close here. Flows that are under way have what they need.
     Ok(())
 }
 
@@ -85,11 +85,11 @@ async fn tidy(shared: &AgentState, site: &Site) {
     }
 }
 
-async fn accept(shared: &Arc<AgentState>, site: &Rc<Site>, door: &ShardListeners, direction: Direction) {
+async fn accept(shared: &Arc<AgentState>, site: &Rc<Site>, listeners: &ShardListeners, direction: Direction) {
     loop {
         let accepted = match direction {
-            Direction::Outbound => door.accept_outbound().await,
-            Direction::Inbound => door.accept_inbound().await,
+            Direction::Outbound => listeners.accept_outbound().await,
+            Direction::Inbound => listeners.accept_inbound().await,
         };
         match accepted {
             Ok(flow) => {

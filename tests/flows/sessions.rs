@@ -10,9 +10,9 @@ fn one_shard() -> Settings {
     Settings { top: "shards = 1".to_owned(), ..Settings::default() }
 }
 
-/// The number of the use, of each connection that was carried so far.
+/// The number of the stream, of each connection that was carried so far.
 #[track_caller]
-fn uses(agent: &Agent<'_>, number: usize) -> Vec<u64> {
+fn streams(agent: &Agent<'_>, number: usize) -> Vec<u64> {
     let mut records = agent.expect_records(PORT, number);
     records.sort_by_key(|record| record["flow"].as_u64());
     records.iter().map(|record| record["tls"]["use"].as_u64().unwrap_or(0)).collect()
@@ -34,7 +34,7 @@ fn connections_of_one_pair_follow_one_another_on_one_tls_connection() {
         assert_eq!(lab::world::address(&accepted, "peer").ip(), std::net::IpAddr::V4(lab.alpha.v4));
     }
     for agent in [mesh.alpha(), mesh.beta()] {
-        assert_eq!(uses(agent, 4), [1, 2, 3, 4]);
+        assert_eq!(streams(agent, 4), [1, 2, 3, 4]);
         for record in agent.expect_records(PORT, 4) {
             // Each is whole, for itself.
             assert_eq!((&record["decision"], &record["code"]), (&"allowed".into(), &"complete".into()), "{record}");
@@ -59,8 +59,8 @@ fn an_application_that_resets_ends_its_connection_and_not_the_session() {
         });
         assert!(heard.is_some(), "the workload was not reset: {}", server.stdout());
     }
-    assert_eq!(uses(mesh.alpha(), 3), [1, 2, 3]);
-    assert_eq!(uses(mesh.beta(), 3), [1, 2, 3]);
+    assert_eq!(streams(mesh.alpha(), 3), [1, 2, 3]);
+    assert_eq!(streams(mesh.beta(), 3), [1, 2, 3]);
     lab.expect_tls(PORT);
 }
 
@@ -73,7 +73,7 @@ fn two_workloads_never_share_a_session() {
     for who in ["client", "third", "client", "third"] {
         lab.expect_echo(&lab.alpha, who, lab.beta.at(PORT), &[]);
     }
-    assert_eq!(uses(mesh.beta(), 4), [1, 1, 2, 2]);
+    assert_eq!(streams(mesh.beta(), 4), [1, 1, 2, 2]);
     let records = mesh.beta().expect_records(PORT, 4);
     for who in ["client", "third"] {
         assert_eq!(records.iter().filter(|record| record["source"]["id"] == id(who)).count(), 2, "{records:#?}");
@@ -82,7 +82,7 @@ fn two_workloads_never_share_a_session() {
 }
 
 #[test]
-fn a_change_of_policy_on_either_side_ends_what_waits_for_another_use() {
+fn a_change_of_policy_on_either_side_ends_what_waits_for_another_stream() {
     let lab = lab!();
     let policy = Policy::standard(&lab);
     let mesh = or_skip!(lab.only_mesh_with(&policy, &one_shard()));
@@ -94,7 +94,7 @@ fn a_change_of_policy_on_either_side_ends_what_waits_for_another_use() {
     mesh.beta().reload(&policy);
     echo(&lab);
     // A client that had not heard of it yet would have made a new connection as well.
-    assert_eq!(uses(mesh.alpha(), 4), [1, 1, 2, 1]);
+    assert_eq!(streams(mesh.alpha(), 4), [1, 1, 2, 1]);
     // And what is not allowed any more is refused, session or not.
     mesh.beta().reload(&Policy::without_rules(&lab));
     lab.expect_no_echo(&lab.alpha, "client", lab.beta.at(PORT), &[]);
@@ -114,20 +114,20 @@ fn a_session_whose_server_is_gone_costs_a_handshake_and_no_connection() {
     drop(server);
     let _server = lab.serve_echo(&lab.beta, "server", &[lab.beta.at(PORT)]);
     echo(&lab);
-    let of_alpha = uses(mesh.alpha(), 3);
+    let of_alpha = streams(mesh.alpha(), 3);
     assert_eq!((of_alpha[0], of_alpha[1]), (1, 1), "{of_alpha:?}");
     lab.expect_tls(PORT);
 }
 
 #[test]
-fn a_use_that_is_refused_is_tried_again_as_a_new_connection() {
+fn a_stream_that_is_refused_is_tried_again_as_a_new_connection() {
     let lab = lab!();
     let mesh = or_skip!(lab.only_mesh_with(&Policy::standard(&lab), &one_shard()));
     let server = lab.serve_echo(&lab.beta, "server", &[lab.beta.at(PORT)]);
     echo(&lab);
     echo(&lab);
     drop(server);
-    // Right after a use, so that the first bytes go along.
+    // Right after a stream, so that the first bytes go along.
     lab.expect_no_echo(&lab.alpha, "client", lab.beta.at(PORT), &[]);
     let _server = lab.serve_echo(&lab.beta, "server", &[lab.beta.at(PORT)]);
     echo(&lab);
@@ -140,7 +140,7 @@ fn a_use_that_is_refused_is_tried_again_as_a_new_connection() {
 }
 
 #[test]
-fn sessions_end_by_idle_time_and_by_number_of_uses() {
+fn sessions_end_by_idle_time_and_by_number_of_streams() {
     let lab = lab!();
     let tables = "[sessions]\nidle = \"1s\"\nuses = 2\n".to_owned();
     let mesh = or_skip!(lab.only_mesh_with(&Policy::standard(&lab), &Settings { tables, ..one_shard() }));
@@ -150,8 +150,8 @@ fn sessions_end_by_idle_time_and_by_number_of_uses() {
     }
     std::thread::sleep(std::time::Duration::from_millis(1500));
     echo(&lab);
-    let of_alpha = uses(mesh.alpha(), 4);
-    // On a slow machine a second may pass between any two of them: a second use comes after a first one all the same.
+    let of_alpha = streams(mesh.alpha(), 4);
+    // On a slow machine a second may pass between any two of them: a second stream comes after a first one all the same.
     let in_order = of_alpha.windows(2).all(|two| two[1] == 1 || two == [1, 2]);
     assert!(of_alpha[0] == 1 && of_alpha[3] == 1 && in_order, "{of_alpha:?}");
     lab.expect_tls(PORT);
@@ -172,8 +172,8 @@ fn sessions_can_be_left_out_on_either_side() {
         let _server = lab.serve_echo(&lab.beta, "server", &[lab.beta.at(PORT)]);
         echo(&lab);
         echo(&lab);
-        assert!(uses(&alpha, before.0 + 2).iter().all(|number| *number == 1));
-        assert!(uses(&beta, before.1 + 2).iter().all(|number| *number == 1));
+        assert!(streams(&alpha, before.0 + 2).iter().all(|number| *number == 1));
+        assert!(streams(&beta, before.1 + 2).iter().all(|number| *number == 1));
         alpha.terminate().unwrap();
         beta.terminate().unwrap();
     }

@@ -41,8 +41,9 @@ pub fn connections(config: Option<&Path>, json: bool) -> anyhow::Result<ExitCode
 /// Fails where an agent would not start.
 pub fn doctor(json: bool) -> anyhow::Result<ExitCode> {
     let host = intercept::findings();
-    let rooms = intercept::Rooms::here().and_then(|rooms| rooms.map_or_else(|| Ok(Vec::new()), |rooms| rooms.count()));
-    let tables: Result<Vec<TableStatus>, _> = rooms.map(|rooms| rooms.into_iter().map(Into::into).collect());
+    let tables = intercept::PinnedTables::here()
+        .and_then(|tables| tables.map_or_else(|| Ok(Vec::new()), |tables| tables.count()));
+    let tables: Result<Vec<TableStatus>, _> = tables.map(|tables| tables.into_iter().map(Into::into).collect());
     let report = wimsey::offload::selftest::run();
     let sandbox = wimsey::privilege::probe();
     if json {
@@ -164,8 +165,8 @@ fn write_status(out: &mut String, status: &Status) -> std::fmt::Result {
     section(out, "trust bundles", &status.bundles, |bundle| {
         let until = bundle.expires.as_deref().unwrap_or("unknown");
         let revocations = bundle.revocations.as_ref().map(|lists| {
-            let over = if lists.over { ", which is OVER: its peers are refused" } else { "" };
-            format!("; {} revoked, list good until {}{over}", lists.revoked, lists.next_update)
+            let expired = if lists.expired { ", which has EXPIRED: its peers are refused" } else { "" };
+            format!("; {} revoked, list good until {}{expired}", lists.revoked, lists.next_update)
         });
         format!("{}: {} anchors until {until}{}", bundle.trust_domain, bundle.anchors, revocations.unwrap_or_default())
     })?;

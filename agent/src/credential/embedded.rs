@@ -374,7 +374,7 @@ impl Provider for Embedded {
                 number: list.about().number.clone(),
                 revoked: list.about().revoked,
                 next_update: display_time(list.about().next_update),
-                over: list.is_over(now),
+                expired: list.is_expired(now),
             })
         });
         ProviderStatus {

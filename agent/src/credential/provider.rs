@@ -219,5 +219,5 @@ pub struct ListStatus {
     /// When it must have been replaced.
     pub next_update: String,
     /// It is not replaced yet: peers of this authority are refused.
-    pub over: bool,
+    pub expired: bool,
 }

@@ -23,7 +23,7 @@ use crate::credential::embedded::{Bundle, Embedded, EmbeddedError, Settings};
 use crate::document::Purpose;
 use crate::handshake_slots::HandshakeSlots;
 use crate::identify::Identities;
-use crate::intercept::{self, Options, Programs, Rooms};
+use crate::intercept::{self, Options, PinnedTables, Programs};
 use crate::live::OpenConnections;
 use crate::offload::matrix::{EngineSupport, Matrix};
 use crate::offload::selftest;
@@ -110,7 +110,7 @@ pub fn run(mut config: Config) -> Result<(), Error> {
     let options =
         Options { run_dir: config.run_dir.clone(), cgroup: config.cgroup.clone().into(), shards, sizes: Vec::new() };
     let mut programs = Programs::load(&options)?;
-    let rooms = Rooms::open(programs.places().1)?;
+    let tables = PinnedTables::open(programs.places().1)?;
     let sandbox = privilege::give_up()?;
     if let Sandbox::Off { why } = &sandbox {
         tracing::warn!(why, "the agent runs without its sandbox: whoever takes it over can call all of the kernel");
@@ -132,8 +132,8 @@ pub fn run(mut config: Config) -> Result<(), Error> {
     // Shards first: from the moment that the policy is in the kernel's maps, connections come.
     let (closing, closed) = watch::channel(false);
     let mut threads = Vec::new();
-    for doorway in programs.doorways() {
-        let thread = shard::start(doorway, shared.clone(), closed.clone());
+    for unbound in programs.take_listeners() {
+        let thread = shard::start(unbound, shared.clone(), closed.clone());
         threads.push(thread.map_err(|source| Error::Host { what: "a shard's thread cannot be started", source })?);
     }
     programs.install(policy)?;
@@ -146,7 +146,7 @@ pub fn run(mut config: Config) -> Result<(), Error> {
             shared.clone(),
             provider,
             programs,
-            Settled { engine_reason: reason, shards, sandbox, rooms },
+            Settled { engine_reason: reason, shards, sandbox, tables },
         )?;
         control.run(closing, &threads).await
     }));

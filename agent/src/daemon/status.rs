@@ -10,7 +10,7 @@ use crate::admin::{
 use crate::audit::End;
 use crate::credential::Provider;
 use crate::flow::Direction;
-use crate::intercept::{Programs, Rooms};
+use crate::intercept::{PinnedTables, Programs};
 use crate::live::{Basis, Live, OpenConnections, Refused};
 use crate::pipeline::AgentState;
 use crate::privilege::Sandbox;
@@ -25,7 +25,7 @@ pub(super) struct Settled {
     pub(super) engine_reason: String,
     pub(super) shards: usize,
     pub(super) sandbox: Sandbox,
-    pub(super) rooms: Rooms,
+    pub(super) tables: PinnedTables,
 }
 
 /// What the control thread knows, lent for an answer.
@@ -87,11 +87,11 @@ fn status(known: &Known<'_>) -> Status {
         let all = bundle.revocations.get_or_insert_with(|| RevocationStatus {
             revoked: 0,
             next_update: list.next_update.clone(),
-            over: false,
+            expired: false,
         });
         all.revoked += list.revoked;
         all.next_update = std::cmp::min(&all.next_update, &list.next_update).clone();
-        all.over |= list.over;
+        all.expired |= list.expired;
     }
     let taken = shared.admission.taken();
     Status {
@@ -141,7 +141,7 @@ fn status(known: &Known<'_>) -> Status {
             Ok(counters) => counter::NAMES.iter().map(|name| (*name).to_owned()).zip(counters).collect(),
             Err(_) => BTreeMap::new(),
         },
-        tables: tables(&known.settled.rooms),
+        tables: tables(&known.settled.tables),
         troubles: known.troubles.status(text),
         connections: ConnectionCount {
             open: shared.registry.open_count(),
@@ -154,12 +154,12 @@ fn status(known: &Known<'_>) -> Status {
     }
 }
 
-fn tables(rooms: &Rooms) -> Vec<TableStatus> {
-    let rooms = rooms.count().unwrap_or_else(|error| {
+fn tables(tables: &PinnedTables) -> Vec<TableStatus> {
+    let tables = tables.count().unwrap_or_else(|error| {
         tracing::warn!(%error, "how full the kernel's tables are cannot be said");
         Vec::new()
     });
-    rooms.into_iter().map(Into::into).collect()
+    tables.into_iter().map(Into::into).collect()
 }
 
 fn listeners(all: &Listeners) -> Vec<ListenerStatus> {

@@ -53,7 +53,7 @@ pub struct Programs {
     pub(super) tables: Tables,
     pub(super) cgroups: Cgroups,
     pub(super) commands: Commands,
-    doorways: Vec<UnboundListeners>,
+    unbound: Vec<UnboundListeners>,
     /// Something has just failed: it is not tried again in the same breath.
     resting: bool,
     shards: u32,
@@ -164,7 +164,7 @@ impl Programs {
             tables.origins.remove(&stale).map_err(map_error(map::ORIGINS))?;
         }
         let flows = Arc::new(AtomicU64::new(0));
-        let doorways: Result<Vec<UnboundListeners>, Error> = (0..options.shards)
+        let unbound: Result<Vec<UnboundListeners>, Error> = (0..options.shards)
             .map(|shard| UnboundListeners::make(shard, &tables, host.netns_cookie, Arc::clone(&flows)))
             .collect();
         let cgroups = Cgroups::watch(&host.cgroup2)?;
@@ -176,7 +176,7 @@ impl Programs {
             tables,
             cgroups,
             commands: Commands::new(registry),
-            doorways: doorways?,
+            unbound: unbound?,
             shards,
             facts: None,
             rows,
@@ -199,9 +199,9 @@ impl Programs {
         Ok(programs)
     }
 
-    /// The doors of the shards, to be sent to their threads. They are there once.
-    pub fn doorways(&mut self) -> Vec<UnboundListeners> {
-        std::mem::take(&mut self.doorways)
+    /// The listeners of the shards, to be sent to their threads. They are there once.
+    pub fn take_listeners(&mut self) -> Vec<UnboundListeners> {
+        std::mem::take(&mut self.unbound)
     }
 
     /// Inode number of the network namespace.

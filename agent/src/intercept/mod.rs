@@ -5,8 +5,8 @@
 //! connections come in with what the kernel recorded about them, the agent's own connections go out.
 //!
 //! ```text
-//! control:  Programs::load ▶ doorways ▶ install(policy) ▶ listeners ▶ notice, notice, ...      release()
-//! shard:    UnboundListeners::open ▶ ShardListeners ▶ accept_outbound / accept_inbound ▶ Flow ... Dialler: dial / upstream connection
+//! control:  Programs::load ▶ take_listeners ▶ install(policy) ▶ listeners ▶ event, event, ...      release()
+//! shard:    UnboundListeners::open ▶ ShardListeners ▶ accept_outbound / accept_inbound ▶ Flow ... Dialler: dial / upstream
 //! ```
 //!
 //! In this order at start: `load`, `install`, then `listeners` and `set_listener_mode` for each, then `preexisting`. After a
@@ -26,7 +26,7 @@ mod owners;
 mod programs;
 mod refusals;
 mod registry;
-mod room;
+mod usage;
 mod tables;
 mod work;
 
@@ -39,9 +39,9 @@ pub use owners::{Held, Walk};
 pub use programs::release;
 pub use refusals::Refused;
 pub use registry::Listening;
-pub use room::{Room, Rooms};
 #[cfg(test)]
 pub(crate) use shard_listeners::{Congestion, prepare};
 pub use shard_listeners::{Dialler, Opening, ShardListeners, UnboundListeners, claim_listener};
 pub use tables::{address, canonical, ip, listener_key, socket_address};
+pub use usage::{PinnedTables, TableUsage};
 pub use work::Work;

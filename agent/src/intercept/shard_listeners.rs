@@ -1,4 +1,5 @@
-//! The doors of a shard: connections that the kernel has redirected to the agent come in, the agent's own connections go out.
+//! The listeners of a shard: connections that the kernel has redirected to the agent come in, the agent's own connections
+//! go out.
 //!
 //! A [`UnboundListeners`] is made with the programs and sent to the shard's thread, which opens it into a
 //! [`ShardListeners`] on its own runtime. A connection costs one or two map calls, on descriptors that nobody locks.
@@ -86,7 +87,8 @@ pub enum Opening {
     NoData,
 }
 
-/// Makes the agent's own connections. Outlives the door, for flows that are under way when the agent stops to take new ones.
+/// Makes the agent's own connections. Outlives the listeners, for flows that are under way when the agent stops to take new
+/// ones.
 #[derive(Clone, Debug)]
 pub struct Dialler {
     tables: Tables,
@@ -112,7 +114,7 @@ impl UnboundListeners {
         self.shard
     }
 
-    /// Opens the door on the runtime of the calling thread.
+    /// Binds the listeners to the runtime of the calling thread.
     pub fn open(self) -> Result<ShardListeners, Error> {
         let redirected_to = self.outbound.addresses().map_err(|error| Error::Accept { error })?;
         let forbidden = self.inbound.addresses().map_err(|error| Error::Accept { error })?;
@@ -242,7 +244,8 @@ impl Dialler {
 
     /// Connects to the local workload's own socket, which is shown `client` as its peer. No other program can make a
     /// connection that passes as this one. Closing it is a reset, until that is taken back. `opening`: what its first bytes
-    /// wait for. `listeners`: who may be reached, of [`Origin::Inbound`](crate::flow::Origin). It comes to them, or it is refused.
+    /// wait for. `listeners`: who may be reached, of [`Origin::Inbound`](crate::flow::Origin). It comes to them, or it is
+    /// refused.
     pub async fn upstream(
         &self,
         to: OriginalDst,
@@ -337,7 +340,7 @@ fn listen(tables: &Tables, side: Side, ip: IpAddr) -> Result<std::net::TcpListen
     register(tables, &socket, &Own { kind: OWN_LISTENER, pad: 0, client_port: 0, client: [0; 16], listeners: 0 })?;
     socket.bind(&at.into()).map_err(failed)?;
     socket.listen(BACKLOG).map_err(failed)?;
-    // Accepted sockets inherit it, and those of an inbound door are bound to the workload's own address and port: without
+    // Accepted sockets inherit it, and those of an inbound listener are bound to the workload's own address and port: without
     // it a workload could not listen there again after a restart. Not before the bind, which chooses a free port.
     socket.set_reuse_address(true).map_err(failed)?;
     Ok(socket.into())

@@ -1,4 +1,4 @@
-//! How many connections may wait for another use: each takes a place when it begins to wait.
+//! How many connections may wait for another stream: each takes a place when it begins to wait.
 //!
 //! *Invariant:* never more places are taken than there are, whatever the number of shards.
 

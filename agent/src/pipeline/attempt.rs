@@ -64,7 +64,7 @@ pub(super) struct Attempt<'a> {
     tls: Option<audit::Tls>,
     pub(super) engine: Option<&'static str>,
     pub(super) rule: Option<Arc<str>>,
-    /// The shared connection that this is another use of, until it is carried. What is refused ends it in order, so that the
+    /// The shared connection that this is another stream of, until it is carried. What is refused ends it in order, so that the
     /// peer knows that no byte has gone further, and may make a new connection and hear why.
     pub(super) session: Option<Box<relay::SessionState>>,
 }
@@ -102,7 +102,7 @@ impl<'a> Attempt<'a> {
         }
     }
 
-    /// Notes what the handshake came to, of this use of the connection or of an earlier one; `number`: which use this is.
+    /// Notes what the handshake came to, of this stream of the connection or of an earlier one; `number`: which stream this is.
     pub(super) fn agreed(&mut self, agreement: &Agreement, number: u32) -> Basis {
         let (local, peer) = (agreement.local.id.clone(), agreement.peer.id.clone());
         self.peer().id = Some(peer.clone());

@@ -73,7 +73,7 @@ pub enum Error {
     /// handshake refused.
     #[error(transparent)]
     Handshake(handshake::Cause),
-    /// A further use of a connection was refused.
+    /// A further stream of a connection was refused.
     #[error(transparent)]
     Reuse(reuse::Unfit),
     /// offload refused.

@@ -152,9 +152,7 @@ impl<'a> Pipeline<'a> {
         };
         match tokio::time::timeout(self.shared.config.timeouts.dial, connected).await {
             Ok(outcome) => outcome,
-            Err(_) => {
-                Err(Error::UpstreamTimeout { to: flow.destination.0, within: self.shared.config.timeouts.dial })
-            }
+            Err(_) => Err(Error::UpstreamTimeout { to: flow.destination.0, within: self.shared.config.timeouts.dial }),
         }
     }
 

@@ -104,7 +104,7 @@ pub async fn serve(shared: &AgentState, site: &Site, flow: Flow) {
         return keep(site, &origin, left).await;
     }
     while left.is_some() {
-        // Whatever waits for another use keeps nobody out.
+        // Whatever waits for another stream keeps nobody out.
         drop(place);
         let Some((next, made)) = Box::pin(next_stream(shared, site, left, ends)).await else { return };
         place = next;

@@ -69,7 +69,7 @@ impl<'a> Pipeline<'a> {
             match reuse::begin(permit, spare, SystemTime::now(), self.shared.config.timeouts.dial).await {
                 Ok(bound) => {
                     let (rule, idle) = (bound.rule().clone(), bound.idle());
-                    let basis = attempt.agreed(idle.agreement(), idle.uses());
+                    let basis = attempt.agreed(idle.agreement(), idle.streams());
                     return Ok(Pooled::Established(Established { carriage: Carriage::Bound(bound), basis, rule }));
                 }
                 Err(refused) => {

@@ -14,7 +14,7 @@ use std::time::SystemTime;
 /// How much longer than the client the server keeps an unused connection, so that it is the client who closes it.
 const SERVER_PATIENCE: u32 = 2;
 
-/// Waits for the next use of a connection, and makes it: who listens, who may come and who the peer is are asked as if it
+/// Waits for the next stream of a connection, and makes it: who listens, who may come and who the peer is are asked as if it
 /// were a new one. What is refused ends the connection, and the peer may make a new one and hear why.
 pub(super) async fn next_stream<'a>(
     shared: &'a AgentState,
@@ -41,7 +41,7 @@ pub(super) async fn next_stream<'a>(
     attempt.session = Some(Box::new(session));
     let pipeline = Pipeline::new(shared, site);
     let (mut attempt, permit) = pipeline.admit(attempt, flow).await?;
-    let basis = attempt.agreed(&agreement, attempt.session.as_ref().map_or(0, |session| session.uses()));
+    let basis = attempt.agreed(&agreement, attempt.session.as_ref().map_or(0, |session| session.streams()));
     let admission = match reuse::admit(&permit, &agreement, SystemTime::now()) {
         Ok(admission) => admission,
         Err(unfit) => {
@@ -78,7 +78,7 @@ async fn is_asked(shared: &AgentState, site: &Site, idle: &mut IdleSession) -> b
     let sessions = &shared.config.sessions;
     let (mut changed, mut closing) = (shared.changed.subscribe(), site.closing.clone());
     let Some(_place) = shared.registry.wait(shared.config.limits.connections) else { return false };
-    if *closing.borrow() || !sessions.allows(idle.agreement().since, idle.uses()) {
+    if *closing.borrow() || !sessions.allows(idle.agreement().since, idle.streams()) {
         return false;
     }
     tokio::select! {

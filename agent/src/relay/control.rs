@@ -32,11 +32,11 @@ pub(super) enum Act {
     CloseNotify,
     /// The peer gives up.
     Fatal(u8),
-    /// A frame about the uses of a shared connection.
+    /// A frame about the streams of a shared connection.
     Frame(FrameKind),
 }
 
-/// What has been said so far on one connection.
+/// What has been sent so far on one connection.
 #[derive(Debug)]
 pub(super) struct Control {
     is_client: bool,
@@ -72,21 +72,21 @@ impl Control {
         Self { is_client, empty: 0, key_updates: 0, warnings: 0, tickets: 0, message: Message::Between, exchange }
     }
 
-    /// How far the uses of the connection have come, where it is shared.
+    /// How far the streams of the connection have come, where it is shared.
     pub(super) fn exchange(&self) -> Option<Exchange> {
         self.exchange
     }
 
-    /// The body of the record that says this frame, and how far the uses have come when it has been said. None where it
+    /// The body of the record that is this frame, and how far the streams have come when it has been sent. None where it
     /// has no place now.
-    pub(super) fn say(&self, kind: FrameKind) -> Option<([u8; LENGTH], Exchange)> {
+    pub(super) fn send(&self, kind: FrameKind) -> Option<([u8; LENGTH], Exchange)> {
         let mut exchange = self.exchange?;
-        let frame = exchange.say(kind)?;
+        let frame = exchange.send(kind)?;
         Some((frame.bytes(), exchange))
     }
 
-    /// It has been said.
-    pub(super) fn said(&mut self, exchange: Exchange) {
+    /// It has been sent.
+    pub(super) fn sent(&mut self, exchange: Exchange) {
         self.exchange = Some(exchange);
     }
 
@@ -119,8 +119,8 @@ impl Control {
 
     fn frame(&mut self, body: &[u8]) -> Result<Act, Violation> {
         let frame = Frame::parse(body)?;
-        let kind = self.exchange.as_mut().ok_or(Violation::UnexpectedRecord)?.hear(frame)?;
-        // A use that begins moves bytes, or ends soon.
+        let kind = self.exchange.as_mut().ok_or(Violation::UnexpectedRecord)?.recv(frame)?;
+        // A stream that begins moves bytes, or ends soon.
         self.key_updates = 0;
         Ok(Act::Frame(kind))
     }
@@ -302,7 +302,7 @@ mod tests {
     }
 
     #[test]
-    fn data_and_words_of_a_shared_connection_keep_their_order() {
+    fn data_and_frames_of_a_shared_connection_keep_their_order() {
         const W: ContentType = ContentType::MARKER;
         let mut control = Control::new(false, true);
         assert_eq!(control.data(7), Ok(()));
@@ -310,15 +310,15 @@ mod tests {
         assert_eq!(control.data(1), Err(UnexpectedMessage), "behind the end");
         assert_eq!(control.data(0), Err(UnexpectedMessage), "not even nothing");
         assert_eq!(control.record(W, &[1, 0, 0, 0, 2]), Err(UnexpectedMessage), "this side has not ended");
-        let say = |control: &mut Control, kind| {
-            let (body, exchange) = control.say(kind).unwrap();
-            control.said(exchange);
+        let send = |control: &mut Control, kind| {
+            let (body, exchange) = control.send(kind).unwrap();
+            control.sent(exchange);
             body
         };
-        assert_eq!(say(&mut control, FrameKind::End), [3, 0, 0, 0, 1]);
+        assert_eq!(send(&mut control, FrameKind::End), [3, 0, 0, 0, 1]);
         assert_eq!(control.record(W, &[1, 0, 0, 0, 2]), Ok(Act::Frame(FrameKind::Begin)));
         assert_eq!(control.data(1), Err(UnexpectedMessage), "before it is ready");
-        assert_eq!(say(&mut control, FrameKind::Ready), [2, 0, 0, 0, 2]);
+        assert_eq!(send(&mut control, FrameKind::Ready), [2, 0, 0, 0, 2]);
         assert_eq!(control.data(1), Ok(()));
         assert_eq!(control.record(W, &[]), Err(Malformed));
     }

@@ -2,28 +2,28 @@
 //! out. The wire format and the reasons are in docs/SESSIONS.md.
 //!
 //! A frame is the content of a record of its own type, so it cannot be mistaken for a byte of an application, and the order
-//! of records, which TLS protects, is its order. The client begins a use, the server is ready for it, both end their
+//! of records, which TLS protects, is its order. The client begins a stream, the server is ready for it, both end their
 //! stream or abort it.
 //!
-//! *Invariant:* the bytes of a use lie between its first frame and the end of that direction; a frame that is not the next
-//! one, or carries another number, ends the connection. No use begins before both streams of the one before have ended.
+//! *Invariant:* the bytes of a stream lie between its first frame and the end of that direction; a frame that is not the next
+//! one, or carries another number, ends the connection. No stream begins before both directions of the one before have ended.
 
 use super::Violation;
 
-/// What is said.
+/// What a frame says.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum FrameKind {
     /// The client: an application has connected; its bytes come after [`FrameKind::Ready`].
     Begin,
     /// The server: the workload has accepted.
     Ready,
-    /// Either side: its application has ended its stream, of which everything has been sent.
+    /// Either side: its application has ended its direction, of which everything has been sent.
     End,
     /// Either side: its application has reset the connection, and what is still on the way to it is of no use.
     Abort,
 }
 
-/// A frame and the number of the use that it is about; the handshake begins use 1.
+/// A frame and the number of the stream that it is about; the handshake begins stream 1.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Frame {
     pub(super) kind: FrameKind,
@@ -58,7 +58,7 @@ impl Frame {
     }
 }
 
-/// How far the uses of one connection have come.
+/// How far the streams of one connection have come.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Exchange {
     is_client: bool,
@@ -77,12 +77,12 @@ enum Phase {
 }
 
 impl Exchange {
-    /// Right after the handshake: use 1 is under way.
+    /// Right after the handshake: stream 1 is under way.
     pub(super) fn new(is_client: bool) -> Self {
         Self { is_client, number: 1, phase: Phase::Open { ours: true, theirs: true } }
     }
 
-    /// The number of the use that is under way, or was the last one.
+    /// The number of the stream that is under way, or was the last one.
     pub(super) fn number(self) -> u32 {
         self.number
     }
@@ -97,7 +97,7 @@ impl Exchange {
         matches!(self.phase, Phase::Open { theirs: true, .. })
     }
 
-    /// Have both streams of the last use ended?
+    /// Have both directions of the last stream ended?
     #[cfg(test)]
     pub(super) fn is_idle(self) -> bool {
         self.phase == Phase::Idle
@@ -109,13 +109,13 @@ impl Exchange {
     }
 
     /// A frame of the peer has arrived.
-    pub(super) fn hear(&mut self, frame: Frame) -> Result<FrameKind, Violation> {
+    pub(super) fn recv(&mut self, frame: Frame) -> Result<FrameKind, Violation> {
         self.advance(frame, !self.is_client)?;
         Ok(frame.kind)
     }
 
     /// The frame to send for this frame; none where it is not this side's turn to say it.
-    pub(super) fn say(&mut self, kind: FrameKind) -> Option<Frame> {
+    pub(super) fn send(&mut self, kind: FrameKind) -> Option<Frame> {
         let number = if kind == FrameKind::Begin { self.number.checked_add(1)? } else { self.number };
         let frame = Frame { kind, number };
         self.advance(frame, self.is_client).ok()?;
@@ -162,57 +162,57 @@ mod tests {
         fn new() -> Self {
             Self { ends: [Exchange::new(true), Exchange::new(false)], to: Default::default() }
         }
-        fn say(&mut self, who: usize, kind: FrameKind) -> bool {
-            let said = self.ends[who].say(kind);
-            self.to[1 - who].extend(said);
-            said.is_some()
+        fn send(&mut self, who: usize, kind: FrameKind) -> bool {
+            let sent = self.ends[who].send(kind);
+            self.to[1 - who].extend(sent);
+            sent.is_some()
         }
-        fn hear(&mut self, who: usize) -> Option<FrameKind> {
+        fn recv(&mut self, who: usize) -> Option<FrameKind> {
             let frame = self.to[who].pop_front()?;
-            Some(self.ends[who].hear(Frame::parse(&frame.bytes()).unwrap()).expect("what one may say, the other takes"))
+            Some(self.ends[who].recv(Frame::parse(&frame.bytes()).unwrap()).expect("what one may say, the other takes"))
         }
     }
 
     #[test]
-    fn one_use_after_the_other() {
+    fn one_stream_after_the_other() {
         let mut two = Two::new();
         for number in 1..5 {
-            assert!(two.say(0, End) && two.hear(1) == Some(End));
-            assert!(!two.say(0, Begin), "the server has not ended");
+            assert!(two.send(0, End) && two.recv(1) == Some(End));
+            assert!(!two.send(0, Begin), "the server has not ended");
             assert!(two.ends[0].recv_data().is_ok() && two.ends[1].recv_data().is_err());
-            assert!(two.say(1, Abort) && two.hear(0) == Some(Abort));
+            assert!(two.send(1, Abort) && two.recv(0) == Some(Abort));
             assert!(two.ends.iter().all(|end| end.is_idle() && end.number() == number));
-            assert!(!two.say(1, Begin), "only the client begins");
-            assert!(two.say(0, Begin) && two.hear(1) == Some(Begin));
+            assert!(!two.send(1, Begin), "only the client begins");
+            assert!(two.send(0, Begin) && two.recv(1) == Some(Begin));
             assert!(two.ends.iter().all(|end| end.recv_data().is_err()), "not before the server is ready");
-            assert!(!two.say(0, End) && !two.say(0, Ready));
-            assert!(two.say(1, Ready) && two.hear(0) == Some(Ready));
+            assert!(!two.send(0, End) && !two.send(0, Ready));
+            assert!(two.send(1, Ready) && two.recv(0) == Some(Ready));
         }
     }
 
     #[test]
     fn both_may_abort_at_once() {
         let mut two = Two::new();
-        assert!(two.say(0, Abort) && two.say(1, Abort));
-        assert!(two.hear(0) == Some(Abort) && two.hear(1) == Some(Abort));
+        assert!(two.send(0, Abort) && two.send(1, Abort));
+        assert!(two.recv(0) == Some(Abort) && two.recv(1) == Some(Abort));
         assert!(two.ends.iter().all(|end| end.is_idle()));
     }
 
     #[test]
-    fn a_word_out_of_turn_or_about_another_use_is_a_violation() {
-        let hear = |is_client, kind, number| Exchange::new(is_client).hear(Frame { kind, number });
-        assert_eq!(hear(true, Ready, 1), Err(Violation::UnexpectedMessage));
-        assert_eq!(hear(false, Begin, 2), Err(Violation::UnexpectedMessage));
-        assert_eq!(hear(true, Begin, 2), Err(Violation::UnexpectedMessage));
+    fn a_frame_out_of_turn_or_about_another_stream_is_a_violation() {
+        let recv = |is_client, kind, number| Exchange::new(is_client).recv(Frame { kind, number });
+        assert_eq!(recv(true, Ready, 1), Err(Violation::UnexpectedMessage));
+        assert_eq!(recv(false, Begin, 2), Err(Violation::UnexpectedMessage));
+        assert_eq!(recv(true, Begin, 2), Err(Violation::UnexpectedMessage));
         for number in [0, 2, u32::MAX] {
-            assert_eq!(hear(true, End, number), Err(Violation::IllegalValue));
-            assert_eq!(hear(false, Abort, number), Err(Violation::IllegalValue));
+            assert_eq!(recv(true, End, number), Err(Violation::IllegalValue));
+            assert_eq!(recv(false, Abort, number), Err(Violation::IllegalValue));
         }
         let mut ended = Exchange::new(false);
-        ended.hear(Frame { kind: End, number: 1 }).unwrap();
-        assert_eq!(ended.hear(Frame { kind: Abort, number: 1 }), Err(Violation::UnexpectedMessage));
+        ended.recv(Frame { kind: End, number: 1 }).unwrap();
+        assert_eq!(ended.recv(Frame { kind: Abort, number: 1 }), Err(Violation::UnexpectedMessage));
         let mut last = Exchange { is_client: true, number: u32::MAX, phase: Phase::Idle };
-        assert_eq!(last.say(Begin), None, "the number never wraps");
+        assert_eq!(last.send(Begin), None, "the number never wraps");
     }
 
     #[test]
@@ -233,24 +233,24 @@ mod tests {
             let mut two = Two::new();
             for (who, what) in steps {
                 match what {
-                    0 => _ = two.say(who, Begin),
-                    1 => _ = two.say(who, Ready),
-                    2 => _ = two.say(who, End),
-                    3 => _ = two.say(who, Abort),
-                    _ => _ = two.hear(who),
+                    0 => _ = two.send(who, Begin),
+                    1 => _ = two.send(who, Ready),
+                    2 => _ = two.send(who, End),
+                    3 => _ = two.send(who, Abort),
+                    _ => _ = two.recv(who),
                 }
             }
-            while two.hear(0).is_some() || two.hear(1).is_some() {}
+            while two.recv(0).is_some() || two.recv(1).is_some() {}
             prop_assert_eq!(two.ends[0].number(), two.ends[1].number());
             prop_assert_eq!(two.ends[0].is_idle(), two.ends[1].is_idle());
             prop_assert_eq!(two.ends[0].is_ours_open(), two.ends[1].is_theirs_open());
-            let moved = [Begin, Ready, End, Abort].iter().any(|kind| two.say(0, *kind) || two.say(1, *kind));
+            let moved = [Begin, Ready, End, Abort].iter().any(|kind| two.send(0, *kind) || two.send(1, *kind));
             prop_assert!(moved);
         }
 
-        /// Whatever a hostile peer says: data counts only inside a use, and uses follow one another.
+        /// Whatever a hostile peer says: data counts only inside a stream, and streams follow one another.
         #[test]
-        fn a_hostile_peer_cannot_mix_two_uses(
+        fn a_hostile_peer_cannot_mix_two_streams(
             is_client: bool,
             steps in proptest::collection::vec((any::<bool>(), proptest::collection::vec(any::<u8>(), 4..7), 1_u8..5, 0_u32..6), 0..100),
         ) {
@@ -258,14 +258,14 @@ mod tests {
             for (by_us, noise, kind, number) in steps {
                 let before = end;
                 let [a, b, c, d] = number.to_be_bytes();
-                let heard = if by_us {
+                let received = if by_us {
                     let kinds = [Begin, Ready, End, Abort];
-                    end.say(kinds[usize::from(kind - 1)]).map(|frame| frame.kind).ok_or(Violation::UnexpectedMessage)
+                    end.send(kinds[usize::from(kind - 1)]).map(|frame| frame.kind).ok_or(Violation::UnexpectedMessage)
                 } else {
                     let _ = Frame::parse(&noise);
-                    Frame::parse(&[kind, a, b, c, d]).and_then(|frame| end.hear(frame))
+                    Frame::parse(&[kind, a, b, c, d]).and_then(|frame| end.recv(frame))
                 };
-                match heard {
+                match received {
                     Err(_) => prop_assert_eq!(end, before, "a refused kind changes nothing"),
                     Ok(Begin) => {
                         prop_assert!(before.is_idle() && end.number() == before.number() + 1);

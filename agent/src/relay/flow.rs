@@ -54,7 +54,7 @@ pub(super) struct Transfer<L> {
     received_any: bool,
     /// The peer can be listened to no further.
     peer_eof: bool,
-    /// The peer's application reset this use of a shared connection.
+    /// The peer's application reset this stream of a shared connection.
     aborted: bool,
 }
 

@@ -1,6 +1,6 @@
-//! A shared connection between two uses: what is left of one, the wait for the next, and how that begins.
+//! A shared connection between two streams: what is left of one, the wait for the next, and how that begins.
 //!
-//! *Invariant:* an [`IdleSession`] has no byte of any application in it or on its way to it: both streams of its last use have
+//! *Invariant:* an [`IdleSession`] has no byte of any application in it or on its way to it: both directions of its last stream have
 //! ended. Whatever goes wrong here ends the connection, and no application has lost a byte by it.
 
 use super::{
@@ -22,7 +22,7 @@ use std::{
 };
 use tokio::{io::Interest, net::TcpStream, time::timeout};
 
-/// How long the peer may take to end a use that this side's application has reset.
+/// How long the peer may take to end a stream that this side's application has reset.
 const DRAIN: Duration = Duration::from_secs(5);
 /// ... and how many bytes may still be on their way: what two sockets and a batch hold.
 const DRAIN_BYTES: usize = 32 << 20;
@@ -33,14 +33,14 @@ pub struct SessionState {
     agreement: Arc<Agreement>,
 }
 
-/// A shared connection whose use is over for this side's application, while the peer may not have said so yet.
+/// A shared connection whose stream has ended for this side's application, while the peer may not have said so yet.
 pub struct HalfClosed {
     network: TcpStream,
     pending: Pending,
     shared: SessionState,
 }
 
-/// A shared connection between two uses, or one of which the next has begun and moved no byte in this process.
+/// A shared connection between two streams, or one of which the next has begun and moved no byte in this process.
 pub struct IdleSession {
     network: TcpStream,
     /// Bytes of the application that went with `begin`.
@@ -50,7 +50,7 @@ pub struct IdleSession {
     shared: SessionState,
 }
 
-/// Why a use has not begun.
+/// Why a stream has not begun.
 #[derive(Debug)]
 pub struct StartError {
     /// What happened to the connection.
@@ -106,7 +106,7 @@ pub(super) fn run(
 }
 
 impl HalfClosed {
-    /// Ends what is still open of the use: says that this side's application is gone, and passes over what comes for it.
+    /// Ends what is still open of the stream: says that this side's application is gone, and passes over what comes for it.
     /// None: the connection is closed.
     pub async fn drain(self) -> Option<IdleSession> {
         let Self { network, mut pending, mut shared } = self;
@@ -134,12 +134,12 @@ impl IdleSession {
         }
     }
 
-    /// Number of its last use; the handshake began the first.
-    pub fn uses(&self) -> u32 {
-        self.shared.uses()
+    /// Number of its last stream; the handshake began the first.
+    pub fn streams(&self) -> u32 {
+        self.shared.streams()
     }
 
-    /// The client: begins the next use with the first bytes of its application, at most a record of them, and waits until
+    /// The client: begins the next stream with the first bytes of its application, at most a record of them, and waits until
     /// the server's workload has accepted.
     pub async fn begin(&mut self, early: &[u8]) -> Result<(), StartError> {
         let Self { network, shared, sent, .. } = self;
@@ -147,19 +147,19 @@ impl IdleSession {
         with_layer!(&mut shared.kept, layer => begin(network, layer, early).await)
     }
 
-    /// The server: waits for the next use. Cancel safe. An error is how a connection that is not used again ends.
+    /// The server: waits for the next stream. Cancel safe. An error is how a connection that is not used again ends.
     pub async fn next(&mut self) -> Result<(), CloseReason> {
         let Self { network, shared, .. } = self;
         with_layer!(&mut shared.kept, layer => expect(network, layer, FrameKind::Begin).await).map_err(network_fault)
     }
 
-    /// Takes socket and engine apart, for the flow that the next use is.
+    /// Takes socket and engine apart, for the flow that the next stream is.
     pub(crate) fn into_parts(self) -> (TcpStream, SessionState) {
         (self.network, self.shared)
     }
 
-    /// Carries a use that has begun, as [`super::carry`] does the first. `early`: bytes of the application that are neither in
-    /// its socket any more nor went with `begin`.
+    /// Carries a stream that has begun, as [`super::carry`] does the first. `early`: bytes of the application that are
+    /// neither in its socket any more nor went with `begin`.
     pub(crate) fn carry(
         self,
         application: TcpStream,
@@ -190,8 +190,8 @@ impl SessionState {
         &self.agreement
     }
 
-    /// Number of the last use.
-    pub(crate) fn uses(&self) -> u32 {
+    /// Number of the last stream.
+    pub(crate) fn streams(&self) -> u32 {
         with_layer!(&self.kept, layer => layer.exchange()).map_or(0, |exchange| exchange.number())
     }
 
@@ -201,12 +201,12 @@ impl SessionState {
     }
 
     /// The server: its workload has accepted, over the socket that these belong to. Where the layer leaves it to this
-    /// process, the client hears of it when the use is carried.
+    /// process, the client hears of it when the stream is carried.
     pub(crate) async fn ready(mut self, network: TcpStream) -> Result<IdleSession, CloseReason> {
         let mut greeting = Pending::default();
         let ready = ControlRecord::Frame(FrameKind::Ready);
-        let said = with_layer!(&mut self.kept, layer => send(&network, layer, ready, &mut greeting).await);
-        said.map_err(network_fault)?;
+        let sent = with_layer!(&mut self.kept, layer => send(&network, layer, ready, &mut greeting).await);
+        sent.map_err(network_fault)?;
         Ok(IdleSession { greeting, ..IdleSession::new(network, self) })
     }
 
@@ -216,7 +216,7 @@ impl SessionState {
         let mut pending = Pending::default();
         with_layer!(&mut self.kept, layer => {
             // Whoever cannot be told finds out by the FIN.
-            if let Ok(true) = layer.say(network, ControlRecord::CloseNotify, &mut pending) {
+            if let Ok(true) = layer.send(network, ControlRecord::CloseNotify, &mut pending) {
                 _ = pending.flush(|bytes| layer.write(network, bytes));
             }
         });
@@ -233,9 +233,9 @@ async fn drain<L: RecordLayer>(network: &TcpStream, layer: &mut L, pending: &mut
     }
     let mut late = DRAIN_BYTES;
     while layer.exchange().is_some_and(Exchange::is_theirs_open) {
-        hear(network, layer, &mut late).await?.kind()?;
+        recv(network, layer, &mut late).await?.kind()?;
     }
-    // The last use may have made it large.
+    // The last stream may have made it large.
     layer.rest();
     Ok(())
 }
@@ -257,17 +257,17 @@ async fn begin<L: RecordLayer>(network: &TcpStream, layer: &mut L, early: &[u8])
     };
     let begun = begun.await;
     begun.map_err(|fault| unbegun(!pending.is_untouched())(fault))?;
-    match hear(network, layer, &mut 0).await {
-        Ok(Heard::Frame(FrameKind::Ready)) => Ok(()),
-        Ok(Heard::Frame(_)) => Err(unbegun(true)(Violation::UnexpectedMessage.into())),
+    match recv(network, layer, &mut 0).await {
+        Ok(Received::Frame(FrameKind::Ready)) => Ok(()),
+        Ok(Received::Frame(_)) => Err(unbegun(true)(Violation::UnexpectedMessage.into())),
         // Under the session's keys: nobody but the server has said it, and it says nothing of the kind behind a byte that
         // it has given to a workload.
-        Ok(Heard::CloseNotify) => Err(unbegun(false)(Fault::Truncated)),
+        Ok(Received::CloseNotify) => Err(unbegun(false)(Fault::Truncated)),
         Err(fault) => Err(unbegun(!matches!(fault, Fault::Alert(_)))(fault)),
     }
 }
 
-/// Between two uses the server says nothing: what has come ends the connection.
+/// Between two streams the server says nothing: what has come ends the connection.
 fn is_quiet<L: RecordLayer>(network: &TcpStream, layer: &mut L) -> Result<(), Fault> {
     match with_scratch(|scratch| layer.inbound(network, Batch::new(), scratch))?.then {
         Then::Blocked | Then::More => Ok(()),
@@ -278,19 +278,19 @@ fn is_quiet<L: RecordLayer>(network: &TcpStream, layer: &mut L) -> Result<(), Fa
 
 /// Waits for this frame; data or any other is a violation.
 async fn expect<L: RecordLayer>(network: &TcpStream, layer: &mut L, kind: FrameKind) -> Result<(), Fault> {
-    match hear(network, layer, &mut 0).await?.kind()? {
-        heard if heard == kind => Ok(()),
+    match recv(network, layer, &mut 0).await?.kind()? {
+        received if received == kind => Ok(()),
         _ => Err(Violation::UnexpectedMessage.into()),
     }
 }
 
 /// What the peer says where no byte of an application is due.
-enum Heard {
+enum Received {
     Frame(FrameKind),
     CloseNotify,
 }
 
-impl Heard {
+impl Received {
     fn kind(self) -> Result<FrameKind, Fault> {
         match self {
             Self::Frame(kind) => Ok(kind),
@@ -301,12 +301,12 @@ impl Heard {
 
 /// Waits for what the peer says next, and passes over at most so many bytes before it. Cancel safe: what has been taken off
 /// the socket is in the layer.
-async fn hear<L: RecordLayer>(network: &TcpStream, layer: &mut L, late: &mut usize) -> Result<Heard, Fault> {
+async fn recv<L: RecordLayer>(network: &TcpStream, layer: &mut L, late: &mut usize) -> Result<Received, Fault> {
     loop {
         let arrived = with_scratch(|scratch| layer.inbound(network, Batch::new(), scratch))?;
         *late = late.checked_sub(arrived.bytes).ok_or(Violation::Flood)?;
         match arrived.then {
-            Then::Frame(kind) => return Ok(Heard::Frame(kind)),
+            Then::Frame(kind) => return Ok(Received::Frame(kind)),
             Then::More => tokio::task::yield_now().await,
             Then::Blocked => {
                 layer.rest();
@@ -316,7 +316,7 @@ async fn hear<L: RecordLayer>(network: &TcpStream, layer: &mut L, late: &mut usi
                     layer.ask_again();
                 }
             }
-            Then::End => return Ok(Heard::CloseNotify),
+            Then::End => return Ok(Received::CloseNotify),
             Then::Fault(fault) => return Err(fault),
         }
     }
@@ -326,10 +326,10 @@ async fn hear<L: RecordLayer>(network: &TcpStream, layer: &mut L, late: &mut usi
 async fn send<L: RecordLayer>(
     network: &TcpStream,
     layer: &mut L,
-    say: ControlRecord,
+    what: ControlRecord,
     pending: &mut Pending,
 ) -> Result<(), Fault> {
-    while !layer.say(network, say, pending)? {
+    while !layer.send(network, what, pending)? {
         network.writable().await?;
     }
     Ok(())

@@ -133,16 +133,16 @@ impl RecordLayer for Kernel {
         self.asked || self.keys.is_due()
     }
 
-    fn say(&mut self, network: &TcpStream, what: ControlRecord, _pending: &mut Pending) -> Result<bool, Fault> {
+    fn send(&mut self, network: &TcpStream, what: ControlRecord, _pending: &mut Pending) -> Result<bool, Fault> {
         if let Some(body) = what.alert() {
             return Ok(!self.half_updated && self.send_record(network, ContentType::ALERT, &body)?);
         }
         if let ControlRecord::Frame(kind) = what {
-            let (body, exchange) = self.control.say(kind).ok_or(Fault::Io(libc::EPROTO))?;
+            let (body, exchange) = self.control.send(kind).ok_or(Fault::Io(libc::EPROTO))?;
             if !self.send_record(network, ContentType::MARKER, &body)? {
                 return Ok(false);
             }
-            self.control.said(exchange);
+            self.control.sent(exchange);
             return Ok(true);
         }
         if !self.keys.can_rekey() {

@@ -78,7 +78,7 @@ pub struct Tally {
 }
 
 /// Carries the bytes of a pipe until both directions have ended, something breaks, or `stop` says so. The application's
-/// socket is closed when it returns, and the network's as well unless it is left for another use.
+/// socket is closed when it returns, and the network's as well unless it is left for another stream.
 pub fn carry(
     pipe: Pipe,
     limits: &Limits,

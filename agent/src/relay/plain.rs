@@ -46,7 +46,7 @@ impl RecordLayer for Plain {
         put(network, bytes)
     }
 
-    fn say(&mut self, _network: &TcpStream, _what: ControlRecord, _pending: &mut Pending) -> Result<bool, Fault> {
+    fn send(&mut self, _network: &TcpStream, _what: ControlRecord, _pending: &mut Pending) -> Result<bool, Fault> {
         Ok(true)
     }
 }

@@ -38,14 +38,14 @@ pub(super) trait RecordLayer {
 
     /// Says something that is not data. `pending` is empty, or may be appended to where the layer seals by itself. False:
     /// the network takes nothing now.
-    fn say(&mut self, network: &TcpStream, what: ControlRecord, pending: &mut Pending) -> Result<bool, Fault>;
+    fn send(&mut self, network: &TcpStream, what: ControlRecord, pending: &mut Pending) -> Result<bool, Fault>;
 
     /// Has this side read a whole record of the peer already that it has not opened?
     fn has_record(&self) -> bool {
         false
     }
 
-    /// How far the uses of the connection have come, where it is shared.
+    /// How far the streams of the connection have come, where it is shared.
     fn exchange(&self) -> Option<Exchange> {
         None
     }
@@ -67,7 +67,7 @@ pub(super) trait RecordLayer {
     fn rest(&mut self) {}
 }
 
-/// What to say.
+/// What to send.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum ControlRecord {
     /// This side's stream is complete.
@@ -76,7 +76,7 @@ pub(super) enum ControlRecord {
     Alert(u8),
     /// This side's next record comes under its next key.
     KeyUpdate,
-    /// A frame about the uses of a shared connection.
+    /// A frame about the streams of a shared connection.
     Frame(FrameKind),
 }
 
@@ -127,7 +127,7 @@ pub(super) enum Then {
     Blocked,
     /// The peer's stream is complete.
     End,
-    /// A frame about the uses of a shared connection. What comes behind it is left for the next time.
+    /// A frame about the streams of a shared connection. What comes behind it is left for the next time.
     Frame(FrameKind),
     /// The connection is over. What came before is delivered first.
     Fault(Fault),

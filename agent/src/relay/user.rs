@@ -216,7 +216,7 @@ impl RecordLayer for User {
         self.asked || self.keys.sealer.is_due()
     }
 
-    fn say(&mut self, _network: &TcpStream, what: ControlRecord, pending: &mut Pending) -> Result<bool, Fault> {
+    fn send(&mut self, _network: &TcpStream, what: ControlRecord, pending: &mut Pending) -> Result<bool, Fault> {
         let spent = Fault::Ours(CloseReason::KeysSpent);
         let mut slot = [0; HEADER + 8 + TRAILER];
         let mut seal = |content_type, body: &[u8]| {
@@ -229,10 +229,10 @@ impl RecordLayer for User {
             return seal(ContentType::ALERT, &body);
         }
         if let ControlRecord::Frame(kind) = what {
-            let (body, exchange) = self.control.say(kind).ok_or(Fault::Io(libc::EPROTO))?;
-            let said = seal(ContentType::MARKER, &body);
-            self.control.said(exchange);
-            return said;
+            let (body, exchange) = self.control.send(kind).ok_or(Fault::Io(libc::EPROTO))?;
+            let sent = seal(ContentType::MARKER, &body);
+            self.control.sent(exchange);
+            return sent;
         }
         seal(ContentType::HANDSHAKE, &KEY_UPDATE_NOT_REQUESTED)?;
         self.asked = false;

@@ -1,4 +1,4 @@
-//! The idle connections of one shard, by whom they may serve next. The client's side: it alone begins a use.
+//! The idle connections of one shard, by whom they may serve next. The client's side: it alone begins a stream.
 //!
 //! *Invariant:* what is here was made under the policy that is in force, is younger than the limits, and there is a bound
 //! on how much of it there is.
@@ -157,6 +157,6 @@ impl Spare {
 
     fn is_good(&self, limits: &Sessions, now: Instant) -> bool {
         now.saturating_duration_since(self.since) < limits.idle
-            && limits.allows(self.idle.agreement().since, self.idle.uses())
+            && limits.allows(self.idle.agreement().since, self.idle.streams())
     }
 }

@@ -8,7 +8,7 @@ use std::{
     process::Command,
     time::Duration,
 };
-use wimsey::intercept::{Error, Room, Rooms};
+use wimsey::intercept::{Error, PinnedTables, TableUsage};
 use wimsey_identity::refusal::Refusal;
 
 const BPFFS: &str = "/sys/fs/bpf";
@@ -209,15 +209,15 @@ fn a_bpf_file_system_that_others_can_write_to_is_refused() {
 #[test]
 fn the_room_in_the_tables_is_what_is_in_them() {
     let mut world = world!();
-    let before = Rooms::open(&pins()).unwrap().count().unwrap();
-    let row = |rooms: &[Room], name: &str| rooms.iter().find(|room| room.name == name).unwrap().clone();
+    let before = PinnedTables::open(&pins()).unwrap().count().unwrap();
+    let row = |tables: &[TableUsage], name: &str| tables.iter().find(|table| table.name == name).unwrap().clone();
     assert!(before.iter().all(|room| room.counted && room.used <= room.size && room.size > 1), "{before:?}");
     // An LPM trie and a hash.
     assert_eq!((row(&before, "DESTINATIONS").used, row(&before, "VERDICTS").used), (0, 0));
     assert!(row(&before, "OWN").used > 0, "the agent's own listeners");
     let facts = world.enrol().allowing();
     world.install(facts);
-    let after = Rooms::open(&pins()).unwrap().count().unwrap();
+    let after = PinnedTables::open(&pins()).unwrap().count().unwrap();
     assert_eq!((row(&after, "DESTINATIONS").used, row(&after, "VERDICTS").used), (4, 2));
-    assert!(after.iter().all(|room| room.name != "CONFIG" && room.name != "EVENTS"), "{after:?}");
+    assert!(after.iter().all(|table| table.name != "CONFIG" && table.name != "EVENTS"), "{after:?}");
 }

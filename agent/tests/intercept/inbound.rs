@@ -35,8 +35,8 @@ fn a_protected_listener_is_reached_through_the_agent_and_sees_the_true_client() 
             "connect {to} from {}",
             if from.contains(':') { format!("[{from}]:7000") } else { format!("{from}:7000") }
         ));
-        let door = world.door();
-        let flow = world.run(door.accept_inbound()).unwrap();
+        let shard = world.shard();
+        let flow = world.run(shard.accept_inbound()).unwrap();
         assert_eq!(flow.direction(), Direction::Inbound);
         assert_eq!(flow.destination, OriginalDst(to.parse().unwrap()));
         assert_eq!((flow.source.ip().to_string(), flow.source.port()), (from.to_string(), 7000));
@@ -47,7 +47,7 @@ fn a_protected_listener_is_reached_through_the_agent_and_sees_the_true_client() 
         assert!(remote.line().starts_with("connected"));
 
         let mut upstream = world
-            .run(door.dialler().upstream(flow.destination, flow.source, flow.listens().unwrap().who, Opening::NoData))
+            .run(shard.dialler().upstream(flow.destination, flow.source, flow.listens().unwrap().who, Opening::NoData))
             .unwrap();
         world.run(upstream.write_all(b"hello")).unwrap();
         let shown = match at.starts_with('[') && !from.contains(':') {
@@ -74,12 +74,12 @@ fn a_protected_listener_is_reached_through_the_agent_and_sees_the_true_client() 
 
 /// An upstream connection to whoever listens there now.
 async fn upstream(
-    door: &ShardListeners,
+    shard: &ShardListeners,
     to: OriginalDst,
     client: SocketAddr,
     opening: Opening,
 ) -> Result<TcpStream, Error> {
-    let dialler = door.dialler();
+    let dialler = shard.dialler();
     dialler.upstream(to, client, dialler.look(to, false)?.who, opening).await
 }
 
@@ -90,14 +90,14 @@ fn first_bytes_arrive_with_the_connection_and_without_them_it_comes_a_little_lat
     world.install(facts);
     let mut server = world.client("listen 10.77.0.2:8080;accept;read;accept");
     assert_eq!(server.line(), "listening");
-    let door = world.door();
+    let shard = world.shard();
     let (to, client) = (OriginalDst("10.77.0.2:8080".parse().unwrap()), "10.77.0.1:7000".parse().unwrap());
-    let mut first = world.run(upstream(&door, to, client, Opening::EarlyData)).unwrap();
+    let mut first = world.run(upstream(&shard, to, client, Opening::EarlyData)).unwrap();
     world.run(first.write_all(b"hello")).unwrap();
     assert!(server.line().starts_with("accepted"));
     assert_eq!(server.line(), "hello");
     let began = Instant::now();
-    let _upstream = world.run(upstream(&door, to, client, Opening::EarlyData)).unwrap();
+    let _upstream = world.run(upstream(&shard, to, client, Opening::EarlyData)).unwrap();
     assert!(server.line().starts_with("accepted"));
     let took = began.elapsed();
     assert!((100..10_000).contains(&took.as_millis()), "the handshake's last segment waited {took:?}");
@@ -110,9 +110,9 @@ fn nobody_imitates_the_agents_last_leg() {
     world.install(facts);
     let mut server = world.client("listen 10.77.0.2:8080;accept;read");
     assert_eq!(server.line(), "listening");
-    let door = world.door();
+    let shard = world.shard();
     let to = OriginalDst("10.77.0.2:8080".parse().unwrap());
-    let upstream = world.run(upstream(&door, to, "10.77.0.1:7000".parse().unwrap(), Opening::NoData)).unwrap();
+    let upstream = world.run(upstream(&shard, to, "10.77.0.1:7000".parse().unwrap(), Opening::NoData)).unwrap();
     let had = upstream.local_addr().unwrap();
     server.line();
     upstream.set_zero_linger().unwrap();
@@ -120,7 +120,7 @@ fn nobody_imitates_the_agents_last_leg() {
     assert_eq!(server.line(), "ECONNRESET");
     // The very address that the upstream connection has just had leads to the agent now.
     let _imitator = world.stranger(&format!("connect 10.77.0.2:8080 from {had}"));
-    assert_eq!(world.run(door.accept_inbound()).unwrap().source, had);
+    assert_eq!(world.run(shard.accept_inbound()).unwrap().source, had);
     assert_eq!(world.count(counter::UPSTREAMS_ADMITTED), 1);
 }
 
@@ -134,8 +134,8 @@ fn an_address_that_policy_protects_is_protected_before_anybody_listens() {
     assert_eq!(server.line(), "listening");
     assert_eq!(server.line(), "listening");
     let _remote = world.stranger("connect 10.77.0.2:8080");
-    let door = world.door();
-    world.run(door.accept_inbound()).unwrap();
+    let shard = world.shard();
+    world.run(shard.accept_inbound()).unwrap();
     // The listener without an identity next to it is left alone.
     assert!(std::net::TcpStream::connect("10.77.0.2:9090").is_err() || world.count(counter::REDIRECTED_INBOUND) == 1);
 
@@ -144,7 +144,7 @@ fn an_address_that_policy_protects_is_protected_before_anybody_listens() {
     let row = listening.iter().find(|row| row.address().port() == 8080).unwrap();
     assert!(world.programs().set_listener_mode(row, LISTENER_LEFT_ALONE, None).unwrap());
     let _remote = world.stranger("connect 10.77.0.2:8080");
-    world.run(door.accept_inbound()).unwrap();
+    world.run(shard.accept_inbound()).unwrap();
     facts.policy.protected.clear();
     world.install(facts);
     assert!(world.programs().set_listener_mode(row, LISTENER_LEFT_ALONE, None).unwrap());
@@ -164,8 +164,8 @@ fn an_address_stays_protected_while_another_socket_shares_it() {
     assert_eq!(server.line(), "unshared");
     let protected = |world: &mut World| {
         let _remote = world.stranger("connect 10.77.0.2:8080");
-        let door = world.door();
-        world.run(door.accept_inbound()).unwrap()
+        let shard = world.shard();
+        world.run(shard.accept_inbound()).unwrap()
     };
     protected(&mut world);
     world.listen_for(Duration::from_millis(100));
@@ -210,8 +210,8 @@ fn a_listener_from_before_the_agent_is_found_with_its_owner() {
     let owner = Task { workload: WORKLOAD, ..row.row.owner };
     assert!(world.programs().set_listener_mode(row, LISTENER_PROTECTED, Some(owner)).unwrap());
     let _remote = world.stranger("connect 10.77.0.2:8080");
-    let door = world.door();
-    let flow = world.run(door.accept_inbound()).unwrap();
+    let shard = world.shard();
+    let flow = world.run(shard.accept_inbound()).unwrap();
     assert_eq!(flow.task().unwrap().workload, WORKLOAD);
 }
 

@@ -1,4 +1,5 @@
-//! The kernel programs and the agent's doors, on the running kernel: each test in a network namespace and a cgroup of its own.
+//! The kernel programs and the agent's listeners, on the running kernel: each test in a network namespace and a cgroup of
+//! its own.
 #![expect(
     clippy::unwrap_used,
     clippy::indexing_slicing,
@@ -27,9 +28,9 @@ fn the_client_role() {
 
 /// Lets the client's connection in and answers on it, as a relay would.
 fn answer(world: &World) -> wimsey::flow::Flow {
-    let door = world.door();
+    let shard = world.shard();
     world.run(async {
-        let mut flow = door.accept_outbound().await.unwrap();
+        let mut flow = shard.accept_outbound().await.unwrap();
         flow.socket.write_all(b"answer").await.unwrap();
         // Closing it would be a reset, which may be there before the program has read.
         socket2::SockRef::from(&flow.socket).set_linger(None).unwrap();

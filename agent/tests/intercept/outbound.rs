@@ -57,8 +57,8 @@ fn an_application_bound_to_an_address_keeps_it() {
     assert_eq!(flow.dial_from(), Some("10.77.0.1:4567".parse().unwrap()));
     assert_eq!(client.line(), "connected to 10.77.0.2:80 from 10.77.0.1");
     // Its port is taken, by itself; its address is not.
-    let door = world.door();
-    let dialled = world.run(door.dialler().dial(SERVER.parse().unwrap(), flow.dial_from())).unwrap();
+    let shard = world.shard();
+    let dialled = world.run(shard.dialler().dial(SERVER.parse().unwrap(), flow.dial_from())).unwrap();
     assert_eq!(dialled.local_addr().unwrap().ip().to_string(), HERE);
     assert_eq!(server.accept().unwrap().1.ip().to_string(), HERE);
 }
@@ -189,8 +189,8 @@ fn the_guard_drops_what_did_not_come_through_the_connect_hook() {
     assert!(world.count(counter::GUARD_DROPPED) >= 1);
     assert_eq!(world.refusal().reason, REASON_GUARD);
     // The agent's own connection is let through, though it comes from the same process.
-    let door = world.door();
-    world.run(door.dialler().dial(SERVER.parse().unwrap(), None)).unwrap();
+    let shard = world.shard();
+    world.run(shard.dialler().dial(SERVER.parse().unwrap(), None)).unwrap();
 }
 
 #[test]

@@ -61,7 +61,7 @@ pub struct World {
     pub options: Options,
     netns: String,
     programs: Option<Programs>,
-    door: Option<std::rc::Rc<ShardListeners>>,
+    shard: Option<std::rc::Rc<ShardListeners>>,
     _run_dir: tempfile::TempDir,
 }
 
@@ -164,7 +164,7 @@ impl World {
             sizes: Vec::new(),
         };
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let mut world = Self { cgroup, runtime, options, netns: name, programs: None, door: None, _run_dir: run_dir };
+        let mut world = Self { cgroup, runtime, options, netns: name, programs: None, shard: None, _run_dir: run_dir };
         match world.try_start() {
             Ok(()) => Some(world),
             Err(Error::NoObject) => {
@@ -184,12 +184,12 @@ impl World {
         }
     }
 
-    /// Starts the agent's part: programs and the door of its one shard.
+    /// Starts the agent's part: programs and the listeners of its one shard.
     pub fn try_start(&mut self) -> Result<(), Error> {
         let mut programs = patiently(|| Programs::load(&self.options))?;
-        let doorway = programs.doorways().pop().unwrap();
+        let unbound = programs.take_listeners().pop().unwrap();
         let _inside = self.runtime.enter();
-        self.door = Some(doorway.open()?.into());
+        self.shard = Some(unbound.open()?.into());
         self.programs = Some(programs);
         Ok(())
     }
@@ -202,7 +202,7 @@ impl World {
     /// The agent dies: its descriptors are closed, nothing else happens.
     pub fn kill_agent(&mut self) {
         self.programs = None;
-        self.door = None;
+        self.shard = None;
         // Another test's thread may be starting a process, which has this one's listeners until it runs its program.
         std::thread::sleep(Duration::from_millis(100));
     }
@@ -211,8 +211,8 @@ impl World {
         self.programs.as_mut().unwrap()
     }
 
-    pub fn door(&self) -> std::rc::Rc<ShardListeners> {
-        self.door.clone().unwrap()
+    pub fn shard(&self) -> std::rc::Rc<ShardListeners> {
+        self.shard.clone().unwrap()
     }
 
     pub fn install(&mut self, facts: Facts) -> u32 {

@@ -391,7 +391,7 @@ mod tests {
     }
 
     #[test]
-    fn a_list_that_is_over_can_be_signed_anew_and_one_that_is_not_there_begun() {
+    fn a_list_that_has_expired_can_be_signed_anew_and_one_that_is_not_there_begun() {
         let (_scratch, dir) = made();
         assert_eq!(revoke(&dir, &Order::Refresh, DAY, now()).unwrap().list.revoked, 0);
         serial(&dir, "05", now());

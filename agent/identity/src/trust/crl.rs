@@ -306,14 +306,14 @@ impl List {
         if now < this_update {
             return Err(ListFault::NotYetValid { this_update: display_time(this_update), now: display_time(now) });
         }
-        if self.is_over(now) {
+        if self.is_expired(now) {
             return Err(ListFault::Expired { next_update: display_time(next_update), now: display_time(now) });
         }
         Ok(())
     }
 
     /// Must it have been replaced by then? Peers whose authority it is of are refused from that second on.
-    pub fn is_over(&self, now: SystemTime) -> bool {
+    pub fn is_expired(&self, now: SystemTime) -> bool {
         unix_time(now) >= unix_time(self.about.next_update)
     }
 

@@ -252,7 +252,7 @@ async fn a_reload_takes_a_new_list_and_keeps_the_old_one_where_the_new_one_is_br
     assert_eq!(bench.provider.reloaded(bench.settings.clone()).unwrap_err().code(), "crl-missing");
     assert_eq!(revoked(), Some(1));
     bench.at(3600);
-    assert!(bench.provider.status().lists.first().unwrap().over);
+    assert!(bench.provider.status().lists.first().unwrap().expired);
     std::fs::remove_file(&list).unwrap();
     bench.provider.reloaded(bench.settings.clone()).unwrap();
     assert_eq!(revoked(), None);

@@ -39,7 +39,7 @@ impl<L: RecordLayer> Transfer<L> {
         }
     }
 
-    /// Can the connection be used again, after this use of it has ended in this way?
+    /// Can the connection be used again, after this stream of it has ended in this way?
     pub(super) fn can_be_left(&self, reason: CloseReason) -> bool {
         let Some(exchange) = self.layer.exchange().filter(|_| !self.peer_eof) else { return false };
         match reason {
@@ -76,8 +76,8 @@ impl<L: RecordLayer> Transfer<L> {
         if !matches!(self.up, Half::Open | Half::Ended) || !matches!(self.flush_up(), Ok(true)) {
             return false;
         }
-        let said = self.layer.say(&self.network, ControlRecord::Alert(alert), &mut self.up_pending);
-        if !matches!(said, Ok(true)) || !matches!(self.flush_up(), Ok(true)) {
+        let sent = self.layer.send(&self.network, ControlRecord::Alert(alert), &mut self.up_pending);
+        if !matches!(sent, Ok(true)) || !matches!(self.flush_up(), Ok(true)) {
             return false;
         }
         socket::discard(&self.network);

@@ -66,8 +66,8 @@ impl<L: RecordLayer> Transfer<L> {
             return Ok(());
         }
         if self.up == Half::Open && self.layer.owes_key_update() {
-            let said = self.layer.say(&self.network, ControlRecord::KeyUpdate, &mut self.up_pending);
-            if !said.map_err(|fault| self.network_fault(fault))? || !self.flush_up()? {
+            let sent = self.layer.send(&self.network, ControlRecord::KeyUpdate, &mut self.up_pending);
+            if !sent.map_err(|fault| self.network_fault(fault))? || !self.flush_up()? {
                 wants.network_write = true;
                 return Ok(());
             }
@@ -88,8 +88,8 @@ impl<L: RecordLayer> Transfer<L> {
         }
         if self.up == Half::Ended {
             let end = if self.is_shared() { ControlRecord::Frame(FrameKind::End) } else { ControlRecord::CloseNotify };
-            let said = self.layer.say(&self.network, end, &mut self.up_pending);
-            if !said.map_err(|fault| self.network_fault(fault))? {
+            let sent = self.layer.send(&self.network, end, &mut self.up_pending);
+            if !sent.map_err(|fault| self.network_fault(fault))? {
                 wants.network_write = true;
                 return Ok(());
             }
@@ -197,7 +197,7 @@ impl<L: RecordLayer> Transfer<L> {
         } else if arrived.taken == self.down_batch.bytes() {
             self.down_batch.was_full();
         }
-        // A shared connection that ends in the middle of a use has cut it.
+        // A shared connection that ends in the middle of a stream has cut it.
         let then =
             if arrived.then == Then::End && self.is_shared() { Then::Fault(Fault::Truncated) } else { arrived.then };
         match then {

@@ -233,7 +233,7 @@ impl record_layer::RecordLayer for Stuck {
     fn write(&mut self, to: &TcpStream, bytes: &[u8]) -> std::io::Result<usize> {
         crate::relay::socket::write_unasked(to, bytes.len(), || Err(rustix::io::Errno::AGAIN))
     }
-    fn say(
+    fn send(
         &mut self,
         _: &TcpStream,
         _: record_layer::ControlRecord,

@@ -3,7 +3,7 @@
 use super::*;
 use crate::handshake::testing::terms;
 
-/// One side of a shared connection while a use of it runs. It comes to why that ended, and to what is left.
+/// One side of a shared connection while a stream of it runs. It comes to why that ended, and to what is left.
 struct Use {
     application: TcpStream,
     ended: JoinHandle<(CloseReason, Option<IdleSession>)>,
@@ -42,7 +42,7 @@ async fn sessions() -> crate::handshake::testing::Sessions {
     World::new().sessions_by(reuse).await
 }
 
-/// Both sides of a shared connection, in its first use.
+/// Both sides of a shared connection, in its first stream.
 async fn shared() -> (Use, Use) {
     let sessions = sessions().await;
     let (application, upstream) = program().await;
@@ -52,10 +52,10 @@ async fn shared() -> (Use, Use) {
 }
 
 async fn over(ended: JoinHandle<(CloseReason, Option<IdleSession>)>) -> (CloseReason, Option<IdleSession>) {
-    timeout(patience(20), ended).await.expect("the use ends").unwrap()
+    timeout(patience(20), ended).await.expect("the stream ends").unwrap()
 }
 
-/// Begins the next use on both sides.
+/// Begins the next stream on both sides.
 async fn again(client: IdleSession, server: IdleSession) -> (Use, Use) {
     again_with(client, server, &[]).await
 }
@@ -93,11 +93,11 @@ async fn talk(client: Use, server: Use, bytes: &[u8]) -> (IdleSession, IdleSessi
     };
     let both = async { tokio::join!(half(&mut client.application), half(&mut server.application)) };
     let (at_client, at_server) = timeout(patience(60), both).await.expect("in time");
-    assert!(at_client == bytes && at_server == bytes, "every byte of this use and of no other");
+    assert!(at_client == bytes && at_server == bytes, "every byte of this stream and of no other");
     let (client, server) = (client.end().await, server.end().await);
     assert_eq!((client.0, server.0), (CloseReason::Complete, CloseReason::Complete));
     let (client, server) = (client.1.expect("it can be used again"), server.1.expect("it can be used again"));
-    assert_eq!(client.uses(), server.uses());
+    assert_eq!(client.streams(), server.streams());
     (client, server)
 }
 
@@ -106,7 +106,7 @@ async fn one_connection_after_the_other_arrives_whole_and_apart() {
     let (mut client, mut server) = shared().await;
     for (number, length) in [64, 0, 1 << 20, 1, 300_000, 16384].into_iter().enumerate() {
         let (idle_client, idle_server) = talk(client, server, &noise(length, 7 + number as u64)).await;
-        assert_eq!(idle_client.uses() as usize, number + 1);
+        assert_eq!(idle_client.streams() as usize, number + 1);
         (client, server) = again(idle_client, idle_server).await;
     }
 }
@@ -120,7 +120,7 @@ async fn a_reset_on_either_side_is_passed_on_and_costs_the_connection_nothing() 
         let mut application = gone.application;
         application.write_all(b"some").await.unwrap();
         other.application.read_exact(&mut first).await.unwrap();
-        // What is on its way to the one that is gone must not turn up in the next use.
+        // What is on its way to the one that is gone must not turn up in the next stream.
         other.application.write_all(&noise(200_000, 3)).await.unwrap();
         application.set_zero_linger().unwrap();
         drop(application);
@@ -135,7 +135,7 @@ async fn a_reset_on_either_side_is_passed_on_and_costs_the_connection_nothing() 
 }
 
 #[tokio::test]
-async fn a_half_closed_use_goes_on_in_the_other_direction() {
+async fn a_half_closed_stream_goes_on_in_the_other_direction() {
     let (client, server) = shared().await;
     let (idle_client, idle_server) = talk(client, server, b"first").await;
     let (mut client, mut server) = again(idle_client, idle_server).await;
@@ -173,7 +173,7 @@ async fn an_idle_connection_that_the_peer_closes_begins_nothing_and_loses_nothin
 }
 
 #[tokio::test]
-async fn first_bytes_go_with_the_word_that_begins_a_use() {
+async fn first_bytes_go_with_the_frame_that_begins_a_stream() {
     let (mut client, mut server) = shared().await;
     for length in [1, 64, 16_384] {
         let (idle_client, idle_server) = talk(client, server, b"before").await;
@@ -187,7 +187,7 @@ async fn first_bytes_go_with_the_word_that_begins_a_use() {
 }
 
 #[tokio::test]
-async fn bytes_that_did_not_go_with_the_word_are_the_first_of_the_use() {
+async fn bytes_that_did_not_go_with_the_frame_are_the_first_of_the_stream() {
     let (client, server) = shared().await;
     let (mut client, mut server) = talk(client, server, b"before").await;
     let (begun, server) = tokio::join!(client.begin(&[]), async {
@@ -210,14 +210,14 @@ async fn bytes_that_did_not_go_with_the_word_are_the_first_of_the_use() {
     over(ended).await;
 }
 
-/// A relay as the client of a shared connection between two uses, and a server that says what it wants.
+/// A relay as the client of a shared connection between two streams, and a server that says what it wants.
 async fn against_server() -> (IdleSession, Peer) {
     let sessions = sessions().await;
     let mut relay = Use::first(sessions.client_application, arm(sessions.client, engine()).unwrap());
     let mut peer = Peer::server(sessions.server).await;
     relay.application.shutdown().await.unwrap();
-    assert_eq!(peer.receive().await, Some((WORD, vec![3, 0, 0, 0, 1])));
-    peer.send(WORD, &[3, 0, 0, 0, 1]).await;
+    assert_eq!(peer.receive().await, Some((FRAME, vec![3, 0, 0, 0, 1])));
+    peer.send(FRAME, &[3, 0, 0, 0, 1]).await;
     (relay.end().await.1.expect("it can be used again"), peer)
 }
 
@@ -225,21 +225,21 @@ async fn against_server() -> (IdleSession, Peer) {
 async fn only_a_sealed_end_says_that_the_first_bytes_went_nowhere() {
     type Records = &'static [(u8, &'static [u8])];
     let said: &[(&str, Records, Option<bool>)] = &[
-        ("ready", &[(WORD, &[2, 0, 0, 0, 2])], None),
-        ("ready after an empty record", &[(23, &[]), (WORD, &[2, 0, 0, 0, 2])], Some(true)),
+        ("ready", &[(FRAME, &[2, 0, 0, 0, 2])], None),
+        ("ready after an empty record", &[(23, &[]), (FRAME, &[2, 0, 0, 0, 2])], Some(true)),
         ("close_notify", &[(21, &[1, 0])], Some(false)),
         ("internal_error", &[(21, &[2, 80])], Some(false)),
         ("nothing", &[], Some(true)),
         ("data", &[(23, b"an answer")], Some(true)),
-        ("ready for another use", &[(WORD, &[2, 0, 0, 0, 3])], Some(true)),
-        ("end", &[(WORD, &[3, 0, 0, 0, 2])], Some(true)),
-        ("a broken word", &[(WORD, &[2])], Some(true)),
+        ("ready for another stream", &[(FRAME, &[2, 0, 0, 0, 3])], Some(true)),
+        ("end", &[(FRAME, &[3, 0, 0, 0, 2])], Some(true)),
+        ("a broken frame", &[(FRAME, &[2])], Some(true)),
     ];
     for (what, records, lost) in said {
         for early in [&b""[..], b"GET / HTTP/1.1"] {
             let (mut client, mut peer) = against_server().await;
             let serve = async {
-                assert_eq!(peer.receive().await, Some((WORD, vec![1, 0, 0, 0, 2])), "{what}");
+                assert_eq!(peer.receive().await, Some((FRAME, vec![1, 0, 0, 0, 2])), "{what}");
                 if !early.is_empty() {
                     assert_eq!(peer.receive().await, Some((23, early.to_vec())), "{what}");
                 }
@@ -258,7 +258,7 @@ async fn only_a_sealed_end_says_that_the_first_bytes_went_nowhere() {
 }
 
 #[tokio::test]
-async fn the_server_knows_of_first_bytes_that_came_with_the_word() {
+async fn the_server_knows_of_first_bytes_that_came_with_the_frame() {
     for early in [&b""[..], b"GET / HTTP/1.1"] {
         let (client, server) = shared().await;
         let (mut client, mut server) = talk(client, server, b"bytes").await;
@@ -279,7 +279,7 @@ async fn the_server_knows_of_first_bytes_that_came_with_the_word() {
 }
 
 #[tokio::test]
-async fn a_use_that_the_server_refuses_leaves_the_first_bytes_with_the_client() {
+async fn a_stream_that_the_server_refuses_leaves_the_first_bytes_with_the_client() {
     let (client, server) = shared().await;
     let (mut client, mut server) = talk(client, server, b"bytes").await;
     let refuse = async {
@@ -308,18 +308,18 @@ async fn against_client() -> (Use, Peer) {
     (relay, Peer::client(sessions.client))
 }
 
-const WORD: u8 = 0xb7;
+const FRAME: u8 = 0xb7;
 
 #[tokio::test]
-async fn words_and_data_out_of_turn_reset_the_program() {
+async fn frames_and_data_out_of_turn_reset_the_program() {
     let violations: &[&[(u8, &[u8])]] = &[
-        &[(WORD, &[1, 0, 0, 0, 2])],
-        &[(WORD, &[2, 0, 0, 0, 1])],
-        &[(WORD, &[3, 0, 0, 0, 2])],
-        &[(WORD, &[3, 0, 0, 0])],
-        &[(WORD, &[9, 0, 0, 0, 1])],
-        &[(WORD, &[])],
-        // The end of everything, without the end of this use: somebody may have cut it.
+        &[(FRAME, &[1, 0, 0, 0, 2])],
+        &[(FRAME, &[2, 0, 0, 0, 1])],
+        &[(FRAME, &[3, 0, 0, 0, 2])],
+        &[(FRAME, &[3, 0, 0, 0])],
+        &[(FRAME, &[9, 0, 0, 0, 1])],
+        &[(FRAME, &[])],
+        // The end of everything, without the end of this stream: somebody may have cut it.
         &[(21, &[1, 0])],
     ];
     for said in violations {
@@ -338,22 +338,22 @@ async fn words_and_data_out_of_turn_reset_the_program() {
 }
 
 #[tokio::test]
-async fn between_two_uses_nothing_but_the_next_word_is_taken() {
+async fn between_two_streams_nothing_but_the_next_frame_is_taken() {
     let said: &[(u8, &[u8])] = &[
-        (23, b"data that belongs to no use"),
-        (WORD, &[1, 0, 0, 0, 3]),
-        (WORD, &[1, 0, 0, 0, 1]),
-        (WORD, &[3, 0, 0, 0, 1]),
-        (WORD, &[2, 0, 0, 0, 2]),
+        (23, b"data that belongs to no stream"),
+        (FRAME, &[1, 0, 0, 0, 3]),
+        (FRAME, &[1, 0, 0, 0, 1]),
+        (FRAME, &[3, 0, 0, 0, 1]),
+        (FRAME, &[2, 0, 0, 0, 2]),
         (21, &[1, 0]),
         (21, &[2, 80]),
     ];
     for (content_type, body) in said {
         let (mut relay, mut peer) = against_client().await;
-        peer.send(WORD, &[3, 0, 0, 0, 1]).await;
+        peer.send(FRAME, &[3, 0, 0, 0, 1]).await;
         relay.application.shutdown().await.unwrap();
         assert!(read_to_end(&mut relay.application).await.is_empty());
-        assert_eq!(peer.receive().await, Some((WORD, vec![3, 0, 0, 0, 1])));
+        assert_eq!(peer.receive().await, Some((FRAME, vec![3, 0, 0, 0, 1])));
         let mut idle = relay.end().await.1.expect("it can be used again");
         peer.send(*content_type, body).await;
         let next = timeout(patience(10), idle.next()).await.expect("it is noticed");
@@ -365,26 +365,26 @@ async fn between_two_uses_nothing_but_the_next_word_is_taken() {
 async fn a_client_that_says_end_and_begin_in_one_breath_is_heard() {
     let (mut relay, mut peer) = against_client().await;
     relay.application.shutdown().await.unwrap();
-    assert_eq!(peer.receive().await, Some((WORD, vec![3, 0, 0, 0, 1])));
+    assert_eq!(peer.receive().await, Some((FRAME, vec![3, 0, 0, 0, 1])));
     let mut breath = peer.seal(23, b"last");
-    breath.extend(peer.seal(WORD, &[3, 0, 0, 0, 1]));
-    breath.extend(peer.seal(WORD, &[1, 0, 0, 0, 2]));
+    breath.extend(peer.seal(FRAME, &[3, 0, 0, 0, 1]));
+    breath.extend(peer.seal(FRAME, &[1, 0, 0, 0, 2]));
     peer.socket.write_all(&breath).await.unwrap();
     assert_eq!(read_to_end(&mut relay.application).await, b"last");
     let mut idle = relay.end().await.1.expect("it can be used again");
-    timeout(patience(10), idle.next()).await.expect("the word is not lost").unwrap();
-    assert_eq!(idle.uses(), 2);
+    timeout(patience(10), idle.next()).await.expect("the frame is not lost").unwrap();
+    assert_eq!(idle.streams(), 2);
 }
 
 #[tokio::test]
-async fn data_before_the_server_is_ready_belongs_to_that_use() {
+async fn data_before_the_server_is_ready_belongs_to_that_stream() {
     let (mut relay, mut peer) = against_client().await;
     relay.application.shutdown().await.unwrap();
-    peer.send(WORD, &[3, 0, 0, 0, 1]).await;
+    peer.send(FRAME, &[3, 0, 0, 0, 1]).await;
     assert!(read_to_end(&mut relay.application).await.is_empty());
-    assert_eq!(peer.receive().await, Some((WORD, vec![3, 0, 0, 0, 1])));
+    assert_eq!(peer.receive().await, Some((FRAME, vec![3, 0, 0, 0, 1])));
     let mut idle = relay.end().await.1.expect("it can be used again");
-    let mut early = peer.seal(WORD, &[1, 0, 0, 0, 2]);
+    let mut early = peer.seal(FRAME, &[1, 0, 0, 0, 2]);
     early.extend(peer.seal(23, b"GET /secret"));
     peer.socket.write_all(&early).await.unwrap();
     let begun = timeout(patience(10), idle.next()).await.unwrap();
@@ -393,23 +393,23 @@ async fn data_before_the_server_is_ready_belongs_to_that_use() {
     let mut bytes = [0; 11];
     timeout(patience(10), relay.application.read_exact(&mut bytes)).await.expect("in time").unwrap();
     assert_eq!(&bytes, b"GET /secret");
-    assert_eq!(peer.receive().await, Some((WORD, vec![2, 0, 0, 0, 2])));
+    assert_eq!(peer.receive().await, Some((FRAME, vec![2, 0, 0, 0, 2])));
 }
 
 #[tokio::test]
-async fn a_peer_that_never_ends_an_aborted_use_is_given_up() {
+async fn a_peer_that_never_ends_an_aborted_stream_is_given_up() {
     let (relay, mut peer) = against_client().await;
     relay.application.set_zero_linger().unwrap();
     drop(relay.application);
-    assert_eq!(peer.receive().await, Some((WORD, vec![4, 0, 0, 0, 1])));
+    assert_eq!(peer.receive().await, Some((FRAME, vec![4, 0, 0, 0, 1])));
     peer.send(23, &[7; 1000]).await;
     assert!(over(relay.ended).await.1.is_none());
 }
 
-/// A random peer with a valid certificate: any number of uses of any content, in any pieces, with fresh keys in between,
+/// A random peer with a valid certificate: any number of streams of any content, in any pieces, with fresh keys in between,
 /// and then mostly something that it must not say. `WIMSEY_FUZZ` is how many such peers are tried, 60 if not said.
 #[tokio::test]
-async fn whatever_a_peer_says_each_use_hears_its_own_bytes_or_is_reset() {
+async fn whatever_a_peer_sends_each_stream_receives_its_own_bytes_or_is_reset() {
     let peers = std::env::var("WIMSEY_FUZZ").ok().and_then(|text| text.parse().ok()).unwrap_or(60 / slowness().min(12));
     for seed in 1..=u64::from(peers) {
         let (relay, peer) = against_client().await;
@@ -450,23 +450,23 @@ async fn random_peer(mut relay: Use, mut peer: Peer, mut dice: Dice) {
                 }
             }
         }
-        let word = |word: u8, number: u32| [&[word][..], &number.to_be_bytes()].concat();
+        let frame = |kind: u8, number: u32| [&[kind][..], &number.to_be_bytes()].concat();
         let last = match dice.below(12) {
-            0 => Some((WORD, word(4, number))),
-            1 => Some((WORD, word(1, number + 1))),
-            2 => Some((WORD, word(dice.below(256) as u8, dice.below(4) as u32))),
-            3 => Some((WORD, noise(dice.below(9) as usize, dice.0 | 1))),
+            0 => Some((FRAME, frame(4, number))),
+            1 => Some((FRAME, frame(1, number + 1))),
+            2 => Some((FRAME, frame(dice.below(256) as u8, dice.below(4) as u32))),
+            3 => Some((FRAME, noise(dice.below(9) as usize, dice.0 | 1))),
             4 => Some((dice.below(256) as u8, noise(dice.below(300) as usize, dice.0 | 1))),
             5 => Some((21, vec![1, 0])),
             6 => None,
-            _ => Some((WORD, word(3, number))),
+            _ => Some((FRAME, frame(3, number))),
         };
-        let in_order = last == Some((WORD, word(3, number)));
+        let in_order = last == Some((FRAME, frame(3, number)));
         match &last {
             Some((content_type, body)) => wire.extend(peer.seal(*content_type, body)),
             None => wire.extend(noise(1 + dice.below(40) as usize, dice.0 | 1)),
         }
-        // In pieces, so that a record and a word end anywhere.
+        // In pieces, so that a record and a frame end anywhere.
         let Peer { socket, .. } = &mut peer;
         let (mut reader, mut writer) = socket.split();
         let send = async {
@@ -497,16 +497,16 @@ async fn random_peer(mut relay: Use, mut peer: Peer, mut dice: Dice) {
         };
         let (_, (heard, ended_well), _) = tokio::join!(send, hear, swallow);
         let (closed, left) = over(ended).await;
-        assert!(data.starts_with(&heard), "use {number}: bytes that are not its own");
+        assert!(data.starts_with(&heard), "stream {number}: bytes that are not its own");
         if !in_order {
-            // An alert or a word may be one that is allowed here; then what follows is a cut.
-            assert!(!ended_well, "use {number}: {last:?} looked like an end ({closed})");
+            // An alert or a frame may be one that is allowed here; then what follows is a cut.
+            assert!(!ended_well, "stream {number}: {last:?} looked like an end ({closed})");
             return;
         }
-        assert!(ended_well && heard == data && closed == CloseReason::Complete, "use {number}: {closed}");
-        assert_eq!(peer.receive().await, Some((WORD, word(3, number))));
+        assert!(ended_well && heard == data && closed == CloseReason::Complete, "stream {number}: {closed}");
+        assert_eq!(peer.receive().await, Some((FRAME, frame(3, number))));
         let mut idle = left.expect("it can be used again");
-        let mut breath = peer.seal(WORD, &word(1, number + 1));
+        let mut breath = peer.seal(FRAME, &frame(1, number + 1));
         if dice.below(2) == 0 {
             early = noise([1, 600, 16_384][dice.below(3) as usize], dice.0 | 1);
             breath.extend(peer.seal(23, &early));
@@ -514,6 +514,6 @@ async fn random_peer(mut relay: Use, mut peer: Peer, mut dice: Dice) {
         peer.socket.write_all(&breath).await.unwrap();
         idle.next().await.unwrap();
         relay = ready(idle).await;
-        assert_eq!(peer.receive().await, Some((WORD, word(2, number + 1))));
+        assert_eq!(peer.receive().await, Some((FRAME, frame(2, number + 1))));
     }
 }

@@ -481,7 +481,7 @@ fn a_connection_is_known_by_its_whole_path_when_a_list_comes_later() {
 }
 
 #[test]
-fn with_a_list_that_is_over_no_peer_of_its_authority_is_let_in() {
+fn with_a_list_that_has_expired_no_peer_of_its_authority_is_let_in() {
     // R39
     let ca = TestCa::new("example.org");
     let trust = ca.trust_but("example.org", &[&[5]]);

@@ -19,7 +19,7 @@ const PATIENCE: Duration = Duration::from_millis(200);
 
 /// A table and the room in it.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Room {
+pub struct TableUsage {
     /// Name of the map.
     pub name: String,
     /// Rows that it has; at least so many where `counted` is false.
@@ -32,11 +32,11 @@ pub struct Room {
 
 /// The tables of one network namespace, opened: an agent in its sandbox opens none.
 #[derive(Debug)]
-pub struct Rooms {
+pub struct PinnedTables {
     tables: Vec<(String, Rows)>,
 }
 
-impl Rooms {
+impl PinnedTables {
     /// What is pinned for this thread's network namespace. `None` where no agent is and none has been.
     pub fn here() -> Result<Option<Self>, Error> {
         match host::hosts_pins(host::netns()?.1)? {
@@ -66,12 +66,12 @@ impl Rooms {
     }
 
     /// How full each is.
-    pub fn count(&self) -> Result<Vec<Room>, Error> {
+    pub fn count(&self) -> Result<Vec<TableUsage>, Error> {
         let until = Instant::now() + PATIENCE;
         let room = |(name, rows): &(String, Rows)| {
             let counting = || format!("counting the rows of {name}");
             let (used, counted) = rows.count(|| Instant::now() < until).during(counting)?;
-            Ok(Room { name: name.clone(), used, size: rows.info.max_entries(), counted })
+            Ok(TableUsage { name: name.clone(), used, size: rows.info.max_entries(), counted })
         };
         self.tables.iter().map(room).collect()
     }
