@@ -1,11 +1,11 @@
-//! Whose handshake is next? At most so many are under way, the others wait, and neither the turns nor the room to wait can
+//! Whose handshake is next? At most so many are under way, the others wait, and neither the slots nor the room to wait can
 //! be had by one tenant alone.
 //!
 //! A tenant is a local workload that dials, or whoever dials one from this host or a network: who the peer is, its handshake
-//! has yet to show. Parties are within parties: users of this host, networks of a wider one. `Queue` decides, without clock
+//! has yet to show. Tenants are within tenants: users of this host, networks of a wider one. `Queue` decides, without clock
 //! or waiting; this is how the tasks of all shards ask it.
 //!
-//! *Invariant:* a turn is given back by a drop, also where whoever waited for it went away at that very moment.
+//! *Invariant:* a slot is given back by a drop, also where whoever waited for it went away at that very moment.
 
 mod queue;
 
@@ -68,7 +68,7 @@ impl fmt::Display for Tenant {
     }
 }
 
-/// Why there is no turn.
+/// Why there is no slot.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Error {
     /// There is no room to wait, and nobody takes more of it than this tenant.
@@ -83,7 +83,7 @@ pub enum Error {
     },
     /// The time for the handshake was over before it could begin.
     #[error(
-        "no turn came within [timeouts] handshake: {own} handshakes of {tenant} wait, and [limits] handshakes are under way"
+        "no slot came within [timeouts] handshake: {own} handshakes of {tenant} wait, and [limits] handshakes are under way"
     )]
     Late {
         /// Whose handshake it is.
@@ -109,28 +109,28 @@ impl Refusal for Error {
     }
 }
 
-/// The turns of all shards.
+/// The slots of all shards.
 #[derive(Debug)]
 pub struct HandshakeSlots {
-    queue: Mutex<Queue<Step, oneshot::Sender<Result<Turn, Error>>>>,
+    queue: Mutex<Queue<Step, oneshot::Sender<Result<Slot, Error>>>>,
     room: usize,
 }
 
 impl HandshakeSlots {
     /// So many handshakes may be under way, and so many more may wait.
-    pub fn new(turns: usize, room: usize) -> Arc<Self> {
-        Arc::new(Self { queue: Mutex::new(Queue::new(turns, room)), room })
+    pub fn new(slots: usize, room: usize) -> Arc<Self> {
+        Arc::new(Self { queue: Mutex::new(Queue::new(slots, room)), room })
     }
 
-    /// Waits for a turn until the deadline. Cancel safe: who goes away leaves the line.
-    pub async fn take(self: &Arc<Self>, tenant: Tenant, deadline: Instant) -> Result<Turn, Error> {
+    /// Waits for a slot until the deadline. Cancel safe: who goes away leaves the queue.
+    pub async fn take(self: &Arc<Self>, tenant: Tenant, deadline: Instant) -> Result<Slot, Error> {
         let (tell, told) = oneshot::channel();
         let (ticket, refused) = match self.queue().ask(&tenant.0, tell) {
-            Answer::Now => return Ok(self.turn(tenant)),
+            Answer::Now => return Ok(self.slot(tenant)),
             Answer::Wait { ticket, refused } => (ticket, refused),
             Answer::Full { own } => return Err(Error::Full { tenant, all: self.room, own }),
         };
-        let waiter = Waiter { turns: self, tenant: &tenant, ticket };
+        let waiter = Waiter { slots: self, tenant: &tenant, ticket };
         if let Some((tenant, tell, own)) = refused {
             // Whoever is not there any more has nothing to be told.
             _ = tell.send(Err(Error::Full { tenant: Tenant(tenant), all: self.room, own }));
@@ -149,44 +149,44 @@ impl HandshakeSlots {
         self.queue().waiting()
     }
 
-    fn turn(self: &Arc<Self>, tenant: Tenant) -> Turn {
-        Turn { turns: self.clone(), tenant }
+    fn slot(self: &Arc<Self>, tenant: Tenant) -> Slot {
+        Slot { slots: self.clone(), tenant }
     }
 
-    fn queue(&self) -> MutexGuard<'_, Queue<Step, oneshot::Sender<Result<Turn, Error>>>> {
+    fn queue(&self) -> MutexGuard<'_, Queue<Step, oneshot::Sender<Result<Slot, Error>>>> {
         lock(&self.queue)
     }
 }
 
-/// Somebody in the line, until this is dropped.
+/// Somebody in the queue, until this is dropped.
 struct Waiter<'a> {
-    turns: &'a HandshakeSlots,
+    slots: &'a HandshakeSlots,
     tenant: &'a Tenant,
     ticket: Entry,
 }
 
 impl Drop for Waiter<'_> {
     fn drop(&mut self) {
-        // Where the turn has come already, or was refused, there is nobody in the line any more.
-        let gone = self.turns.queue().leave(&self.tenant.0, self.ticket);
+        // Where the slot has come already, or was refused, there is nobody in the queue any more.
+        let gone = self.slots.queue().leave(&self.tenant.0, self.ticket);
         drop(gone);
     }
 }
 
 /// A handshake that may be under way, until this is dropped.
 #[derive(Debug)]
-pub struct Turn {
-    turns: Arc<HandshakeSlots>,
+pub struct Slot {
+    slots: Arc<HandshakeSlots>,
     tenant: Tenant,
 }
 
-impl Drop for Turn {
+impl Drop for Slot {
     fn drop(&mut self) {
-        let next = self.turns.queue().done(&self.tenant.0);
+        let next = self.slots.queue().done(&self.tenant.0);
         for (tenant, tell) in next {
-            // Whoever went away at this very moment gives the turn back, by the drop of what cannot be sent: once for each
+            // Whoever went away at this very moment gives the slot back, by the drop of what cannot be sent: once for each
             // thread at most, since between the two halves of its leaving nothing waits.
-            _ = tell.send(Ok(self.turns.turn(Tenant(tenant))));
+            _ = tell.send(Ok(self.slots.slot(Tenant(tenant))));
         }
     }
 }

@@ -109,7 +109,7 @@ enum CaVerb {
         /// Revoke nothing more, but sign the list anew so that it is good for longer
         #[arg(long, group = "order")]
         refresh: bool,
-        /// How long the list is good; when it is over, peers are refused until it is signed anew
+        /// How long the list is good; when it has expired, peers are refused until it is signed anew
         #[arg(long, default_value = "30d")]
         next_update: String,
     },

@@ -37,11 +37,11 @@ pub enum Unfit {
     /// Its authority has left the trust bundle since.
     #[error("the authority of {0} has left the trust bundle")]
     Untrusted(SpiffeId),
-    /// Its certificate is over.
+    /// Its certificate has expired.
     #[error("the certificate of {0} expired at {1}")]
     Expired(SpiffeId, String),
-    /// The connection was made for another workload of this host, or under a credential that is over.
-    #[error("the connection belongs to {0}, or that credential is over")]
+    /// The connection was made for another workload of this host, or under a credential that has expired.
+    #[error("the connection belongs to {0}, or that credential has expired")]
     NotOurs(SpiffeId),
     /// The peer did not answer in time.
     #[error("the peer did not say in time that its workload has accepted")]

@@ -100,7 +100,7 @@ impl Refusal for NotReloaded {
 /// Why there is no credential.
 #[derive(Clone, Debug, thiserror::Error)]
 pub enum ProviderError {
-    /// None could be had, and the last one, if any, is over.
+    /// None could be had, and the last one, if any, has expired.
     #[error("no credential for {id}: {why}")]
     Unavailable {
         /// For whom.

@@ -71,7 +71,7 @@ fn refusal(event: &Event, policy: &Policy) -> Record {
         REASON_NEVER_ARRIVED => (
             Culprit::Host,
             "never-arrived",
-            "the connection was turned to the agent and never stood: the program gave it up, or loopback did not carry it",
+            "the connection was redirected to the agent and never stood: the program gave it up, or loopback did not carry it",
         ),
         REASON_PROTOCOL => (
             Culprit::Policy,
@@ -87,8 +87,8 @@ fn refusal(event: &Event, policy: &Policy) -> Record {
         REASON_DIRECT => (
             Culprit::Host,
             "dialled-the-agent",
-            "somebody on this host dialled a listener of the agent itself: dial the destination, and the connection is turned \
-             to it by itself",
+            "somebody on this host dialled a listener of the agent itself: dial the destination, and the connection is \
+             redirected to it by itself",
         ),
         _ => (
             Culprit::Ourselves,

@@ -35,7 +35,7 @@ impl Prepared {
     }
 
     /// Puts it in force. `install` brings the policy into the kernel's tables, all of it or nothing; it goes first, since it
-    /// alone can fail, and what the kernel turns to the agent meanwhile, and the policy before does not know, is refused.
+    /// alone can fail, and what the kernel redirects to the agent meanwhile, and the policy before does not know, is refused.
     pub fn put_in_force<E>(
         self,
         install: impl FnOnce(Arc<Policy>) -> Result<u32, E>,

@@ -29,7 +29,7 @@ pub async fn looks_like_tls(socket: &TcpStream, wait: Duration) -> io::Result<bo
 
 /// Waits until the peer has said anything, or ended. False: it was silent until the deadline.
 ///
-/// The socket itself is asked: readiness alone may be told without a byte being there, and a turn that is given to a silent
+/// The socket itself is asked: readiness alone may be told without a byte being there, and a slot that is given to a silent
 /// peer is missed by one whose own agent waits for this one.
 pub async fn received_any(socket: &TcpStream, deadline: Instant) -> bool {
     let first =

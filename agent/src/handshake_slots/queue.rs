@@ -1,9 +1,9 @@
 //! The decisions: who goes now, who waits, who is next, and who has to go when there is no more room.
 //!
-//! Next is who has the fewest turns, and among those with as few, who was served longest ago: round robin. A tenant gets a
-//! turn only while more are free than it has. So one alone has at most half of them, two have a third each, and there is
+//! Next is who has the fewest slots, and among those with as few, who was served longest ago: round robin. A tenant gets a
+//! slot only while more are free than it has. So one alone has at most half of them, two have a third each, and there is
 //! always one left for whoever comes next, however long those that are under way may take. Parties may be within a tenant:
-//! which of them is next is decided in the same way, and of the turns that theirs may have one takes what it needs until an
+//! which of them is next is decided in the same way, and of the slots that theirs may have one takes what it needs until an
 //! eighth is left, as with places ([`admits`]).
 //! *Invariant:* nobody waits who could go; no line is longer than it has to be for want of others.
 
@@ -51,13 +51,13 @@ struct Node<K, W> {
     /// Those of the tenant itself, where none are within it.
     waiters: BTreeMap<Entry, W>,
     within: BTreeMap<K, Node<K, W>>,
-    /// Those within of whom somebody waits, the next one first: turns they have, when they were served.
+    /// Those within of whom somebody waits, the next one first: slots they have, when they were served.
     next: BTreeSet<(usize, u64, K)>,
     /// The same, the longest line last.
     longest: BTreeSet<(usize, K)>,
 }
 
-/// The turns that may be given: those of the queue, or within a tenant.
+/// The slots that may be given: those of the queue, or within a tenant.
 #[derive(Clone, Copy)]
 enum Left {
     /// So many are left.
@@ -67,7 +67,7 @@ enum Left {
 }
 
 impl Left {
-    /// May a tenant with so many turns get another?
+    /// May a tenant with so many slots get another?
     fn admits(self, has: usize) -> bool {
         match self {
             Self::All { free } => has < free,
@@ -75,7 +75,7 @@ impl Left {
         }
     }
 
-    /// What is left within a tenant with so many turns.
+    /// What is left within a tenant with so many slots.
     fn within(self, has: usize) -> Self {
         let (free, of) = match self {
             // What it could take one by one while more are free than it has.
@@ -91,11 +91,11 @@ impl Left {
 }
 
 impl<K: Ord + Clone, W> Queue<K, W> {
-    pub(super) fn new(turns: usize, room: usize) -> Self {
-        Self { free: turns, room, clock: 0, all: Node::new(0) }
+    pub(super) fn new(slots: usize, room: usize) -> Self {
+        Self { free: slots, room, clock: 0, all: Node::new(0) }
     }
 
-    /// Asks for a turn.
+    /// Asks for a slot.
     pub(super) fn ask(&mut self, path: &[K], tell: W) -> Answer<K, W> {
         if self.all.admits(path, Left::All { free: self.free }) {
             self.serve(path);
@@ -115,7 +115,7 @@ impl<K: Ord + Clone, W> Queue<K, W> {
         Answer::Wait { ticket, refused }
     }
 
-    /// A turn of this tenant is over. Who has one now that waited: mostly one at most.
+    /// A slot of this tenant is over. Who has one now that waited: mostly one at most.
     pub(super) fn done(&mut self, path: &[K]) -> Vec<(Path<K>, W)> {
         self.free += 1;
         self.change(path, |node, _| node.has = node.has.saturating_sub(1), |_| ());
@@ -182,7 +182,7 @@ impl<K: Ord + Clone, W> Node<K, W> {
         path.iter().try_fold(self, |node, key| node.within.get(key))
     }
 
-    /// May this tenant get a turn at every step?
+    /// May this tenant get a slot at every step?
     fn admits(&self, path: &[K], left: Left) -> bool {
         let Some((key, rest)) = path.split_first() else { return true };
         match self.within.get(key) {
@@ -235,7 +235,7 @@ impl<K: Ord + Clone, W> Node<K, W> {
         }
     }
 
-    /// Changes the parties on a path, and what is known about them. One without turns and waiters is forgotten.
+    /// Changes the tenants on a path, and what is known about them. One without slots and waiters is forgotten.
     fn change<T>(
         &mut self,
         path: &[K],
@@ -268,20 +268,20 @@ impl<K: Ord + Clone + std::fmt::Debug, W> Queue<K, W> {
     }
 
     /// What must hold at any time.
-    pub(super) fn check(&self, turns: usize) {
+    pub(super) fn check(&self, slots: usize) {
         let (has, waiting) = self.all.check();
-        assert_eq!((has + self.free, waiting), (turns, self.all.waiting), "a turn or a waiter is lost");
+        assert_eq!((has + self.free, waiting), (slots, self.all.waiting), "a slot or a waiter is lost");
         assert!(waiting <= self.room, "more wait than there is room for");
         assert!(!self.all.next(Left::All { free: self.free }, &mut Vec::new()), "somebody waits who could go");
         // Whoever has nothing, of whom nobody has anything, could go while any is free.
         let idle = self.all.within.values().any(|node| node.has == 0);
-        assert!(!idle || self.free == 0, "a tenant without a turn waits while turns are free");
+        assert!(!idle || self.free == 0, "a tenant without a slot waits while slots are free");
     }
 }
 
 #[cfg(test)]
 impl<K: Ord + Clone + std::fmt::Debug, W> Node<K, W> {
-    /// The turns and the waiters within.
+    /// The slots and the waiters within.
     fn check(&self) -> (usize, usize) {
         let mut sum = (0, self.waiters.len());
         for node in self.within.values() {

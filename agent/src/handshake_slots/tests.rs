@@ -21,7 +21,7 @@ fn soon() -> Instant {
 fn a_crowd_does_not_make_others_wait() {
     let mut queue = Queue::new(8, 100);
     let mut ask = |tenant: &'static str, number: u32| queue.ask(&[tenant], number);
-    // One tenant has half of the turns at most: the others are for whoever comes.
+    // One tenant has half of the slots at most: the others are for whoever comes.
     for number in 0..4 {
         assert_eq!(ask("crowd", number), Answer::Now);
     }
@@ -97,9 +97,9 @@ fn path(tenant: u8) -> Box<[u8]> {
 proptest! {
     #[test]
     fn turns_and_waiters_are_never_lost_nor_more_than_there_may_be(
-        turns in 1_usize..40, room in 0_usize..12, deeds in prop::collection::vec(deed(), 1..300),
+        slots in 1_usize..40, room in 0_usize..12, deeds in prop::collection::vec(deed(), 1..300),
     ) {
-        let mut queue = Queue::new(turns, room);
+        let mut queue = Queue::new(slots, room);
         let mut has: Vec<Box<[u8]>> = Vec::new();
         let mut waits: BTreeMap<u32, (Box<[u8]>, Entry)> = BTreeMap::new();
         // How many wait within the first steps of a tenant.
@@ -149,15 +149,15 @@ proptest! {
                 }
                 Deed::Done(_) | Deed::Leave(_) => {}
             }
-            queue.check(turns);
-            prop_assert_eq!(turns - queue.free(), has.len());
+            queue.check(slots);
+            prop_assert_eq!(slots - queue.free(), has.len());
             prop_assert_eq!(queue.waiting(), waits.len());
         }
         // Whoever waits is served in the end.
         while let Some(tenant) = has.pop() {
             has.extend(queue.done(&tenant).into_iter().map(|(next, number)| { waits.remove(&number); next }));
         }
-        prop_assert_eq!((queue.free(), queue.waiting(), waits.len()), (turns, 0, 0));
+        prop_assert_eq!((queue.free(), queue.waiting(), waits.len()), (slots, 0, 0));
     }
 }
 
@@ -176,7 +176,7 @@ fn many_within_a_party_are_one_and_leave_each_other_something() {
         }
     }
     assert_eq!((first, first + site), (112, 128));
-    // The lines of that site are long, and others have turns, and room.
+    // The lines of that site are long, and others have slots, and room.
     assert_eq!(queue.waiting(), 100);
     assert_eq!(queue.ask(&["other", "one"], ()), Answer::Now);
     for _ in 0..300 {
@@ -186,32 +186,32 @@ fn many_within_a_party_are_one_and_leave_each_other_something() {
 }
 
 #[tokio::test]
-async fn a_turn_passes_on_when_it_is_over() {
-    let turns = HandshakeSlots::new(1, 10);
-    let first = turns.take(workload("curl"), soon()).await.unwrap();
-    let waiting = turns.take(workload("web"), soon());
+async fn a_slot_passes_on_when_it_is_given_back() {
+    let slots = HandshakeSlots::new(1, 10);
+    let first = slots.take(workload("curl"), soon()).await.unwrap();
+    let waiting = slots.take(workload("web"), soon());
     tokio::pin!(waiting);
     assert!(tokio::time::timeout(Duration::from_millis(20), &mut waiting).await.is_err());
-    assert_eq!(turns.waiting(), 1);
+    assert_eq!(slots.waiting(), 1);
     drop(first);
     let second = waiting.await.unwrap();
-    assert_eq!((second.tenant.clone(), turns.waiting()), (workload("web"), 0));
+    assert_eq!((second.tenant.clone(), slots.waiting()), (workload("web"), 0));
     drop(second);
-    turns.queue().check(1);
+    slots.queue().check(1);
 }
 
 #[tokio::test]
 async fn whoever_waits_too_long_or_has_no_room_is_told_so_by_name() {
-    let turns = HandshakeSlots::new(1, 1);
-    let _busy = turns.take(workload("curl"), soon()).await.unwrap();
-    let late = turns.take(workload("curl"), Instant::now() + Duration::from_millis(20)).await.unwrap_err();
+    let slots = HandshakeSlots::new(1, 1);
+    let _busy = slots.take(workload("curl"), soon()).await.unwrap();
+    let late = slots.take(workload("curl"), Instant::now() + Duration::from_millis(20)).await.unwrap_err();
     assert_eq!((late.code(), late.culprit()), ("handshake-queue-late", Culprit::Host));
     assert!(late.to_string().contains("spiffe://example.org/curl"), "{late}");
-    assert_eq!(turns.waiting(), 0);
+    assert_eq!(slots.waiting(), 0);
     let peer = || peer("10.0.0.1", "web");
     let (one, other) = tokio::join!(
-        turns.take(peer(), Instant::now() + Duration::from_millis(20)),
-        turns.take(peer(), Instant::now() + Duration::from_millis(20)),
+        slots.take(peer(), Instant::now() + Duration::from_millis(20)),
+        slots.take(peer(), Instant::now() + Duration::from_millis(20)),
     );
     assert_eq!(one.unwrap_err().code(), "handshake-queue-late");
     let full = other.unwrap_err();
@@ -222,20 +222,20 @@ async fn whoever_waits_too_long_or_has_no_room_is_told_so_by_name() {
 
 #[tokio::test]
 async fn whoever_loses_its_place_to_another_is_told_at_once() {
-    let turns = HandshakeSlots::new(1, 2);
-    let _busy = turns.take(workload("curl"), soon()).await.unwrap();
+    let slots = HandshakeSlots::new(1, 2);
+    let _busy = slots.take(workload("curl"), soon()).await.unwrap();
     let crowd: Vec<_> = (0..2)
         .map(|_| {
-            let turns = turns.clone();
-            tokio::spawn(async move { turns.take(workload("crowd"), soon()).await.map(|_| ()) })
+            let slots = slots.clone();
+            tokio::spawn(async move { slots.take(workload("crowd"), soon()).await.map(|_| ()) })
         })
         .collect();
-    while turns.waiting() < 2 {
+    while slots.waiting() < 2 {
         tokio::task::yield_now().await;
     }
     let other = {
-        let turns = turns.clone();
-        tokio::spawn(async move { turns.take(workload("one"), soon()).await.map(|_| ()) })
+        let slots = slots.clone();
+        tokio::spawn(async move { slots.take(workload("one"), soon()).await.map(|_| ()) })
     };
     let [first, newest] = crowd.try_into().map_err(|_| ()).unwrap();
     let refused = newest.await.unwrap().unwrap_err();
@@ -245,23 +245,23 @@ async fn whoever_loses_its_place_to_another_is_told_at_once() {
 
 #[test]
 fn no_turn_is_lost_by_those_who_go_away_while_it_comes() {
-    // Many threads take, give up and give back at once: at the end all turns are there.
-    let turns = HandshakeSlots::new(4, 16);
+    // Many threads take, give up and give back at once: at the end all slots are there.
+    let slots = HandshakeSlots::new(4, 16);
     let threads: Vec<_> = (0..8_u64)
         .map(|thread| {
-            let turns = turns.clone();
+            let slots = slots.clone();
             std::thread::spawn(move || {
                 let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
                 runtime.block_on(async {
                     let many = (0..200_u64).map(|number| {
-                        let turns = turns.clone();
+                        let slots = slots.clone();
                         tokio::spawn(async move {
                             let tenant = workload(["a", "b", "c"][usize::try_from((thread + number) % 3).unwrap()]);
                             let patience = Duration::from_micros(number * 37 % 1500);
-                            let taken = turns.take(tenant, Instant::now() + Duration::from_millis(2));
-                            let Ok(Ok(turn)) = tokio::time::timeout(patience, taken).await else { return };
+                            let taken = slots.take(tenant, Instant::now() + Duration::from_millis(2));
+                            let Ok(Ok(slot)) = tokio::time::timeout(patience, taken).await else { return };
                             tokio::time::sleep(Duration::from_micros(number % 300)).await;
-                            drop(turn);
+                            drop(slot);
                         })
                     });
                     for task in many.collect::<Vec<_>>() {
@@ -274,7 +274,7 @@ fn no_turn_is_lost_by_those_who_go_away_while_it_comes() {
     for thread in threads {
         thread.join().unwrap();
     }
-    let queue = turns.queue();
+    let queue = slots.queue();
     queue.check(4);
     assert_eq!((queue.free(), queue.waiting()), (4, 0));
 }
@@ -298,20 +298,20 @@ fn a_party_is_a_workload_or_a_network_of_a_peer_within_wider_ones_or_a_user_of_t
 
 #[test]
 fn everybody_on_every_shard_gets_a_turn() {
-    let turns = HandshakeSlots::new(16, 10_000);
+    let slots = HandshakeSlots::new(16, 10_000);
     let threads: Vec<_> = (0..2)
         .map(|_| {
-            let turns = turns.clone();
+            let slots = slots.clone();
             std::thread::spawn(move || {
                 let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
                 let local = tokio::task::LocalSet::new();
                 runtime.block_on(local.run_until(async {
                     let many: Vec<_> = (0..2000)
                         .map(|number| {
-                            let turns = turns.clone();
+                            let slots = slots.clone();
                             tokio::task::spawn_local(async move {
                                 let tenant = workload(["a", "b"][number % 2]);
-                                let _turn = turns.take(tenant, soon()).await?;
+                                let _slot = slots.take(tenant, soon()).await?;
                                 tokio::time::sleep(Duration::from_micros(10)).await;
                                 Ok::<_, Error>(())
                             })

@@ -1,6 +1,6 @@
 //! intercept: sockets in, a [`Flow`](crate::flow::Flow) out.
 //!
-//! The kernel programs of `ebpf/` turn connections to the agent. [`Programs`] loads and attaches them, puts policies into
+//! The kernel programs of `ebpf/` redirect connections to the agent. [`Programs`] loads and attaches them, puts policies into
 //! their maps and tells what they have to tell, on the control runtime. Each shard has a [`ShardListeners`]: accepted
 //! connections come in with what the kernel recorded about them, the agent's own connections go out.
 //!

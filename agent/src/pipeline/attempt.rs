@@ -18,7 +18,7 @@ use tokio::net::TcpStream;
 use tokio::sync::watch;
 use wimsey_identity::refusal::{Culprit, Refusal};
 
-/// A connection that came to an agent's listener and is no flow: nobody turned it there.
+/// A connection that came to an agent's listener and is no flow: nobody redirected it there.
 pub fn reject_stray(shared: &AgentState, direction: Direction, error: &intercept::Error) {
     let Some(source) = error.stranger() else {
         return tracing::warn!(%error, "a connection was not accepted");

@@ -67,7 +67,7 @@ pub enum Error {
     /// intercept could not connect to the other end.
     #[error(transparent)]
     Intercept(intercept::Error),
-    /// It was not this handshake's turn.
+    /// There was no slot for this handshake.
     #[error(transparent)]
     HandshakeSlot(handshake_slots::Error),
     /// handshake refused.

@@ -61,12 +61,12 @@ impl<'a> Pipeline<'a> {
                 }
             };
             let terms = self.terms(self.shared.engine, self.shared.config.sessions.reuse);
-            // Whoever has said nothing yet takes nobody's turn.
+            // Whoever has said nothing yet takes nobody's slot.
             let spoke = handshake::received_any(&permit.parties().flow.socket, terms.deadline).await;
             let tenant = Tenant::peer(place.holders(), &permit.parties().workload.id);
-            let turn = match spoke {
+            let slot = match spoke {
                 true => match self.shared.handshake_slots.take(tenant, terms.deadline).await {
-                    Ok(turn) => Some(turn),
+                    Ok(slot) => Some(slot),
                     Err(error) => {
                         attempt.refuse(permit.into_parties().flow.socket, &Error::HandshakeSlot(error));
                         return None;
@@ -75,7 +75,7 @@ impl<'a> Pipeline<'a> {
                 false => None,
             };
             let outcome = handshake::accept(permit, credential, terms).await;
-            drop(turn);
+            drop(slot);
             match outcome {
                 Ok(session) => session,
                 Err(error) => {

@@ -105,8 +105,8 @@ impl<'a> Pipeline<'a> {
             let session = {
                 let terms = self.terms(engine, offer);
                 let tenant = Tenant::workload(permit.parties().workload.id.clone());
-                let _turn = match self.shared.handshake_slots.take(tenant, terms.deadline).await {
-                    Ok(turn) => turn,
+                let _slot = match self.shared.handshake_slots.take(tenant, terms.deadline).await {
+                    Ok(slot) => slot,
                     Err(error) => return Err(Failed::with(Error::HandshakeSlot(error), permit)),
                 };
                 match handshake::connect(permit, credential.clone(), network, terms).await {

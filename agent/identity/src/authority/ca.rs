@@ -115,7 +115,7 @@ pub enum CaError {
         /// What it should say.
         expected: TrustDomain,
     },
-    /// It is over.
+    /// It has expired.
     #[error(
         "certificate authority: {path} expired at {not_after}: make a new one with wimsey ca init in a new directory"
     )]

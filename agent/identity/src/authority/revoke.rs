@@ -179,7 +179,7 @@ impl fmt::Display for Done {
         }
         writeln!(f, "  {path}: list {number}, {revoked} revoked, good until {until}")?;
         writeln!(f, "  It is in force when the agents have reloaded: send them SIGHUP.")?;
-        write!(f, "  Sign it anew with --refresh before that time: with a list that is over, peers are refused.")
+        write!(f, "  Sign it anew with --refresh before that time: with a list that has expired, peers are refused.")
     }
 }
 
@@ -198,7 +198,7 @@ impl Held {
             Err(FileError::Missing { .. }) => return Ok(Self { number: number_after(&[], now), ..Self::default() }),
             pem => pem.map_err(|source| CrlError::File { domain: domain.clone(), source })?,
         };
-        // One that is over may still be extended.
+        // One that has expired may still be extended.
         let lists = crl::parse(domain, &path, &pem, &authority.anchors().authorities(), &[])?;
         let unreadable = |fault| RevokeError::Unreadable { domain: domain.clone(), path: path.clone(), fault };
         let sections = pem::sections(&pem, Content::Lists).map_err(|fault| CrlError::Unread {

@@ -154,7 +154,7 @@ pub enum ListFault {
         /// Whose they are.
         issuer: String,
     },
-    /// It is over.
+    /// It has expired.
     #[error(
         "it was good until {next_update}, and the clock says {now}: get the current list, sign that of an embedded \
          authority anew with wimsey ca revoke --refresh, or set the clock"

@@ -90,7 +90,7 @@ pub enum PeerCertificateError {
     /// A bundle, but nothing in it is valid now.
     #[error("no anchor in the trust bundle of {0} is valid now: get its current bundle")]
     BundleExpired(TrustDomain),
-    /// It, or an authority between it and the anchor, is over.
+    /// It, or an authority between it and the anchor, has expired.
     #[error("the peer's certificate chain expired at {not_after}, and the clock says {now}")]
     Expired {
         /// When.

@@ -302,7 +302,7 @@ fn pair() -> io::Result<(TcpStream, TcpStream)> {
 }
 
 /// Dials the listener. `None`: somebody else came first. Any local program may dial as well, and an agent that runs and
-/// does not know the cgroup of this process yet turns the connection to itself; it knows it the next time.
+/// does not know the cgroup of this process yet redirects the connection to itself; it knows it the next time.
 fn meet(listener: &TcpListener) -> io::Result<Option<(TcpStream, TcpStream)>> {
     let dialled = TcpStream::connect(listener.local_addr()?)?;
     let end = Instant::now() + PATIENCE;
