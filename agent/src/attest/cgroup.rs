@@ -5,7 +5,6 @@
 //!
 //! *Invariant:* nothing here looks at a hierarchy of version 1; where no unified one is mounted, there is an error.
 
-use crate::cgroup2;
 use rustix::{
     fd::{AsFd, OwnedFd},
     fs::{Mode, OFlags, ResolveFlags, fstat, openat, openat2, readlinkat},
@@ -19,7 +18,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{Arc, PoisonError, RwLock},
 };
-use wimsey_sys as sys;
+use wimsey_sys::{self as sys, mounts};
 
 /// Remembered paths; beyond that all are forgotten and read again.
 const REMEMBERED: usize = 8192;
@@ -35,7 +34,7 @@ pub(crate) struct Hierarchy {
 impl Hierarchy {
     /// Finds where it is mounted.
     pub(crate) fn discover() -> io::Result<Self> {
-        let mount = cgroup2::mount_point()?.ok_or_else(|| {
+        let mount = mounts::cgroup2()?.ok_or_else(|| {
             let why = "/proc/self/mountinfo shows no mount of the whole unified cgroup hierarchy: mount -t cgroup2 none \
                        /sys/fs/cgroup";
             io::Error::new(io::ErrorKind::NotFound, why)
