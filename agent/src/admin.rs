@@ -120,9 +120,9 @@ pub struct AuditStatus {
     pub written: u64,
     /// Lines dropped.
     pub lost: u64,
-    /// The log cannot be written right now.
+    /// The log cannot be written right now, or not be opened again after a rotation.
     pub failing: bool,
-    /// What the last failed write said.
+    /// What the last failure said.
     pub last_error: Option<String>,
 }
 
