@@ -145,7 +145,7 @@ fn what_a_killed_run_left_behind_is_removed() {
     let app = or_skip!(skip::lab_app());
     or_skip!(skip::need("ip"));
     let Some(mount) = lab::world::cgroup2() else {
-        skip::Skip::because("no cgroup2 mounted").announce(lab::test_name!());
+        skip::Skip::because("the whole cgroup2 hierarchy is mounted nowhere").announce(lab::test_name!());
         return;
     };
     let name = format!("wimsey-lab-{}-leftover", std::process::id());

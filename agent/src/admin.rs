@@ -120,9 +120,9 @@ pub struct AuditStatus {
     pub written: u64,
     /// Lines dropped.
     pub lost: u64,
-    /// The log cannot be written right now.
+    /// The log cannot be written right now, or not be opened again after a rotation.
     pub failing: bool,
-    /// What the last failed write said.
+    /// What the last failure said.
     pub last_error: Option<String>,
 }
 
@@ -184,7 +184,7 @@ pub struct PreexistingStatus {
     pub local: SocketAddr,
     /// The other end.
     pub remote: SocketAddr,
-    /// `keep`, `drain` or `kill`.
+    /// `keep`, or `closed in N s`, which is 0 while closing it fails and is tried again.
     pub action: String,
 }
 
@@ -258,7 +258,7 @@ pub struct ConnectionCount {
     /// Places that peers have taken.
     #[serde(default)]
     pub inbound: usize,
-    /// Peers that have not proved who they are; there is room for a quarter of `limit`.
+    /// Places that peers have taken who have not proved who they are. They are beside those of `inbound`, and as many.
     #[serde(default)]
     pub unproven: usize,
 }

@@ -11,6 +11,7 @@ use toml::{
     Spanned,
     de::{DeTable, DeValue},
 };
+use wimsey_identity::trust::files::{Exposure, Guard};
 
 /// Largest file that is read, in bytes.
 const MAX_FILE: u64 = 16 << 20;
@@ -82,21 +83,22 @@ pub enum Purpose {
 
 /// Who could have written this file or directory, beside those who may: what is wrong, and what to do.
 pub fn exposed(path: &Path, metadata: &Metadata, purpose: Purpose, what: &str) -> Option<(String, String)> {
-    let (path, mode, uid, gid) = (path.display(), metadata.mode(), metadata.uid(), metadata.gid());
-    if mode & 0o002 != 0 {
-        return Some((format!("everybody can write to {what}"), format!("run: chmod o-w {path}")));
-    }
-    if purpose == Purpose::Inspection {
-        return None;
-    }
-    let own = |id: u32, mine: u32| id == 0 || id == mine;
-    if !own(uid, rustix::process::geteuid().as_raw()) {
-        return Some((format!("user {uid} owns {what} and can write to it"), format!("run: chown root {path}")));
-    }
-    if mode & 0o020 != 0 && !own(gid, rustix::process::getegid().as_raw()) {
-        return Some((format!("group {gid} can write to {what}"), format!("run: chmod g-w {path}")));
-    }
-    None
+    let guard = match purpose {
+        Purpose::InForce => Guard::Group,
+        Purpose::Inspection => Guard::Inspected,
+    };
+    let path = path.display();
+    Some(match guard.exposure(metadata)? {
+        Exposure::Owner(user) => {
+            (format!("user {user} owns {what} and can write to it"), format!("run: chown root {path}"))
+        }
+        Exposure::Mode(bits) if bits & 0o002 != 0 => {
+            (format!("everybody can write to {what}"), format!("run: chmod o-w {path}"))
+        }
+        Exposure::Mode(_) => {
+            (format!("group {} can write to {what}", metadata.gid()), format!("run: chmod g-w {path}"))
+        }
+    })
 }
 
 /// Reads a file that says what the agent does; the error is what is wrong with it and what to do.

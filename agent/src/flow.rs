@@ -84,7 +84,7 @@ pub enum Origin {
     /// A local workload dialled.
     Outbound {
         /// The process that dialled.
-        task: Option<Task>,
+        task: Task,
         /// What the agent's own connection is bound to: the address that the application bound, or the one that it would have
         /// had, with the port that it bound or 0. `None` where nothing is known.
         dial_from: Option<SocketAddr>,
@@ -125,7 +125,7 @@ impl Flow {
     /// The process on this host: outbound, which dialled; inbound, for which the listening socket is, if that was recorded.
     pub fn task(&self) -> Option<&Task> {
         match &self.origin {
-            Origin::Outbound { task, .. } => task.as_ref(),
+            Origin::Outbound { task, .. } => Some(task),
             Origin::Inbound(listens) => listens.task.as_ref(),
         }
     }
@@ -151,6 +151,8 @@ impl Flow {
 pub(crate) mod testing {
     use super::*;
 
+    const NOBODY: Task = Task { tgid: 0, uid: 0, gid: 0, workload: 0, cgroup: 0, at: 0, comm: [0; 16] };
+
     /// A flow of which nothing is known but where it goes and who is on this host's end.
     pub(crate) fn flow(
         direction: Direction,
@@ -159,7 +161,7 @@ pub(crate) mod testing {
         task: Option<Task>,
     ) -> Flow {
         let origin = match direction {
-            Direction::Outbound => Origin::Outbound { task, dial_from: None },
+            Direction::Outbound => Origin::Outbound { task: task.unwrap_or(NOBODY), dial_from: None },
             Direction::Inbound => Origin::Inbound(Listens { task, ..Listens::default() }),
         };
         Flow { id: 1, socket, destination: OriginalDst(destination), source: destination, origin }

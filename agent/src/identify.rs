@@ -49,9 +49,6 @@ pub enum Error {
     /// No registration entry matches.
     #[error("{0} has no identity: no registration entry matches it. Add a [[workload]] with selectors that it fulfils")]
     Unknown(Box<Facts>),
-    /// Nothing was recorded about who dialled.
-    #[error("nothing was recorded about the process that dialled")]
-    NoRecord,
     /// The connection could reach somebody else.
     #[error(
         "the address of {id} is shared (SO_REUSEPORT) by {other}, who is not that workload: stop that one, or enrol it"
@@ -108,8 +105,7 @@ impl Identities {
 
     async fn local(&self, flow: &Flow, entries: &dyn EntrySource) -> Result<(Workload, Facts), Error> {
         match &flow.origin {
-            Origin::Outbound { task: Some(task), .. } => known(self.attestor.dialler(task, entries).await?),
-            Origin::Outbound { task: None, .. } => Err(Error::NoRecord),
+            Origin::Outbound { task, .. } => known(self.attestor.dialler(task, entries).await?),
             Origin::Inbound(listens) => self.listener(listens, entries).await,
         }
     }
@@ -164,14 +160,13 @@ impl Refusal for Error {
     fn culprit(&self) -> Culprit {
         match self {
             Error::Unknown(_) => Culprit::Policy,
-            Error::NoRecord | Error::Shared { .. } => Culprit::Host,
+            Error::Shared { .. } => Culprit::Host,
             Error::Attestation(error) => error.culprit(),
         }
     }
     fn code(&self) -> &'static str {
         match self {
             Error::Unknown(_) => "unknown-workload",
-            Error::NoRecord => "no-origin",
             Error::Shared { .. } => "listener-shared",
             Error::Attestation(error) => error.code(),
         }
@@ -356,8 +351,6 @@ mod tests {
     async fn nobody_is_guessed_where_nothing_was_recorded() {
         let Some(bench) = Bench::new() else { return };
         let policy = policy(&[("any", &[nobody()])]);
-        let outbound = identify(flow(Direction::Outbound, None).await, &policy, &bench.identities).await.unwrap_err();
-        assert_eq!(outbound.code(), "no-origin");
         let inbound = identify(flow(Direction::Inbound, None).await, &policy, &bench.identities).await.unwrap_err();
         assert_eq!((inbound.code(), inbound.error.is_unknown()), ("no-listener", false));
     }

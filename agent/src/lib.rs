@@ -20,7 +20,6 @@ pub mod units;
 pub mod document;
 pub mod policy;
 pub mod config;
-pub mod cgroup2;
 pub mod flow;
 pub mod intercept;
 pub mod attest;

@@ -90,7 +90,9 @@ impl Refusal for Unfit {
             Self::Late => "session-late",
             Self::Closed(_) => "session-closed",
             Self::Lost(_) => "session-lost",
-            Self::Application(_) => "application-lost",
+            // As the relay names it.
+            Self::Application(libc::ECONNRESET | libc::EPIPE | libc::ECONNABORTED) => "app-reset",
+            Self::Application(_) => "app-lost",
         }
     }
 }

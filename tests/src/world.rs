@@ -19,6 +19,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Condvar, Mutex, OnceLock, PoisonError};
+use wimsey_sys::mounts;
 
 /// Opens the lab of the test that this is called in, or says that the test is skipped and returns from it.
 #[macro_export]
@@ -91,7 +92,7 @@ impl Lab {
 
     fn make(test: &'static str, watched: bool) -> Result<Self, Skip> {
         let slot = watched.then(Slot::take);
-        let mount = cgroup2().ok_or_else(|| Skip::because("no cgroup2 mounted"))?;
+        let mount = cgroup2().ok_or_else(|| Skip::because("the whole cgroup2 hierarchy is mounted nowhere"))?;
         match Self::build(test, mount, slot, watched) {
             Ok(lab) => Ok(lab),
             Err(error) => panic!("the lab itself: {error:#}"),
@@ -450,19 +451,15 @@ fn probe() -> Result<(), Skip> {
 
 /// An agent pins its programs in the host's file system or does not start.
 fn need_bpf_file_system() -> Result<(), Skip> {
-    let mounts = std::fs::read_to_string("/proc/1/mountinfo").unwrap_or_default();
-    let there = mounts.lines().any(|line| line.split(' ').nth(4) == Some("/sys/fs/bpf") && line.contains(" - bpf "));
+    let mounts = std::fs::read("/proc/1/mountinfo").unwrap_or_default();
+    let there = mounts::of_type(&mounts, "bpf").iter().any(|mount| mount.point == Path::new("/sys/fs/bpf"));
     let missing = "process 1 has no BPF file system at /sys/fs/bpf: `cargo xtask setup` mounts it";
     if there || skip::plain() { Ok(()) } else { Err(Skip::because(missing)) }
 }
 
-/// Mount point of the cgroup2 hierarchy, wherever it is.
+/// Mount point of the whole cgroup2 hierarchy, wherever it is.
 pub fn cgroup2() -> Option<PathBuf> {
-    let text = std::fs::read_to_string("/proc/self/mountinfo").ok()?;
-    text.lines().find_map(|line| {
-        let (left, right) = line.split_once(" - ")?;
-        right.starts_with("cgroup2 ").then(|| left.split(' ').nth(4).map(PathBuf::from))?
-    })
+    mounts::cgroup2().ok()?
 }
 
 /// So many labs at once, two unless `LAB_PARALLEL` says otherwise: more only fight for the processor.

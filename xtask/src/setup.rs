@@ -260,8 +260,7 @@ fn no_service_starts() -> Fallible<Option<crate::run::Cleanup>> {
 /// with it; systemd mounts it at boot, and a host with another first process has none.
 fn bpf_file_system() -> Fallible {
     // What process 1 has is for root alone to read; without root the agent does not run anyhow.
-    let Ok(mounts) = fs::read_to_string("/proc/1/mountinfo") else { return Ok(()) };
-    if has_bpf_file_system(&mounts) {
+    if fs::read("/proc/1/mountinfo").is_err() || has_bpf_file_system() {
         return Ok(());
     }
     const MOUNT: &str = "mount -t bpf -o nosuid,nodev,noexec,mode=0700 bpf /sys/fs/bpf";
@@ -271,19 +270,17 @@ fn bpf_file_system() -> Fallible {
     let mut mount = merged("mount");
     mount.args(MOUNT.split(' ').skip(1));
     step(MOUNT).run(mount)?;
-    match fs::read_to_string("/proc/1/mountinfo") {
-        Ok(mounts) if has_bpf_file_system(&mounts) => Ok(()),
-        _ => {
-            // It would hide that of the host, once there is one.
-            let _ = quiet("umount", &["/sys/fs/bpf"]);
-            Err(format!("the BPF file system, on the host and not in this container:  {MOUNT}").into())
-        }
+    if has_bpf_file_system() {
+        return Ok(());
     }
+    // It would hide that of the host, once there is one.
+    let _ = quiet("umount", &["/sys/fs/bpf"]);
+    Err(format!("the BPF file system, on the host and not in this container:  {MOUNT}").into())
 }
 
-/// The fifth field of mountinfo is the mount point, and the type stands behind a lone `-`.
-fn has_bpf_file_system(mountinfo: &str) -> bool {
-    mountinfo.lines().any(|line| line.split(' ').nth(4) == Some("/sys/fs/bpf") && line.contains(" - bpf "))
+/// Does process 1 have it where the agent looks for it?
+fn has_bpf_file_system() -> bool {
+    quiet("findmnt", &["--task", "1", "--types", "bpf", "--mountpoint", "/sys/fs/bpf"]).is_some()
 }
 
 fn bpf_linker_dir() -> PathBuf {
@@ -359,16 +356,7 @@ fn install_tool(label: &str, mut command: Command, place: &Path) -> Fallible {
 
 #[cfg(test)]
 mod tests {
-    use super::{at_least, has_bpf_file_system};
-
-    #[test]
-    fn the_bpf_file_system_counts_where_the_agent_looks_for_it() {
-        let line =
-            |point: &str, kind: &str| format!("1 0 0:1 / / rw - ext4 x rw\n51 23 0:39 / {point} rw - {kind} bpf rw\n");
-        assert!(has_bpf_file_system(&line("/sys/fs/bpf", "bpf")));
-        assert!(!has_bpf_file_system(&line("/run/bpf", "bpf")));
-        assert!(!has_bpf_file_system(&line("/sys/fs/bpf", "tmpfs")));
-    }
+    use super::at_least;
 
     #[test]
     fn versions_compare_by_number_and_not_by_letter() {

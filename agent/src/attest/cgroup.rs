@@ -5,7 +5,7 @@
 //!
 //! *Invariant:* nothing here looks at a hierarchy of version 1; where no unified one is mounted, there is an error.
 
-use crate::cgroup2;
+use super::AttestError;
 use rustix::{
     fd::{AsFd, OwnedFd},
     fs::{Mode, OFlags, ResolveFlags, fstat, openat, openat2, readlinkat},
@@ -19,7 +19,7 @@ use std::{
     path::{Path, PathBuf},
     sync::{Arc, PoisonError, RwLock},
 };
-use wimsey_sys as sys;
+use wimsey_sys::{self as sys, mounts};
 
 /// Remembered paths; beyond that all are forgotten and read again.
 const REMEMBERED: usize = 8192;
@@ -34,13 +34,11 @@ pub(crate) struct Hierarchy {
 
 impl Hierarchy {
     /// Finds where it is mounted.
-    pub(crate) fn discover() -> io::Result<Self> {
-        let mount = cgroup2::mount_point()?.ok_or_else(|| {
-            let why = "/proc/self/mountinfo shows no mount of the whole unified cgroup hierarchy: mount -t cgroup2 none \
-                       /sys/fs/cgroup";
-            io::Error::new(io::ErrorKind::NotFound, why)
-        })?;
-        let root = rustix::fs::open(&mount, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())?;
+    pub(crate) fn discover() -> Result<Self, AttestError> {
+        let unseen = |error| AttestError::Host { what: "the unified cgroup hierarchy", error };
+        let mount = mounts::cgroup2().map_err(unseen)?.ok_or(AttestError::NoCgroup2)?;
+        let root = rustix::fs::open(&mount, OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC, Mode::empty())
+            .map_err(|error| unseen(error.into()))?;
         Ok(Self { mount, root, paths: RwLock::default() })
     }
 

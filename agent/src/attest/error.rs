@@ -14,8 +14,19 @@ pub enum AttestError {
     )]
     PidNamespace(String),
     /// There is no hierarchy to look cgroups up in.
-    #[error("the unified cgroup hierarchy: {0}")]
-    Hierarchy(io::Error),
+    #[error(
+        "no mount of the whole unified cgroup hierarchy is seen here (looked in /proc/self/mountinfo): mount -t cgroup2 none \
+         /sys/fs/cgroup"
+    )]
+    NoCgroup2,
+    /// The host cannot be looked at.
+    #[error("cannot look at {what}: {error}")]
+    Host {
+        /// What.
+        what: &'static str,
+        /// What the kernel said.
+        error: io::Error,
+    },
     /// It ended before it could be looked at.
     #[error("{0} ended before it was attested: nothing to do, unless a program should wait for its connection")]
     Died(Box<Facts>),
@@ -90,8 +101,9 @@ impl Refusal for AttestError {
     }
     fn code(&self) -> &'static str {
         match self {
-            AttestError::PidNamespace(_) => "attest-pid-namespace",
-            AttestError::Hierarchy(_) => "attest-no-cgroup2",
+            AttestError::PidNamespace(_) => "pid-namespace",
+            AttestError::NoCgroup2 => "no-cgroup2",
+            AttestError::Host { .. } => "host-call",
             AttestError::Died(_) => "process-died",
             AttestError::Reused(_) => "pid-reused",
             AttestError::Moved { .. } => "cgroup-moved",

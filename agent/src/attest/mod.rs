@@ -81,11 +81,12 @@ impl Attestor {
     pub fn discover() -> Result<Self, AttestError> {
         /// `PROC_PID_INIT_INO` in include/linux/proc_ns.h: the initial pid namespace always has this number.
         const INITIAL: &str = "pid:[4026531836]";
-        let namespace = std::fs::read_link("/proc/self/ns/pid").map_err(AttestError::Hierarchy)?;
+        let unseen = |error| AttestError::Host { what: "the agent's process namespace", error };
+        let namespace = std::fs::read_link("/proc/self/ns/pid").map_err(unseen)?;
         if namespace != Path::new(INITIAL) {
             return Err(AttestError::PidNamespace(namespace.display().to_string()));
         }
-        let hierarchy = Hierarchy::discover().map_err(AttestError::Hierarchy)?;
+        let hierarchy = Hierarchy::discover()?;
         Ok(Self { hierarchy, digests: Digests::default(), found: Mutex::default(), verified: Mutex::default() })
     }
 

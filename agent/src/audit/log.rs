@@ -5,6 +5,9 @@
 //! it stopped, so that the file never holds half a line followed by another. While it is failing, [`Sender::refuses`] tells
 //! the pipeline to take no new connections, unless the configuration says `when_full = "continue"`.
 //!
+//! Where the file cannot be opened again after a rotation, lines go on in the one that is open, which refuses nothing, and
+//! opening is tried again every second as well.
+//!
 //! *Invariant:* a line that was taken is written once and whole, or counted in [`Health::lost`].
 
 use super::Record;
@@ -26,7 +29,7 @@ const USUAL: usize = 64 * 1024;
 /// Pause between two writes. A line that comes alone is written at once; where they come in thousands, waking the thread
 /// for each would cost more than writing it.
 const PAUSE: Duration = Duration::from_millis(5);
-/// Pause between two attempts after a failed write.
+/// Pause between two attempts after a failed write, or when the file could not be opened again.
 const RETRY: Duration = Duration::from_secs(1);
 
 /// The log cannot be opened at start.
@@ -42,7 +45,10 @@ pub struct OpenError {
 pub struct Health {
     written: AtomicU64,
     lost: AtomicU64,
-    failing: AtomicBool,
+    /// The last write failed.
+    unwritable: AtomicBool,
+    /// The file that is written has not the log's name, or may not have it.
+    outdated: AtomicBool,
     last_error: Mutex<Option<String>>,
 }
 
@@ -55,11 +61,11 @@ impl Health {
     pub fn lost(&self) -> u64 {
         self.lost.load(Ordering::Relaxed)
     }
-    /// The last write failed and has not yet been made good.
+    /// The last write failed, or the file could not be opened again, and that has not yet been made good.
     pub fn failing(&self) -> bool {
-        self.failing.load(Ordering::Relaxed)
+        self.unwritable.load(Ordering::Relaxed) || self.outdated.load(Ordering::Relaxed)
     }
-    /// What the last failed write said.
+    /// What the last failure said.
     pub fn last_error(&self) -> Option<String> {
         lock(&self.last_error).clone()
     }
@@ -150,7 +156,7 @@ impl Sender {
     }
     /// Must new connections be refused because nobody could be told about them (R108)?
     pub fn refuses(&self) -> bool {
-        self.refuse_when_failing && self.health.failing()
+        self.refuse_when_failing && self.health.unwritable.load(Ordering::Relaxed)
     }
     /// How the log is doing.
     pub fn health(&self) -> &Health {
@@ -176,7 +182,8 @@ impl Log {
         let (queue, health) = (Arc::<Queue>::default(), Arc::<Health>::default());
         let repeats = Arc::default();
         let sender = Sender { queue: queue.clone(), health: health.clone(), refuse_when_failing, repeats };
-        let writer = Writer { path: path.to_owned(), file, health, queue, batch: Vec::new(), start: 0 };
+        let path_of_writer = path.to_owned();
+        let writer = Writer { path: path_of_writer, file, health, queue, batch: Vec::new(), start: 0, reopen_at: None };
         let thread = std::thread::Builder::new()
             .name("wimsey-audit".into())
             .spawn(move || writer.run())
@@ -210,6 +217,8 @@ struct Writer {
     batch: Vec<u8>,
     /// How much of the batch is on disk already.
     start: usize,
+    /// When to open the file again, where that has failed.
+    reopen_at: Option<Instant>,
 }
 
 impl Writer {
@@ -233,24 +242,49 @@ impl Writer {
     fn take(&mut self) -> bool {
         let queue = self.queue.clone();
         let mut waiting = lock(&queue.waiting);
-        while waiting.lines == 0 && !waiting.reopen && !waiting.stop {
+        while waiting.lines == 0 && !waiting.reopen && !waiting.stop && !self.is_to_reopen() {
             waiting.asleep = true;
-            waiting = queue.ring.wait(waiting).unwrap_or_else(PoisonError::into_inner);
+            waiting = match self.reopen_at {
+                None => queue.ring.wait(waiting).unwrap_or_else(PoisonError::into_inner),
+                Some(at) => {
+                    let time = at.saturating_duration_since(Instant::now());
+                    queue.ring.wait_timeout(waiting, time).unwrap_or_else(PoisonError::into_inner).0
+                }
+            };
         }
         std::mem::swap(&mut self.batch, &mut waiting.text);
         waiting.taken = std::mem::take(&mut waiting.lines);
         let (reopen, stop) = (std::mem::take(&mut waiting.reopen), waiting.stop);
         drop(waiting);
-        if reopen {
+        if reopen || self.is_to_reopen() {
             self.reopen();
         }
         stop
     }
 
+    /// Did opening the file fail, and is it time to try again?
+    fn is_to_reopen(&self) -> bool {
+        self.reopen_at.is_some_and(|at| at <= Instant::now())
+    }
+
     fn reopen(&mut self) {
         match open(&self.path) {
-            Ok(file) => self.file = file,
-            Err(error) => self.fail(&error),
+            Ok(file) => {
+                self.file = file;
+                self.reopen_at = None;
+                if self.health.outdated.swap(false, Ordering::Relaxed) {
+                    tracing::info!(path = %self.path.display(), "the audit log has been opened again");
+                }
+            }
+            Err(error) => {
+                self.reopen_at = Some(Instant::now() + RETRY);
+                *lock(&self.health.last_error) = Some(format!("the file cannot be opened again: {error}"));
+                if !self.health.outdated.swap(true, Ordering::Relaxed) {
+                    tracing::error!(path = %self.path.display(), %error,
+                        "the audit log cannot be opened again: make its directory, or let the agent write there; lines go on in \
+                         the file that is open, and it is tried again");
+                }
+            }
         }
     }
 
@@ -270,7 +304,7 @@ impl Writer {
             let lines = std::mem::take(&mut lock(&self.queue.waiting).taken);
             self.health.written.fetch_add(lines as u64, Ordering::Relaxed);
         }
-        if self.health.failing.swap(false, Ordering::Relaxed) {
+        if self.health.unwritable.swap(false, Ordering::Relaxed) {
             tracing::info!(path = %self.path.display(), "the audit log is being written again");
         }
         Ok(())
@@ -278,7 +312,7 @@ impl Writer {
 
     fn fail(&mut self, error: &std::io::Error) {
         *lock(&self.health.last_error) = Some(error.to_string());
-        if !self.health.failing.swap(true, Ordering::Relaxed) {
+        if !self.health.unwritable.swap(true, Ordering::Relaxed) {
             tracing::error!(path = %self.path.display(), %error,
                 "the audit log cannot be written: make room on its file system; what is waiting is kept and tried again");
         }
@@ -346,6 +380,40 @@ mod tests {
         log.sender().send(&record(2));
         log.close();
         assert_eq!(std::fs::read_to_string(&path).unwrap().lines().count(), 1);
+    }
+
+    #[test]
+    fn a_log_that_cannot_be_opened_again_says_so_until_it_is_and_goes_on_in_the_old_file() {
+        let folder = tempfile::tempdir().unwrap();
+        let (directory, away) = (folder.path().join("log"), folder.path().join("away"));
+        let path = directory.join("audit.jsonl");
+        std::fs::create_dir(&directory).unwrap();
+        let log = Log::open(&path, true).unwrap();
+        let sender = log.sender();
+        let until = |done: &dyn Fn(&Health) -> bool| {
+            let begun = Instant::now();
+            while !done(sender.health()) {
+                assert!(begun.elapsed() < Duration::from_secs(20), "{:?}", sender.health());
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        };
+        std::fs::rename(&directory, &away).unwrap();
+        sender.reopen();
+        until(&Health::failing);
+        for flow in 0..3 {
+            sender.send(&record(flow));
+            until(&|health| health.written() > flow);
+            std::thread::sleep(2 * PAUSE);
+            assert!(sender.health().failing(), "and it is written");
+        }
+        assert!(sender.health().last_error().unwrap().contains("No such file"));
+        assert!(!sender.refuses(), "nothing is lost");
+        std::fs::create_dir(&directory).unwrap();
+        until(&|health| !health.failing());
+        sender.send(&record(3));
+        log.close();
+        let lines = |directory: &Path| std::fs::read_to_string(directory.join("audit.jsonl")).unwrap().lines().count();
+        assert_eq!((lines(&away), lines(&directory), sender.health().lost()), (3, 1, 0));
     }
 
     #[test]

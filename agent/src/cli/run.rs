@@ -51,7 +51,7 @@ pub fn sweep_all() {
 }
 
 fn parent() -> anyhow::Result<PathBuf> {
-    let mount = wimsey::cgroup2::mount_point().context("cannot read /proc/self/mountinfo")?;
+    let mount = wimsey_sys::mounts::cgroup2().context("cannot read /proc/self/mountinfo")?;
     Ok(mount.context("the whole cgroup2 hierarchy is mounted nowhere: mount it")?.join(PARENT))
 }
 

@@ -26,7 +26,7 @@ use wimsey_identity::{
 pub struct Config {
     /// Directory of the policy.
     pub policy_dir: PathBuf,
-    /// What must outlive a restart.
+    /// For what must outlive a restart. Nothing is kept there so far.
     pub state_dir: PathBuf,
     /// Admin socket and lock; root only.
     pub run_dir: PathBuf,
@@ -55,7 +55,7 @@ pub struct Config {
 /// Which engine carries records.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EngineChoice {
-    /// The kernel where it passes the self-test at start, otherwise this process.
+    /// What was measured to be the cheaper: this process (docs/adr/0012).
     Auto,
     /// The kernel, or the agent does not start.
     Kernel,

@@ -439,7 +439,7 @@ mod tests {
     }
 
     fn holders(inode: u32) -> Vec<Task> {
-        let hierarchy = crate::cgroup2::mount_point().unwrap().unwrap_or_default();
+        let hierarchy = wimsey_sys::mounts::cgroup2().unwrap().unwrap_or_default();
         let own = std::process::id();
         let mut search = Search::new(HashSet::from([inode]), &hierarchy, &|_| true);
         while !search.go_on(Duration::ZERO) {}

@@ -170,7 +170,7 @@ impl ShardListeners {
             socket,
             destination: OriginalDst(socket_address(&origin.destination, origin.destination_port)),
             source,
-            origin: Origin::Outbound { task: Some(origin.task), dial_from },
+            origin: Origin::Outbound { task: origin.task, dial_from },
         })
     }
 

@@ -122,7 +122,8 @@ impl Refusal for Error {
         match self {
             Self::TooMany(full) => full.code(),
             Self::AuditUnwritable => "audit-unwritable",
-            Self::NotRelayed(_) | Self::BypassNotRelayed { .. } => "not-relayed",
+            Self::NotRelayed(_) => "not-relayed",
+            Self::BypassNotRelayed { .. } => "bypass-not-relayed",
             Self::ListenerUndecided(_) => "listener-undecided",
             Self::DialTimeout(_) => "dial-timeout",
             Self::UpstreamTimeout { .. } => "workload-timeout",

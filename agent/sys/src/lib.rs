@@ -87,6 +87,8 @@ fn code(line: &str, program: &std::path::Path) -> Option<(usize, usize)> {
 pub mod crypto_info;
 pub mod tls;
 
+pub mod mounts;
+
 // intercept: maps of the kernel programs, and two socket options.
 
 pub mod bpf;

@@ -96,9 +96,8 @@ fn an_agent_that_sees_a_part_of_the_cgroup_tree_does_not_start() {
     if lacking("an_agent_that_sees_a_part_of_the_cgroup_tree_does_not_start", &["unshare", "timeout"]) {
         return;
     }
-    let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
-    let mount = mounts.lines().find(|line| line.split(' ').nth(2) == Some("cgroup2")).expect("cgroup2 is mounted");
-    let mount = mount.split(' ').nth(1).unwrap();
+    let mount = wimsey_sys::mounts::cgroup2().unwrap().expect("cgroup2 is mounted");
+    let mount = mount.display();
     let part = format!("{mount}/wit-part-{}", std::process::id());
     fs::create_dir(&part).unwrap();
     let bound = format!("mount --bind {part} {mount}");

@@ -152,9 +152,7 @@ impl World {
         for address in ["10.77.0.1/32", "10.77.0.2/32", "fd77::1/128", "fd77::2/128"] {
             run("ip", &["address", "add", address, "dev", "lo"]);
         }
-        let mounts = fs::read_to_string("/proc/self/mounts").unwrap();
-        let mount = mounts.lines().find(|line| line.split(' ').nth(2) == Some("cgroup2")).expect("cgroup2 is mounted");
-        let cgroup = Path::new(mount.split(' ').nth(1).unwrap()).join(&name);
+        let cgroup = wimsey_sys::mounts::cgroup2().unwrap().expect("cgroup2 is mounted").join(&name);
         fs::create_dir_all(cgroup.join("outside")).unwrap();
         let run_dir = tempfile::tempdir().unwrap();
         let options = Options {

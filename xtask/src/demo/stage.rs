@@ -281,11 +281,10 @@ fn clean(wimsey: &Path, folder: &Path) {
     let _ = fs::remove_dir_all(folder);
 }
 
-/// Where the unified hierarchy is mounted: `... - cgroup2 ...` in mountinfo, the fifth field.
+/// Where the unified hierarchy is mounted.
 fn cgroup_mount() -> Option<PathBuf> {
-    let mounts = fs::read_to_string("/proc/self/mountinfo").ok()?;
-    let line = mounts.lines().find(|line| line.contains(" - cgroup2 "))?;
-    Some(line.split(' ').nth(4)?.into())
+    let mounts = quiet("findmnt", &["--noheadings", "--list", "--output", "TARGET", "--types", "cgroup2"])?;
+    mounts.lines().last().map(PathBuf::from)
 }
 
 fn netns(host: &str) -> String {

@@ -1,6 +1,6 @@
 //! The embedded authority: a directory with one certificate and one key, SVIDs out.
 //!
-//! It is meant for one host and for labs. `ca-key.pem` is the only long-lived secret; the keys of SVIDs are made for one
+//! It is meant for one host and for labs. `ca.key` is the only long-lived secret; the keys of SVIDs are made for one
 //! certificate each and live only as long as it does (R41).
 //!
 //! *Invariant:* an authority that is expired, exposed, or of another trust domain is never loaded, and no certificate

@@ -19,27 +19,50 @@ use zeroize::Zeroizing;
 /// No certificate or key file comes near this size.
 const LIMIT: u64 = 4 << 20;
 
-/// What others may do with a file.
+/// What others may do with a file or a directory. Its owner has to be root or the user that runs this, but for
+/// [`Guard::Inspected`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Guard {
-    /// Everybody may read it, only its owner may change it.
-    Public,
+pub enum Guard {
     /// Only its owner may read it or change it.
     Secret,
+    /// Everybody may read it, only its owner may change it.
+    Public,
+    /// The same, and root's group, or that of whoever runs this, may change it as well.
+    Group,
+    /// It is looked at and not gone by: it may be anybody's, but not one that everybody may change.
+    Inspected,
+}
+
+/// Who could do with a file or a directory what nobody else may.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exposure {
+    /// It belongs to this user, who can change it whatever its mode says.
+    Owner(u32),
+    /// Its mode has these bits too many.
+    Mode(u32),
 }
 
 impl Guard {
-    fn forbidden(self) -> u32 {
-        match self {
-            Guard::Public => 0o022,
-            Guard::Secret => 0o077,
+    /// What is wrong with owner and mode.
+    pub fn exposure(self, metadata: &Metadata) -> Option<Exposure> {
+        let own = |id: u32, mine: u32| id == 0 || id == mine;
+        let (owner, group) = (metadata.uid(), metadata.gid());
+        if self != Guard::Inspected && !own(owner, rustix::process::geteuid().as_raw()) {
+            return Some(Exposure::Owner(owner));
         }
+        let forbidden = match self {
+            Guard::Secret => 0o077,
+            Guard::Group if own(group, rustix::process::getegid().as_raw()) => 0o002,
+            Guard::Public | Guard::Group => 0o022,
+            Guard::Inspected => 0o002,
+        };
+        Some(metadata.mode() & forbidden).filter(|bits| *bits != 0).map(Exposure::Mode)
     }
 
     fn mode(self) -> u32 {
         match self {
-            Guard::Public => 0o644,
             Guard::Secret => 0o600,
+            Guard::Public | Guard::Group | Guard::Inspected => 0o644,
         }
     }
 }
@@ -129,7 +152,7 @@ pub(crate) fn read(path: &Path, guard: Guard) -> Result<Zeroizing<Vec<u8>>, File
     let file = open.read(true).custom_flags(OFlags::NONBLOCK.bits().cast_signed()).open(path);
     let mut file = file.map_err(|source| unreadable(path, source))?;
     let metadata = file.metadata().map_err(|source| unreadable(path, source))?;
-    check_owner_and_mode(path, metadata.uid(), metadata.mode(), guard)?;
+    check(path, &metadata, guard)?;
     if !metadata.is_file() {
         let source = io::Error::new(io::ErrorKind::InvalidInput, "it is not a regular file");
         return Err(FileError::Unreadable { path: path.into(), source });
@@ -156,7 +179,7 @@ fn change_of(metadata: &Metadata) -> (u64, i64, i64) {
 /// Looks at who can put other files into a directory.
 pub(crate) fn check_directory(path: &Path) -> Result<(), FileError> {
     let metadata = std::fs::metadata(path).map_err(|source| unreadable(path, source))?;
-    check_owner_and_mode(path, metadata.uid(), metadata.mode(), Guard::Public).map_err(|error| match error {
+    check(path, &metadata, Guard::Public).map_err(|error| match error {
         FileError::Exposed { path, mode, what, .. } => FileError::Exposed { path, mode, what, wanted: 0o700 },
         other => other,
     })
@@ -240,17 +263,16 @@ fn write_scratch(path: &Path, bytes: &[u8], guard: Guard) -> io::Result<()> {
     file.sync_all()
 }
 
-fn check_owner_and_mode(path: &Path, owner: u32, mode: u32, guard: Guard) -> Result<(), FileError> {
-    if owner != 0 && owner != rustix::process::geteuid().as_raw() {
-        return Err(FileError::ForeignOwner { path: path.into(), owner });
+fn check(path: &Path, metadata: &Metadata, guard: Guard) -> Result<(), FileError> {
+    match guard.exposure(metadata) {
+        None => Ok(()),
+        Some(Exposure::Owner(owner)) => Err(FileError::ForeignOwner { path: path.into(), owner }),
+        Some(Exposure::Mode(bits)) => {
+            let what = if bits & 0o022 != 0 { "change" } else { "read" };
+            let mode = metadata.mode() & 0o7777;
+            Err(FileError::Exposed { path: path.into(), mode, what, wanted: guard.mode() })
+        }
     }
-    let mode = mode & 0o7777;
-    let exposed = mode & guard.forbidden();
-    if exposed == 0 {
-        return Ok(());
-    }
-    let what = if exposed & 0o022 != 0 { "change" } else { "read" };
-    Err(FileError::Exposed { path: path.into(), mode, what, wanted: guard.mode() })
 }
 
 fn unreadable(path: &Path, source: io::Error) -> FileError {

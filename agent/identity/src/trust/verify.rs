@@ -209,7 +209,7 @@ impl Refusal for PeerCertificateError {
     }
     fn code(&self) -> &'static str {
         match self {
-            PeerCertificateError::Missing => "peer-certificate-missing",
+            PeerCertificateError::Missing => "peer-no-certificate",
             PeerCertificateError::TooLong(_) => "peer-chain-too-long",
             PeerCertificateError::Malformed(_) => "peer-certificate-malformed",
             PeerCertificateError::UriCount(_) => "peer-uri-count",

@@ -7,7 +7,6 @@
 //! *Invariant:* what could not be looked at counts as not the host's.
 
 use super::super::error::{During, Error};
-use crate::cgroup2;
 use rustix::{
     fs::{AtFlags, FileType, Mode, stat, statat},
     io::Errno,
@@ -16,6 +15,7 @@ use std::{
     fs, io,
     path::{Path, PathBuf},
 };
+use wimsey_sys::mounts;
 
 /// Where the BPF file system is, on every host.
 pub(super) const BPFFS: &str = "/sys/fs/bpf";
@@ -153,9 +153,9 @@ impl Own {
             let path = PathBuf::from(format!("/proc/thread-self/ns/{name}"));
             stat(&path).map(|found| found.st_ino).map_err(|error| (path, error))
         };
-        let mountinfo = read(cgroup2::MOUNTINFO)?;
-        let mounts = cgroup2::mounts(&mountinfo, "cgroup2");
-        let whole = |mount: &cgroup2::Mount| cgroup2::device_of_whole(&mount.point);
+        let mountinfo = read(mounts::MOUNTINFO)?;
+        let mounts = mounts::of_type(&mountinfo, "cgroup2");
+        let whole = |mount: &mounts::Mount| mounts::device_of_whole_cgroup2(&mount.point);
         let found = mounts.iter().rev().find(|mount| whole(mount).is_some()).or(mounts.last());
         // Another file system may be mounted over it.
         let reached = stat(BPFFS).ok().map(|found| found.st_dev);
@@ -171,15 +171,15 @@ impl Own {
 impl One {
     fn see() -> Result<Self, Unseen> {
         let mountinfo = read(ONE)?;
-        let whole = |mount: &&cgroup2::Mount| mount.root == Path::new("/");
-        let cgroup2 = cgroup2::mounts(&mountinfo, "cgroup2").iter().rfind(whole).map(|mount| mount.device);
+        let whole = |mount: &&mounts::Mount| mount.root == Path::new("/");
+        let cgroup2 = mounts::of_type(&mountinfo, "cgroup2").iter().rfind(whole).map(|mount| mount.device);
         Ok(Self { cgroup2, bpffs: bpffs(&mountinfo) })
     }
 }
 
 /// The device of the BPF file system that is mounted where it belongs, as a whole.
 fn bpffs(mountinfo: &[u8]) -> Option<u64> {
-    let mounts = cgroup2::mounts(mountinfo, "bpf");
+    let mounts = mounts::of_type(mountinfo, "bpf");
     let last = mounts.iter().rfind(|mount| mount.point == Path::new(BPFFS))?;
     (last.root == Path::new("/")).then_some(last.device)
 }

@@ -403,7 +403,7 @@ fn a_changed_byte_in_the_certificate_breaks_it() {
 #[test]
 fn garbage_and_an_empty_chain_are_refused() {
     let judge = Judge::new();
-    assert_eq!(judge.chain(&[], Role::Client).unwrap_err().code(), "peer-certificate-missing");
+    assert_eq!(judge.chain(&[], Role::Client).unwrap_err().code(), "peer-no-certificate");
     let good = judge.ca.leaf(leaf_params(WEB));
     let trailing = [good.as_ref(), &[0]].concat();
     for bytes in [&[][..], &[0], &[0x30, 0x82, 0xff, 0xff], b"-----BEGIN CERTIFICATE-----", &good[..100], &trailing] {

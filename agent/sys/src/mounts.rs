@@ -1,6 +1,7 @@
-//! Where the unified cgroup hierarchy is mounted on this host.
+//! The table of mounts, and where the unified cgroup hierarchy is mounted on this host.
 //!
 //! *Invariant:* only a mount of the whole hierarchy counts, so that paths below it are the paths that policy names.
+#![forbid(unsafe_code)]
 
 use std::ffi::OsString;
 use std::io;
@@ -12,19 +13,19 @@ const CGROUP2_MAGIC: u64 = 0x6367_7270;
 /// Inode number of the hierarchy's root. A mount that was made in a cgroup namespace begins further down, and only this tells:
 /// in that namespace its root is called `/` as well.
 const ROOT_INODE: u64 = 1;
-/// A thread may be in a mount namespace of its own.
-pub(crate) const MOUNTINFO: &str = "/proc/thread-self/mountinfo";
+/// The table as this thread sees it, which may be in a mount namespace of its own.
+pub const MOUNTINFO: &str = "/proc/thread-self/mountinfo";
 
-/// The mount point, as this thread sees it; `None` where the whole hierarchy is mounted nowhere.
-pub fn mount_point() -> io::Result<Option<PathBuf>> {
-    let mounts = mounts(&std::fs::read(MOUNTINFO)?, "cgroup2");
+/// Where the unified cgroup hierarchy is mounted, as this thread sees it; `None` where the whole hierarchy is mounted nowhere.
+pub fn cgroup2() -> io::Result<Option<PathBuf>> {
+    let mounts = of_type(&std::fs::read(MOUNTINFO)?, "cgroup2");
     // The last one was mounted last and is the one that a path reaches.
-    Ok(mounts.into_iter().rev().map(|mount| mount.point).find(|point| device_of_whole(point).is_some()))
+    Ok(mounts.into_iter().rev().map(|mount| mount.point).find(|point| device_of_whole_cgroup2(point).is_some()))
 }
 
 /// A mounted file system.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) struct Mount {
+pub struct Mount {
     /// Device number, which no other file system has meanwhile.
     pub device: u64,
     /// What of it is mounted; `/` is the whole, unless the mount was made in a cgroup namespace.
@@ -34,7 +35,7 @@ pub(crate) struct Mount {
 }
 
 /// The device of the hierarchy whose root is at this path; `None` where it is another file system, or a part.
-pub(crate) fn device_of_whole(point: &Path) -> Option<u64> {
+pub fn device_of_whole_cgroup2(point: &Path) -> Option<u64> {
     let system = rustix::fs::statfs(point).ok()?;
     let root = std::fs::metadata(point).ok()?;
     (system.f_type as u64 == CGROUP2_MAGIC && root.ino() == ROOT_INODE).then(|| root.dev())
@@ -42,7 +43,7 @@ pub(crate) fn device_of_whole(point: &Path) -> Option<u64> {
 
 /// The mounts of file systems of this type, parts of them as well, in the order of mounting. Fields are separated by spaces,
 /// which the kernel writes as octal escapes inside of them; the optional fields end with a lone `-` (proc_pid_mountinfo(5)).
-pub(crate) fn mounts(mountinfo: &[u8], kind: &str) -> Vec<Mount> {
+pub fn of_type(mountinfo: &[u8], kind: &str) -> Vec<Mount> {
     let mount = |line: &[u8]| {
         let mut fields = line.split(|byte| *byte == b' ');
         let (major, minor) = std::str::from_utf8(fields.nth(2)?).ok()?.split_once(':')?;
@@ -82,8 +83,8 @@ mod tests {
             42 31 0:38 /part /a\\040b\\134c rw - cgroup2 none rw\n";
         let mount = |device, root: &str, point: &str| Mount { device, root: root.into(), point: point.into() };
         let expected = [mount(38, "/", "/sys/fs/cgroup/unified"), mount(38, "/part", "/a b\\c")];
-        assert_eq!(mounts(text, "cgroup2"), expected);
-        assert_eq!(mounts(text, "cgroup"), [mount(29, "/", "/sys/fs/cgroup/cpu")]);
+        assert_eq!(of_type(text, "cgroup2"), expected);
+        assert_eq!(of_type(text, "cgroup"), [mount(29, "/", "/sys/fs/cgroup/cpu")]);
     }
 
     #[test]
@@ -96,26 +97,26 @@ mod tests {
             "\n\n",
             "",
         ] {
-            assert!(mounts(text.as_bytes(), "cgroup2").is_empty(), "{text:?}");
+            assert!(of_type(text.as_bytes(), "cgroup2").is_empty(), "{text:?}");
         }
-        assert_eq!(device_of_whole(Path::new("/proc")), None);
+        assert_eq!(device_of_whole_cgroup2(Path::new("/proc")), None);
     }
 
     #[test]
     fn a_part_of_the_hierarchy_is_not_taken_for_the_whole() {
-        let Some(whole) = mount_point().unwrap() else {
+        let Some(whole) = cgroup2().unwrap() else {
             eprintln!("skipped: no unified cgroup hierarchy is mounted here");
             return;
         };
-        assert!(device_of_whole(&whole).is_some());
+        assert!(device_of_whole_cgroup2(&whole).is_some());
         let parts = std::fs::read_dir(&whole).unwrap().flatten().filter(|entry| entry.path().is_dir());
-        assert!(parts.map(|part| part.path()).all(|part| device_of_whole(&part).is_none()));
+        assert!(parts.map(|part| part.path()).all(|part| device_of_whole_cgroup2(&part).is_none()));
     }
 
     proptest! {
         #[test]
         fn no_mountinfo_makes_the_parser_panic(text in proptest::collection::vec(any::<u8>(), 0..300)) {
-            let _ = mounts(&text, "cgroup2");
+            let _ = of_type(&text, "cgroup2");
         }
     }
 }
