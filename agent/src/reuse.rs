@@ -249,6 +249,9 @@ mod tests {
         assert_eq!(code(ask(&world, CURL, WEB, later).await), "session-not-ours");
         let server = sessions.server.agreement();
         assert!(server.peer.not_after > later);
+        // As a handshake says it.
+        let revoking = world.revoking(WEB);
+        assert_eq!(code(ask(&revoking, CURL, WEB, now).await), "peer-certificate-revoked");
     }
 
     #[test]

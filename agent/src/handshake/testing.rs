@@ -26,7 +26,7 @@ use tokio::{
 };
 use wimsey_identity::trust::{
     bundle::Trust,
-    testing::{Anybody, TestCa, ca_params, domain_of, id_of, leaf_params},
+    testing::{Anybody, TestCa, ca_params, domain_of, id_of, leaf_params, numbered},
 };
 
 pub(crate) const WEB: &str = "spiffe://example.org/web";
@@ -45,9 +45,15 @@ impl World {
         Self { ca, trust }
     }
 
+    /// The same world, once its authority has revoked all certificates of this workload.
+    pub(crate) fn revoking(self, id: &str) -> Self {
+        let trust = self.ca.trust_but("example.org", &[serial(id)]);
+        Self { trust: Arc::new(trust), ..self }
+    }
+
     /// Certificate and PKCS#8 key of a workload.
     pub(crate) fn svid(&self, id: &str) -> (CertificateDer<'static>, Vec<u8>) {
-        let (certificate, key) = self.ca.leaf_with_key(now_valid(leaf_params(id)));
+        let (certificate, key) = self.ca.leaf_with_key(numbered(now_valid(leaf_params(id)), serial(id)));
         (certificate, key.serialize_der())
     }
 
@@ -160,6 +166,11 @@ pub(crate) async fn program() -> (TcpStream, TcpStream) {
     let (program, own) = pair().await;
     crate::intercept::prepare(&own, crate::intercept::Congestion::Ordinary).unwrap();
     (program, own)
+}
+
+/// Serial number of each certificate of a workload.
+fn serial(id: &str) -> &[u8] {
+    &id.as_bytes()[id.len() - 3..]
 }
 
 /// The authority's tests stand at a fixed time; a handshake looks at the clock.
