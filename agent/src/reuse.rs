@@ -106,9 +106,9 @@ pub struct Bound {
     rule: Arc<Rule>,
 }
 
-/// The client: begins a stream of `spare` for the application in the permit. Where that fails, the application's socket and
-/// its first bytes are as they were, and it can be dialled for as if there had been no spare connection, unless the reason
-/// [is final](Unfit::is_final).
+/// The client: begins a stream of `spare` for the application in the permit. Where that fails, the permit comes back with
+/// the application's socket and first bytes, and the peer can be dialled as if there had been no spare connection, unless
+/// the reason [is final](Unfit::is_final).
 ///
 /// What the application has sent by now goes with `begin` where the server was heard of a moment ago. Otherwise it waits
 /// for `ready`: the server may have been gone unnoticed for long, and bytes sent to it would cost the application its
