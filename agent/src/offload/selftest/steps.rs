@@ -284,7 +284,8 @@ impl Bench {
 
 fn pair() -> io::Result<(TcpStream, TcpStream)> {
     let listener = Socket::new(Domain::IPV4, Type::STREAM, None)?;
-    // What an agent before has left would refuse a listener of root until an agent has judged it.
+    // Kernel programs that an earlier agent has left would refuse connections to a listener of root until an agent has
+    // judged it.
     crate::intercept::claim_listener(&listener);
     listener.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).into())?;
     listener.listen(16)?;
