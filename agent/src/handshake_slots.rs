@@ -133,7 +133,7 @@ impl HandshakeSlots {
         };
         let waiter = Waiter { slots: self, tenant: &tenant, ticket };
         if let Some((tenant, tell, own)) = refused {
-            // If that task is gone, nobody has to be told.
+            // If the task of the waiter that is refused is gone, nobody has to be told.
             _ = tell.send(Err(Error::Full { tenant: Tenant(tenant), all: self.room, own }));
         }
         let outcome = timeout_at(deadline, told).await;
@@ -185,9 +185,9 @@ impl Drop for Slot {
     fn drop(&mut self) {
         let next = self.slots.queue().done(&self.tenant.0);
         for (tenant, tell) in next {
-            // If that task is cancelled at this very moment, the send fails and drops the slot, which gives it to the next
-            // one. That happens at most once for each thread, since a task does not await between dropping its receiver and
-            // leaving the queue.
+            // If the waiting task is cancelled at this very moment, the send fails and drops the slot, which gives it to
+            // the next one. That happens at most once for each thread, since a task does not await between dropping its
+            // receiver and leaving the queue.
             _ = tell.send(Ok(self.slots.slot(Tenant(tenant))));
         }
     }

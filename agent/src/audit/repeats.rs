@@ -46,7 +46,7 @@ enum Class {
     Stranger,
 }
 
-/// Who was refused what, with what refusals are told apart by. A wider kind leaves out more.
+/// What refusals are told apart by: who was refused what. A wider kind leaves out more.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Kind {
     direction: Direction,

@@ -388,8 +388,8 @@ impl Control {
         let over = all_over(shards);
         let time_is_up = tokio::time::sleep(patience);
         tokio::pin!(over, time_is_up);
-        // Listeners are judged until the end, because the kernel goes on leaving alone what the agent has left alone when
-        // it is gone.
+        // Listeners are judged until the end, because a socket that the agent has left alone stays so when the agent is
+        // gone.
         loop {
             tokio::select! {
                 () = &mut over => return,

@@ -139,7 +139,8 @@ impl Listeners {
         self.waiting.extend(self.missed.drain());
     }
 
-    /// Have sockets stopped listening without a report of it? Asking takes the answer back.
+    /// Have sockets probably stopped listening without a report of it? The answer is true once, until more of them are
+    /// found.
     pub(super) fn are_stale(&mut self) -> bool {
         std::mem::take(&mut self.stale)
     }
@@ -249,7 +250,7 @@ impl Listeners {
 }
 
 impl Known {
-    /// It was found to be one workload's, and nothing is in doubt.
+    /// Was it found to be one workload's, with nothing in doubt?
     fn is_settled(&self) -> bool {
         self.finding.as_ref().is_some_and(Finding::is_settled)
     }
@@ -357,7 +358,7 @@ fn is_recorded(listening: &Listening) -> bool {
     listening.row.binder.tgid != 0 || listening.row.owner.tgid != 0
 }
 
-/// Why connections to a socket are refused that listens although no process is found behind it.
+/// The reason that is given where connections to a listening socket are refused because no process is found behind it.
 const NOBODYS: &str = "no process can be found that bound it, began to listen or holds it, as where it is in io_uring or on its \
                        way in a message alone, or is the kernel's own: start its server again while the agent runs";
 

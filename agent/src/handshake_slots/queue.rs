@@ -1,10 +1,10 @@
 //! The decisions: who gets a slot now, who waits, who is next, and who loses its place when there is no more room to wait.
 //!
-//! The next slot goes to the tenant with the fewest, and among those with as few to the one that was served longest ago:
-//! round robin. A tenant gets a slot only while more are free than it has. So one alone has at most half of them, two have
-//! a third each, and there is always one left for a tenant that comes later, however long the handshakes under way may
-//! take. Tenants may be within a tenant: which of them is next is decided in the same way, and of the slots that the wider
-//! one may have each takes what it needs until an eighth is left, as with places ([`admits`]).
+//! The next slot goes to the tenant with the fewest slots, and among tenants with equally few to the one that was served
+//! longest ago: round robin. A tenant gets a slot only while more are free than it has. So one alone has at most half of
+//! them, two have a third each, and there is always one left for a tenant that comes later, however long the handshakes
+//! under way may take. Tenants may be within a tenant: which of them is next is decided in the same way, and of the slots
+//! that the wider one may have each takes what it needs until an eighth is left, as with places ([`admits`]).
 //! *Invariant:* nobody waits who could get a slot; a tenant's line is longer than those of others only while they do not
 //! want the room.
 

@@ -1,7 +1,8 @@
 //! A shared connection between two streams: what is left of one stream, the wait for the next, and how the next one begins.
 //!
 //! *Invariant:* an [`IdleSession`] has no byte of any application in it or on its way to it: both directions of its last
-//! stream have ended. Whatever goes wrong here ends the connection, and no application loses a byte by that.
+//! stream have ended. Whatever goes wrong here ends the connection, and no application loses a byte by that, unless
+//! [`StartError::lost`] says that it may have.
 
 use super::{
     Any, CloseReason, Limits, Progress, Stop, Tally, Violation,
