@@ -54,7 +54,7 @@ pub struct Status {
     pub refused: BTreeMap<String, RefusedStatus>,
     /// Counters of the kernel programs since their maps were made.
     pub kernel: BTreeMap<String, u64>,
-    /// Tables of the kernel programs; an agent of a version before this says nothing of them.
+    /// Tables of the kernel programs; the answer of an older agent has none.
     #[serde(default)]
     pub tables: Vec<TableStatus>,
     /// What does not work at the moment, is tried again, and ends nothing.
@@ -98,14 +98,14 @@ pub struct PolicyStatus {
     pub generation: u32,
     /// RFC 3339.
     pub loaded: String,
-    /// Reloads since the start that were taken or refused. Signals that come while what is on disk is being read make it be
-    /// read once more.
+    /// Reloads since the start that were taken or refused. Signals that come while the files on disk are being read lead to
+    /// one more reload.
     pub reloads: u64,
-    /// What is on disk is being read: it is not decided yet what the last signal leads to.
+    /// The files on disk are being read: it is not decided yet what the last signal leads to.
     pub reading: bool,
     /// Why the last of the reloads was refused; absent when what was on disk was taken.
     pub refused: Option<String>,
-    /// Numbers of registration entries and destinations.
+    /// Number of registration entries.
     pub workloads: usize,
     /// Number of destination entries.
     pub destinations: usize,
@@ -155,9 +155,9 @@ pub struct BundleStatus {
 pub struct RevocationStatus {
     /// How many certificates they revoke.
     pub revoked: usize,
-    /// RFC 3339: when the first of them must have been replaced.
+    /// RFC 3339: by when the first of them has to be replaced.
     pub next_update: String,
-    /// One of them is not: peers of its authority are refused.
+    /// One of them was not replaced in time: peers of its authority are refused.
     pub expired: bool,
 }
 
@@ -168,7 +168,7 @@ pub struct ListenerStatus {
     pub address: SocketAddr,
     /// Identity of its owner, once attested.
     pub id: Option<String>,
-    /// Process for which it listens: that bound it, began to listen, or holds it.
+    /// The process that it listens for: one that bound it, began to listen, or holds it.
     pub pid: u32,
     /// `protected` or `undecided`: in both cases no plaintext comes in.
     pub mode: String,
@@ -258,7 +258,8 @@ pub struct ConnectionCount {
     /// Places that peers have taken.
     #[serde(default)]
     pub inbound: usize,
-    /// Places that peers have taken who have not proved who they are. They are beside those of `inbound`, and as many.
+    /// Places that peers have taken which have not proved who they are. There are as many of these as of `inbound`, and
+    /// beside those.
     #[serde(default)]
     pub unproven: usize,
 }
@@ -313,7 +314,7 @@ pub enum Error {
         /// What connect said.
         source: std::io::Error,
     },
-    /// The answer is not one.
+    /// The answer is not valid.
     #[error("the agent on {path} gave no valid answer: {reason}", path = path.display())]
     BadAnswer {
         /// The socket.

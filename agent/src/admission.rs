@@ -1,12 +1,13 @@
-//! Who may have another connection: places of their own for what goes out, for what comes in, and for peers that have not
-//! shown who they are.
+//! Who may have another connection: what goes out, what comes in, and peers that have not shown who they are each have
+//! places of their own.
 //!
-//! A holder is whoever answers for a connection: the local user that dials, the peer that proved its identity, the host or
-//! the networks of a peer that has not. While there is plenty, holders take what they need. The last eighth is shared: a
-//! holder gets of it only while more is free than it has, so that one that takes all it can get leaves room for every other.
-//! Holders within a holder share its seven eighths in the same way: users those of this host, networks those of a wider one.
+//! A holder is who answers for a connection: the local user that dials, the peer that proved its identity, the host or the
+//! networks of a peer that has not. While there is plenty, holders take what they need. Of the last eighth of the places a
+//! holder gets one only while more are free than it has, so that one that takes all it can get leaves room for every other.
+//! Holders within a wider holder share its seven eighths in the same way: users within this host, networks within a wider
+//! one.
 //!
-//! *Invariant:* never more places are taken than there are; whoever has none gets one as long as any is free.
+//! *Invariant:* never more places are taken than there are; a holder without a place gets one as long as any is free.
 
 use crate::lock::lock;
 use crate::whence::Whence;
@@ -17,7 +18,7 @@ use std::sync::{Arc, Mutex};
 use wimsey_identity::refusal::{Culprit, Refusal};
 use wimsey_identity::spiffe::SpiffeId;
 
-/// Whoever answers for a connection.
+/// Who answers for a connection.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Holder {
     /// A local user.
@@ -34,14 +35,14 @@ impl Holder {
     /// Who answers for a peer that has not shown who it is, the widest first.
     pub fn of_unproven(from: &Whence) -> Holders {
         match *from {
-            // As an unknown user where the socket is gone already.
+            // If the peer's socket is gone already, it counts as an unknown user's.
             Whence::Here(uid) => [Self::Host, Self::User(uid.unwrap_or(u32::MAX))].into(),
             Whence::Away(address) => Whence::networks(address).iter().copied().map(Self::Network).collect(),
         }
     }
 }
 
-/// A holder within a holder, the widest first. Boxed: they are kept for as long as the connection.
+/// Holders, each within the one before, the widest first. Boxed, because they are kept for as long as the connection.
 pub type Holders = Box<[Holder]>;
 
 impl fmt::Display for Holder {
@@ -69,7 +70,7 @@ pub struct Admission {
 pub struct Taken {
     /// By connections of local programs.
     pub outbound: usize,
-    /// By connections of peers that proved who they are, or need not.
+    /// By connections of peers that proved who they are, or need not because of a permissive rule.
     pub inbound: usize,
     /// By connections of peers that have not proved who they are.
     pub unproven: usize,
@@ -104,12 +105,13 @@ impl Admission {
         self.inbound.take([Holder::Peer(who)].into())
     }
 
-    /// A place for a connection of a peer that need not, by a permissive rule: of those who hold this one.
+    /// A place for a connection of a peer that need not prove its identity, because a permissive rule lets it in. It has
+    /// the same holders as `unproven`.
     pub fn permitted(&self, unproven: &Place) -> Result<Place, Full> {
         self.inbound.take(unproven.who.clone())
     }
 
-    /// A place for a connection from there, until it is known from whom.
+    /// A place for a connection from `from`, until its peer has proved who it is.
     pub fn unproven(&self, from: &Whence) -> Result<Place, Full> {
         self.unproven.take(Holder::of_unproven(from))
     }
@@ -121,7 +123,7 @@ impl Admission {
     }
 }
 
-/// There is no place for it.
+/// There is no place for another connection.
 #[derive(Debug, thiserror::Error)]
 #[error("{}", self.text())]
 pub struct Full {
@@ -181,7 +183,8 @@ impl Held {
 }
 
 impl Places {
-    /// A place for holders, each within the one before: it leaves room there as that one does in what is around it.
+    /// A place for these holders. Each has to leave room for others within the one before it, as the first one has to
+    /// within all places.
     fn take(self: &Arc<Self>, who: Holders) -> Result<Place, Full> {
         let mut held = lock(&self.held);
         let (mut taken, mut all) = (held.taken, self.all);

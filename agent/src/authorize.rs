@@ -16,17 +16,17 @@ use wimsey_identity::{
     spiffe::SpiffeId,
 };
 
-/// What the policy says about a connection that may be.
+/// How the policy allows a connection.
 #[derive(Debug)]
 #[must_use = "a connection that is not carried out leaves no record"]
 pub enum Authorized {
     /// By mutual TLS, with one of the permit's peers.
     Mesh(Permit),
-    /// Outbound in plaintext, by a named `[[bypass]]`.
+    /// Outbound in plaintext, by a named `[[bypass]]`. The kernel lets such connections pass, and the agent carries none.
     Bypass(Bypass),
 }
 
-/// Leave to shake hands with one of a set of peers.
+/// Permission to shake hands with one of a set of peers.
 ///
 /// It comes from [`authorize`] and goes on by value:
 ///
@@ -67,24 +67,25 @@ pub struct Permit {
     early: Vec<u8>,
 }
 
-/// Leave to carry an outbound connection in plaintext, by a named rule. It can be made by [`authorize`] alone.
+/// A connection to an address that the policy lets the workload reach in plaintext, by a named rule. It can be made by
+/// [`authorize`] alone.
 #[derive(Debug)]
 pub struct Bypass {
     parties: Parties,
     rule: Arc<Rule>,
 }
 
-/// No rule lets this connection be.
+/// No rule allows this connection.
 #[derive(Debug, thiserror::Error)]
 #[error("{reason}")]
 pub struct Denied {
-    /// What was asked for, for the record of it.
+    /// The connection that was refused, for its audit record.
     pub parties: Box<Parties>,
     /// Why.
     pub reason: Reason,
 }
 
-/// Why there is no permit, and which rule would have to be there.
+/// Why there is no permit, and which rule would give one.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Reason {
     /// The address is a mesh destination, and this workload may not reach it.
@@ -125,7 +126,7 @@ pub enum Reason {
     },
 }
 
-/// May this connection be, and with whom?
+/// Is this connection allowed, and with whom?
 pub fn authorize(policy: &Policy, parties: Parties) -> Result<Authorized, Denied> {
     let address = parties.flow.destination.0;
     let decision = match parties.flow.direction() {
@@ -141,7 +142,7 @@ pub fn authorize(policy: &Policy, parties: Parties) -> Result<Authorized, Denied
     }
 }
 
-/// Is this connection, allowed before, still allowed? For connections that live when the policy changes. `peer` is who
+/// Is this connection, allowed before, still allowed? For connections that are open when the policy changes. `peer` is who
 /// was authenticated at the other end, if anybody was.
 pub fn still_allowed(
     policy: &Policy,
@@ -158,7 +159,7 @@ pub fn still_allowed(
         (Leave::Mesh { peers, .. }, Some(peer)) => peers.admits(peer).cloned(),
         (Leave::Mesh { permissive, .. }, None) => permissive,
         (Leave::Bypass(rule), None) => Some(rule),
-        // It was allowed by mutual TLS; that plaintext would do now is no reason to keep what nobody allows any more.
+        // The connection was allowed by mutual TLS. That the policy now allows plaintext there does not allow this peer.
         (Leave::Bypass(_), Some(_)) => None,
     };
     rule.ok_or_else(|| match (direction, peer) {
@@ -212,7 +213,8 @@ impl Permit {
         &self.peers
     }
 
-    /// Inbound: the rule by which plaintext is taken too, if one does. Its record says that nobody was authenticated.
+    /// Inbound: the rule by which plaintext is accepted too, if there is one. The record of a plaintext connection says
+    /// that nobody was authenticated.
     pub fn permissive(&self) -> Option<&Arc<Rule>> {
         self.permissive.as_ref()
     }

@@ -1,13 +1,14 @@
 //! Busy polling: a shard that asks its sockets again and again for a moment, instead of sleeping until one reports.
 //!
 //! Waking a thread costs more than the bytes of a short message. Where messages follow one another closely, a shard with a
-//! processor to spare gains by staying awake; everywhere else it only burns it. So it stays awake for `WINDOW` after it
-//! has moved bytes, and only where the bytes before came within as much: what the last pause was like, the next one will be.
+//! processor to spare gains by staying awake; elsewhere that only wastes processor time. So a shard stays awake for
+//! `WINDOW` after it has moved bytes, and only where the bytes before those came within that time as well: the next pause
+//! is expected to be like the last.
 //!
-//! Where others want the processor, staying awake keeps them from making the very bytes that are waited for.
+//! Where other threads want the processor, staying awake may keep them from making the very bytes that are waited for.
 //!
-//! *Invariant:* a shard that moves nothing sleeps, and one that stayed awake in vain, or that was kept from its processor,
-//! leaves off, for longer each time.
+//! *Invariant:* a shard that moves nothing sleeps. One that stayed awake in vain, or that was kept from its processor, does
+//! not stay awake for a while, which is longer each time.
 
 use std::{
     cell::{Cell, RefCell},
@@ -18,9 +19,10 @@ use std::{
 
 /// How long to stay awake for the next bytes: what a round trip of a short message takes through two agents in one rack.
 const WINDOW: Duration = Duration::from_micros(200);
-/// So much time without the processor, while this thread wanted it, says that others want it too.
+/// A thread that had to do without the processor for longer than this, while it wanted it, takes it that others want it
+/// too.
 const HELD_UP: Duration = Duration::from_micros(50);
-/// So long it is left to them, at first and at most.
+/// For how long it then does not stay awake, at first and at most.
 const PAUSES: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
 
 thread_local! {
@@ -36,7 +38,7 @@ pub fn moved() {
     }
 }
 
-/// Keeps the runtime of this thread asking its sockets while it pays. Runs for as long as the thread serves.
+/// Keeps the runtime of this thread asking its sockets while that pays. Runs for as long as the thread serves.
 pub async fn run() {
     let (mut backoff, mut seen) = (Backoff::default(), MOVED.get());
     loop {
@@ -64,7 +66,7 @@ pub async fn run() {
             }
             (seen, in_vain) = (MOVED.get(), false);
             backoff.moved(now);
-            // Nothing waits in this loop: what the clock has gone on without this thread, others have had.
+            // Nothing sleeps in this loop: the time that this thread did not have the processor, others had it.
             let used = processor_time();
             backoff.took(now, now.duration_since(since.0), used.saturating_sub(since.1));
             since = (now, used);
@@ -80,16 +82,16 @@ fn processor_time() -> Duration {
     Duration::try_from(time).unwrap_or_default()
 }
 
-/// When it pays. Pure.
+/// When staying awake pays. Pure.
 #[derive(Debug, Default)]
 struct Backoff {
     /// When bytes were moved last.
     last: Option<Instant>,
-    /// They came soon after those before.
+    /// Those bytes came soon after the ones before them.
     soon: bool,
-    /// Not before.
+    /// Staying awake does not pay before this.
     off_until: Option<Instant>,
-    /// How long it was left to others the last time; none since it has gone well.
+    /// How long the last pause from staying awake was; none since that has gone well.
     pause: Option<Duration>,
 }
 
@@ -108,7 +110,7 @@ impl Backoff {
         }
     }
 
-    /// It did not pay.
+    /// Staying awake did not pay: pauses for a while.
     fn leave_it(&mut self, now: Instant) {
         let pause = self.pause.map_or(PAUSES.0, |pause| (2 * pause).min(PAUSES.1));
         (self.pause, self.off_until) = (Some(pause), Some(now + pause));

@@ -16,7 +16,8 @@ pub enum Direction {
     Inbound,
 }
 
-/// What a program calls itself, or whoever started it: a hint for people. It may hold any byte, and proves nothing.
+/// The name that a program, or whoever started it, has given to the task: a hint for people. It may hold any byte, and
+/// proves nothing.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Comm([u8; 16]);
 
@@ -26,7 +27,7 @@ impl Comm {
         Self(task.comm)
     }
 
-    /// Has it none?
+    /// Is there no name?
     pub fn is_empty(&self) -> bool {
         self.bytes().is_empty()
     }
@@ -36,7 +37,7 @@ impl Comm {
     }
 }
 
-/// What does not fit into it is cut off, as the kernel does it.
+/// A name that is too long is cut off, as the kernel does it.
 impl From<&str> for Comm {
     fn from(name: &str) -> Self {
         let mut bytes = [0; 16];
@@ -70,9 +71,8 @@ pub struct Flow {
     pub socket: tokio::net::TcpStream,
     /// Where the dialling end wanted to go.
     pub destination: OriginalDst,
-    /// Outbound: the application's own address as it sees it. Where it did not bind one and the host's address for the
-    /// destination is not known, its loopback address, and port 0.
-    /// Inbound: the true client.
+    /// Outbound: the application's own address as the application sees it. If it did not bind one and the host's address
+    /// for the destination is not known, its loopback address and port 0. Inbound: the true client.
     pub source: SocketAddr,
     /// From which side it came, and what is known of that side alone.
     pub origin: Origin,
@@ -96,18 +96,19 @@ pub enum Origin {
 /// Who listens at an address.
 #[derive(Debug, Default)]
 pub struct Listens {
-    /// For whom the listening socket is, if that was recorded.
+    /// The process that the listening socket is for, if that was recorded.
     pub task: Option<Task>,
     /// Its cookie, or 0.
     pub cookie: u64,
     /// Others that share the address (`SO_REUSEPORT`), and the cookies of their sockets. A connection may reach any of them.
     pub sharers: Box<[(Task, u64)]>,
-    /// [`wimsey_common::who_listens`], over all places where the kernel looks. The upstream connection is for them alone.
+    /// [`wimsey_common::who_listens`], over all places where the kernel looks. The upstream connection can reach them
+    /// alone.
     pub who: u64,
 }
 
 impl Listens {
-    /// Is that the same socket, of the same process, with the same beside it?
+    /// Is that the same socket of the same process, with the same ones sharing its address?
     pub fn is_the_same(&self, other: &Self) -> bool {
         (self.task, self.cookie, self.who) == (other.task, other.cookie, other.who)
     }
@@ -122,7 +123,8 @@ impl Flow {
         }
     }
 
-    /// The process on this host: outbound, which dialled; inbound, for which the listening socket is, if that was recorded.
+    /// The process on this host: outbound, the one that dialled; inbound, the one that the listening socket is for, if that
+    /// was recorded.
     pub fn task(&self) -> Option<&Task> {
         match &self.origin {
             Origin::Outbound { task, .. } => Some(task),

@@ -1,11 +1,12 @@
-//! Whose handshake is next? At most so many are under way, the others wait, and neither the slots nor the room to wait can
-//! be had by one tenant alone.
+//! Whose handshake is next? A bounded number of handshakes are under way, the others wait, and no tenant alone can have all
+//! slots or all of the room to wait.
 //!
-//! A tenant is a local workload that dials, or whoever dials one from this host or a network: who the peer is, its handshake
-//! has yet to show. Tenants are within tenants: users of this host, networks of a wider one. `Queue` decides, without clock
-//! or waiting; this is how the tasks of all shards ask it.
+//! A tenant is a local workload that dials, or the network (or this host) from which a local workload is dialled: who such
+//! a peer is will be known only by its handshake. Tenants are nested: users within this host, networks within a wider one.
+//! `Queue` decides, without clock or waiting; this module lets the tasks of all shards ask it.
 //!
-//! *Invariant:* a slot is given back by a drop, also where whoever waited for it went away at that very moment.
+//! *Invariant:* a slot is given back when it is dropped, also where the task that waited for it is cancelled at the moment
+//! when it is given.
 
 mod queue;
 
@@ -24,7 +25,7 @@ use wimsey_identity::{
     spiffe::SpiffeId,
 };
 
-/// Who wants to shake hands, as far as that is known before.
+/// Who wants to shake hands, as far as that is known before the handshake.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Step {
     /// A local workload, which dials.
@@ -32,12 +33,12 @@ enum Step {
     /// Whoever dials a local workload.
     Peer {
         from: Holder,
-        /// The workload that is dialled: a peer of one does not wait for the peers of another.
+        /// The workload that is dialled: peers of one workload do not wait for those of another.
         to: SpiffeId,
     },
 }
 
-/// The same, each within the one before. None is empty.
+/// A tenant as its steps, each within the one before. There is at least one.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tenant(Box<[Step]>);
 
@@ -57,7 +58,7 @@ impl Tenant {
     }
 }
 
-/// The widest tenant: what is full is full by all that are within it.
+/// Shows the widest tenant, because the room is full by all that are within it.
 impl fmt::Display for Tenant {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.0.first() {
@@ -122,7 +123,7 @@ impl HandshakeSlots {
         Arc::new(Self { queue: Mutex::new(Queue::new(slots, room)), room })
     }
 
-    /// Waits for a slot until the deadline. Cancel safe: who goes away leaves the queue.
+    /// Waits for a slot until the deadline. Cancel safe: a task that is cancelled leaves the queue.
     pub async fn take(self: &Arc<Self>, tenant: Tenant, deadline: Instant) -> Result<Slot, Error> {
         let (tell, told) = oneshot::channel();
         let (ticket, refused) = match self.queue().ask(&tenant.0, tell) {
@@ -132,7 +133,7 @@ impl HandshakeSlots {
         };
         let waiter = Waiter { slots: self, tenant: &tenant, ticket };
         if let Some((tenant, tell, own)) = refused {
-            // Whoever is not there any more has nothing to be told.
+            // If the task of the waiter that is refused is gone, nobody has to be told.
             _ = tell.send(Err(Error::Full { tenant: Tenant(tenant), all: self.room, own }));
         }
         let outcome = timeout_at(deadline, told).await;
@@ -167,7 +168,7 @@ struct Waiter<'a> {
 
 impl Drop for Waiter<'_> {
     fn drop(&mut self) {
-        // Where the slot has come already, or was refused, there is nobody in the queue any more.
+        // Where the slot was given or refused already, the waiter is not in the queue any more.
         let gone = self.slots.queue().leave(&self.tenant.0, self.ticket);
         drop(gone);
     }
@@ -184,8 +185,9 @@ impl Drop for Slot {
     fn drop(&mut self) {
         let next = self.slots.queue().done(&self.tenant.0);
         for (tenant, tell) in next {
-            // Whoever went away at this very moment gives the slot back, by the drop of what cannot be sent: once for each
-            // thread at most, since between the two halves of its leaving nothing waits.
+            // If the waiting task is cancelled at this very moment, the send fails and drops the slot, which gives it to
+            // the next one. That happens at most once for each thread, since a task does not await between dropping its
+            // receiver and leaving the queue.
             _ = tell.send(Ok(self.slots.slot(Tenant(tenant))));
         }
     }

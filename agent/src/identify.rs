@@ -1,12 +1,12 @@
 //! identify: a [`Flow`] in, [`Parties`] out.
 //!
-//! Which registration entry is the process on this host's end ([`crate::attest`])? A process without an entry is no failure of
-//! this stage: it says so in its own way ([`Error::is_unknown`]), and the pipeline says why that is refused by where the
-//! connection goes. The entry's credential ([`crate::credential`]) is asked for when a handshake needs it, and not before:
-//! what is denied, or carried in plaintext, needs none.
+//! Which registration entry matches the process on this host's end ([`crate::attest`])? Where none does, the error says so
+//! in its own way ([`Error::is_unknown`]), and the pipeline chooses the refusal by where the connection goes. The entry's
+//! credential ([`crate::credential`]) is asked for when a handshake needs it, and not before: what is denied, or carried in
+//! plaintext, needs none.
 //!
-//! *Invariant:* `Parties` are only made here, of an attested workload; the agent has no identity of its own to put on the wire
-//! (R58).
+//! *Invariant:* `Parties` are made here alone, and only of an attested workload; the agent has no identity of its own to
+//! put on the wire (R58).
 
 use crate::{
     attest::{AttestError, Attested, Attestor, EntrySource, Facts},
@@ -37,7 +37,7 @@ pub struct Parties {
 /// A flow whose local end is not known, and why.
 #[derive(Debug)]
 pub struct Unidentified {
-    /// The flow, to relay or to refuse.
+    /// The flow, which is to be refused unless it can be identified later.
     pub flow: Flow,
     /// Why.
     pub error: Error,
@@ -49,7 +49,7 @@ pub enum Error {
     /// No registration entry matches.
     #[error("{0} has no identity: no registration entry matches it. Add a [[workload]] with selectors that it fulfils")]
     Unknown(Box<Facts>),
-    /// The connection could reach somebody else.
+    /// The connection could reach a process that is not the workload.
     #[error(
         "the address of {id} is shared (SO_REUSEPORT) by {other}, who is not that workload: stop that one, or enrol it"
     )]
@@ -59,7 +59,7 @@ pub enum Error {
         /// Who shares its address.
         other: Box<Facts>,
     },
-    /// It cannot be attested.
+    /// The process cannot be attested.
     #[error(transparent)]
     Attestation(#[from] AttestError),
 }
@@ -112,7 +112,7 @@ impl Identities {
 }
 
 impl Identities {
-    /// Is whoever listens now this workload, all of them?
+    /// Are all who listen now this workload?
     pub async fn is_still(&self, workload: &Workload, now: &Listens, entries: &dyn EntrySource) -> Result<(), Error> {
         let (found, facts) = self.listener(now, entries).await?;
         if found.id == workload.id {
@@ -145,7 +145,7 @@ fn known(Attested { workload, facts }: Attested) -> Result<(Workload, Facts), Er
 }
 
 impl Error {
-    /// May it be over in a moment?
+    /// May the cause be over in a moment?
     pub fn is_passing(&self) -> bool {
         matches!(self, Error::Attestation(error) if error.is_passing())
     }
@@ -222,7 +222,7 @@ mod tests {
     }
 
     impl Bench {
-        /// A host with an authority and a process of nobody; without root that cannot be had.
+        /// A host with an authority and a process of the user nobody; none without root, which that needs.
         fn new() -> Option<Self> {
             let attestor = match Attestor::discover() {
                 Ok(attestor) if rustix::process::geteuid().is_root() => Arc::new(attestor),

@@ -21,7 +21,7 @@ use tokio::sync::watch;
 use wimsey_identity::spiffe::SpiffeId;
 use wimsey_identity::trust::bundle::{Trust, TrustPath};
 
-/// What let a connection pass, so that it can be asked again under another policy.
+/// What let a connection pass, so that it can be decided again under another policy.
 #[derive(Debug)]
 pub enum Basis {
     /// Mutual TLS between these two.
@@ -30,7 +30,7 @@ pub enum Basis {
         local: SpiffeId,
         /// The verified peer.
         peer: SpiffeId,
-        /// By what it was verified.
+        /// The trust by which it was verified.
         path: Arc<TrustPath>,
     },
     /// Plaintext from the network, by a permissive rule.
@@ -70,11 +70,11 @@ pub struct Live {
 }
 
 impl Live {
-    /// Ends it, unless it is ending for another reason already.
+    /// Ends the connection, unless it is ending for another reason already.
     pub fn end(&self, stop: Stop) {
         self.stop.send_if_modified(|told| told.is_none().then(|| *told = Some(stop)).is_some());
     }
-    /// Would this policy let the connection pass as well, and is what the peer was verified by still in force?
+    /// Would this policy let the connection pass, and is the trust by which the peer was verified still in force?
     pub fn is_allowed_by(&self, policy: &Policy, trust: &Trust) -> bool {
         let (local, peer) = match &self.basis {
             Basis::Mesh { peer, path, .. } if !trust.still_believes(&peer.trust_domain(), path) => return false,
@@ -99,7 +99,7 @@ pub struct Refused {
 /// The list of open connections is kept in so many parts, by flow number, so that shards seldom meet at a lock.
 const PARTS: usize = 32;
 
-/// All of it. Shards write, the control thread reads.
+/// The open connections and the counts of refusals. Shards write, the control thread reads.
 #[derive(Debug, Default)]
 pub struct OpenConnections {
     waiting: Arc<Places>,
@@ -113,8 +113,8 @@ impl OpenConnections {
     pub fn begin(&self) {
         self.flows.fetch_add(1, Ordering::Relaxed);
     }
-    /// Takes one of the places for connections that wait for another stream: a quarter of `all`, beside those for flows, so
-    /// that what waits never keeps anybody out.
+    /// Takes one of the places for connections that wait for another stream: a quarter of `all`. They are separate from the
+    /// places for flows, so that a waiting connection keeps nobody out.
     pub fn wait(&self, all: usize) -> Option<Place> {
         self.waiting.take((all / 4).max(1)).ok()
     }
@@ -251,10 +251,10 @@ mod tests {
         let ended = || [&told, &another_told, &elsewhere_told].map(|told| told.borrow().is_some());
         let both = |trust: Trust| trust.with(domain_of("example.org"), other.anchors("example.org"));
         assert_eq!(registry.revoke(&policy, &both(ca.trust("example.org"))), 0);
-        // Two authorities of one name: the number counts for its own only.
+        // Two authorities have the same name: a serial number revokes only a certificate of its own authority.
         assert_eq!(registry.revoke(&policy, &both(ca.trust_but("example.org", &[&[5]]))), 1);
         assert_eq!(ended(), [true, false, false]);
-        // An authority that is in the bundle no more.
+        // The other authority is no longer in the bundle.
         registry.revoke(&policy, &ca.trust("example.org"));
         assert_eq!(ended(), [true, false, true]);
         registry.revoke(&policy, &Trust::new());

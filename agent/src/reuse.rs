@@ -1,11 +1,11 @@
-//! reuse: a `Permit` and an idle connection between two agents in, a `Bound` one out.
+//! reuse: a `Permit` and an idle connection between two agents in, a `Bound` stream out.
 //!
-//! A handshake costs several times what a connection costs otherwise. Between two agents a TLS connection therefore
-//! carries one connection of the applications after the other, never two at a time (docs/SESSIONS.md). Each stream is
-//! authorised like a new connection: what the handshake proved is held against the policy, the trust and the time of now.
+//! A handshake costs several times what a connection costs otherwise. Between two agents a TLS connection therefore carries
+//! one connection of the applications after the other, never two at a time (docs/SESSIONS.md). Each stream is authorised
+//! like a new connection: what the handshake proved is checked against the present policy, trust and time.
 //!
-//! *Invariant:* a [`Bound`] exists only for a peer that the permit of this very stream admits, whose certificate is still
-//! valid and believed, and for the same local workload that shook hands.
+//! *Invariant:* a [`Bound`] exists only for a peer that the permit of this very stream admits and whose certificate is
+//! still valid and believed, and only for the local workload that shook hands.
 
 mod pool;
 
@@ -25,19 +25,19 @@ use wimsey_identity::refusal::{Culprit, Refusal};
 use wimsey_identity::spiffe::SpiffeId;
 use wimsey_identity::trust::x509::display_time;
 
-/// Why a stream is not let onto a connection.
+/// Why a stream may not use a connection.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 pub enum Unfit {
     /// No rule admits the peer any more.
     #[error("no rule lets {0} begin another connection")]
     NotPermitted(SpiffeId),
-    /// Its certificate, or one above it, has been revoked since.
+    /// The peer's certificate, or one above it, has been revoked since.
     #[error("the certificate of {0} has been revoked")]
     Revoked(SpiffeId),
-    /// Its authority has left the trust bundle since.
+    /// The peer's authority has left the trust bundle since.
     #[error("the authority of {0} has left the trust bundle")]
     Untrusted(SpiffeId),
-    /// Its certificate has expired.
+    /// The peer's certificate has expired.
     #[error("the certificate of {0} expired at {1}")]
     Expired(SpiffeId, String),
     /// The connection was made for another workload of this host, or under a credential that has expired.
@@ -60,7 +60,7 @@ pub enum Unfit {
 }
 
 impl Unfit {
-    /// Must the application's connection end with this? Otherwise it can be made in another way.
+    /// Does this end the application's connection as well? Otherwise it can still be made in another way.
     pub fn is_final(&self) -> bool {
         matches!(self, Self::Lost(_) | Self::Application(_))
     }
@@ -82,7 +82,7 @@ impl Refusal for Unfit {
     fn code(&self) -> &'static str {
         match self {
             Self::NotPermitted(_) => "peer-not-permitted",
-            // The codes by which a handshake refuses for the same cause.
+            // The same codes as where a handshake is refused for these causes.
             Self::Revoked(_) => "peer-certificate-revoked",
             Self::Untrusted(_) => "peer-untrusted",
             Self::Expired(..) => "peer-certificate-expired",
@@ -106,12 +106,13 @@ pub struct Bound {
     rule: Arc<Rule>,
 }
 
-/// The client: begins a stream of `spare` for the application in the permit. Where that does not come about, both ends of the
-/// application are as they were, and it can be dialled for as if there had been no spare connection, unless the reason
-/// [is final](Unfit::is_final).
+/// The client: begins a stream of `spare` for the application in the permit. Where that fails, the permit comes back with
+/// the application's socket and first bytes, and the peer can be dialled as if there had been no spare connection, unless
+/// the reason [is final](Unfit::is_final).
 ///
-/// What the application has said by now goes along, where the server was heard of a moment ago. Elsewhere it waits for
-/// `ready`: a server that is gone without a word may have been so for long, and should cost nobody a connection.
+/// What the application has sent by now goes with `begin` where the server was heard of a moment ago. Otherwise it waits
+/// for `ready`: the server may have been gone unnoticed for long, and bytes sent to it would cost the application its
+/// connection.
 pub async fn begin(
     mut permit: Permit,
     spare: Spare,
@@ -131,7 +132,7 @@ pub async fn begin(
         let application = &permit.parties().flow.socket;
         let mut early = first_bytes(application);
         if early.as_ref().is_ok_and(Vec::is_empty) {
-            // Most programs speak right after they have connected.
+            // Most programs send something right after they have connected.
             tokio::task::yield_now().await;
             early = first_bytes(application);
         }
@@ -162,16 +163,16 @@ pub async fn begin(
     Err(Box::new((unfit, permit)))
 }
 
-/// What a stream of a connection was admitted by.
+/// The rule by which a stream of a connection was admitted.
 pub struct Admission(Arc<Rule>);
 
-/// The server: may the client have what it has asked for? `agreement` is that of its connection.
+/// The server: may the client have the stream that it has asked for? `agreement` is that of its connection.
 pub fn admit(permit: &Permit, agreement: &Agreement, now: SystemTime) -> Result<Admission, Unfit> {
     fit(permit, agreement, now).map(Admission)
 }
 
-/// The server: its workload has accepted on `upstream connection`, and the client will be told. The permit holds the socket
-/// of `shared`.
+/// The server: its workload has accepted on `upstream`, and the client will be told. The permit holds the socket of
+/// `shared`.
 pub async fn ready(
     Admission(rule): Admission,
     permit: Permit,
@@ -238,7 +239,7 @@ mod tests {
         let now = SystemTime::now();
         assert_eq!(ask(&world, CURL, WEB, now).await.unwrap(), "test");
         let code = |outcome: Result<String, Unfit>| outcome.unwrap_err().code();
-        // The rule of this very connection admits somebody else.
+        // The rule for this stream admits somebody else.
         assert_eq!(code(ask(&world, CURL, CURL, now).await), "peer-not-permitted");
         // Another workload of this host never gets it.
         assert_eq!(code(ask(&world, WEB, WEB, now).await), "session-not-ours");

@@ -1,6 +1,6 @@
-//! A shard: one thread, one single-threaded runtime, one listeners. Flows live and die here.
+//! A shard: one thread, one single-threaded runtime, listeners of its own. A flow stays here from accept to close.
 //!
-//! *Invariant:* no flow leaves the thread that accepted it, and nothing here is shared but what [`AgentState`] holds.
+//! *Invariant:* no flow leaves the thread that accepted it, and shards share nothing but what [`AgentState`] holds.
 
 use crate::busy_poll;
 use crate::flow::Direction;
@@ -18,7 +18,7 @@ use tokio::task::LocalSet;
 /// Pause after an accept that failed for want of resources, so that a full table is no busy loop.
 const PAUSE: Duration = Duration::from_millis(20);
 
-/// How often connections that nobody has used again for too long are looked for.
+/// How often idle connections that have waited for too long are looked for.
 const SWEEP: Duration = Duration::from_secs(5);
 
 /// Starts the thread of one shard. It ends when `closing` turns true and its last flow is over.
@@ -37,7 +37,7 @@ pub fn start(
         if let Err(error) = runtime.block_on(flows.run_until(serve(shared, unbound, closing))) {
             tracing::error!(shard = index, %error, "a shard cannot take connections");
         }
-        // The listeners are gone; what runs may finish, and the daemon ends it when the time to drain is over.
+        // The listeners are gone. Flows that are under way may finish; the daemon ends them when the time to drain is over.
         runtime.block_on(flows);
     })
 }
@@ -78,7 +78,7 @@ async fn tidy(shared: &AgentState, site: &Site) {
                 site.pool.borrow_mut().clear();
                 site.without_reuse.borrow_mut().clear();
             }
-            // Nobody will tell any more: the agent ends.
+            // The sender is gone, because the agent ends.
             Ok(Err(_)) => std::future::pending().await,
             Err(_) => site.pool.borrow_mut().sweep(Instant::now()),
         }

@@ -1,8 +1,8 @@
-//! Where a peer comes from that has not shown who it is: a user of this host, or a network.
+//! Where a peer comes from that has not shown who it is: from a user of this host, or from a network.
 //!
 //! A program may take any address of its host for its source, all of 127.0.0.0/8 among them, and whoever is routed a prefix
-//! has every address in it. So neither an address nor a network of a fixed size is a tenant: those of this host are one,
-//! and of a network each wider one is one as well.
+//! has every address in it. So neither an address nor a network of one size can stand for a tenant: all addresses of this
+//! host are one tenant, and an address elsewhere is in several, one for each of the wider networks around it.
 //!
 //! *Invariant:* an address that a program of this host can take counts as no other host's.
 
@@ -50,10 +50,12 @@ struct Six {
     addresses: HashSet<Ipv6Addr>,
 }
 
-/// How long the list of IPv6 addresses is good. Making an address takes a right, so that nobody without one gains by it.
+/// How long the list of IPv6 addresses is good. Adding an address to a host takes a privilege, so that a program without it
+/// gains nothing by the delay.
 const FRESH: Duration = Duration::from_secs(1);
 
-/// The IPv6 addresses of a thread's namespace. The sandbox lets the agent ask no routing table.
+/// The IPv6 addresses of a thread's namespace. They are read from a file, because the sandbox lets the agent open no
+/// netlink socket for routing.
 const SIX: &str = "/proc/thread-self/net/if_inet6";
 
 impl Default for Here {
@@ -80,8 +82,8 @@ impl Here {
         }
     }
 
-    /// Only an address of the host can name a device for multicast (ip(7), `IP_MULTICAST_IF`). What the kernel looks at is
-    /// what it lets programs bind to, also where `ip_nonlocal_bind` lets them bind to more.
+    /// Asks the kernel: only an address of the host can name a device for multicast (ip(7), `IP_MULTICAST_IF`). The kernel
+    /// looks among the addresses that programs can bind to, also where `ip_nonlocal_bind` lets them bind to more.
     fn has_four(&self, ip: Ipv4Addr) -> bool {
         self.four.as_ref().is_some_and(|socket| !ip.is_unspecified() && socket.set_multicast_if_v4(&ip).is_ok())
     }
@@ -89,7 +91,7 @@ impl Here {
     fn has_six(&self, ip: Ipv6Addr) -> bool {
         let mut six = lock(&self.six);
         if six.at.is_none_or(|at| at.elapsed() >= FRESH) {
-            // Where there is no such file there is no IPv6.
+            // If there is no such file, there is no IPv6.
             let text = std::fs::read_to_string(SIX).unwrap_or_default();
             *six = Six { at: Some(Instant::now()), addresses: text.lines().filter_map(first_of).collect() };
         }
@@ -117,7 +119,7 @@ mod tests {
         for other in ["192.0.2.1", "::ffff:192.0.2.1", "2001:db8::1", "0.0.0.0", "::", "255.255.255.255"] {
             assert!(!has(other), "{other}");
         }
-        // Whatever else this machine is called: that from which it would send a datagram.
+        // Another address of this machine, if it has one: the one from which it would send a datagram.
         for (from, to) in [("0.0.0.0:0", "192.0.2.1:9"), ("[::]:0", "[2001:db8::1]:9")] {
             let Ok(socket) = UdpSocket::bind(from) else { continue };
             if socket.connect(to).is_ok() {
@@ -127,7 +129,7 @@ mod tests {
         }
     }
 
-    // The kernel may lack the module.
+    // Skipped where the kernel lacks the module for socket diagnostics.
     #[test]
     fn a_peer_on_this_host_is_whoever_has_the_socket() {
         let listener = TcpListener::bind("127.0.0.1:0").unwrap();

@@ -1,14 +1,14 @@
 //! The audit log on disk: a thread that appends lines, and what happens when it cannot.
 //!
-//! Shards append finished lines to what waits, of which there is a bound, and never wait for the disk. When the disk
-//! refuses a write, the thread keeps what it holds, tries again every second, and continues in the middle of the line where
-//! it stopped, so that the file never holds half a line followed by another. While it is failing, [`Sender::refuses`] tells
-//! the pipeline to take no new connections, unless the configuration says `when_full = "continue"`.
+//! Shards append finished lines to a bounded buffer and never wait for the disk. When the disk refuses a write, the thread
+//! keeps what it holds, tries again every second, and continues in the middle of the line where it stopped, so that the
+//! file never holds half a line followed by another. While it is failing, [`Sender::refuses`] tells the pipeline to take no
+//! new connections, unless the configuration says `when_full = "continue"`.
 //!
-//! Where the file cannot be opened again after a rotation, lines go on in the one that is open, which refuses nothing, and
-//! opening is tried again every second as well.
+//! Where the file cannot be opened again after a rotation, lines go on in the one that is open, and opening is tried again
+//! every second as well. No connection is refused for that.
 //!
-//! *Invariant:* a line that was taken is written once and whole, or counted in [`Health::lost`].
+//! *Invariant:* each line is either written once and whole, or counted in [`Health::lost`].
 
 use super::Record;
 use super::repeats::Repeats;
@@ -47,7 +47,7 @@ pub struct Health {
     lost: AtomicU64,
     /// The last write failed.
     unwritable: AtomicBool,
-    /// The file that is written has not the log's name, or may not have it.
+    /// The file that is written to is not, or may not be, the one that has the log's name.
     outdated: AtomicBool,
     last_error: Mutex<Option<String>>,
 }
@@ -71,7 +71,7 @@ impl Health {
     }
 }
 
-/// What is between the shards and the writer.
+/// What the shards hand over to the writer.
 #[derive(Debug, Default)]
 struct Queue {
     waiting: Mutex<Waiting>,
@@ -213,7 +213,7 @@ struct Writer {
     file: File,
     health: Arc<Health>,
     queue: Arc<Queue>,
-    /// Lines that were taken, of which `Waiting` knows how many there are.
+    /// Lines that were taken; `Waiting::taken` is their number.
     batch: Vec<u8>,
     /// How much of the batch is on disk already.
     start: usize,
@@ -318,10 +318,10 @@ impl Writer {
         }
     }
 
-    /// Waits before the next attempt. True: there is no time for one, the process has to end.
+    /// Waits before the next attempt. True: the agent ends, and there is no time for one.
     fn wait_after(&mut self) -> bool {
         let queue = self.queue.clone();
-        // In the middle of a line the same file must go on; before it a new file may be better than none.
+        // A line that is half written must go on in the same file; otherwise one that is opened anew may work.
         let may_reopen = self.start == 0;
         let nothing = |waiting: &mut Waiting| !(waiting.stop || waiting.reopen && may_reopen);
         let woken = queue.ring.wait_timeout_while(lock(&queue.waiting), RETRY, nothing);
@@ -335,7 +335,7 @@ impl Writer {
         stop && self.write().is_err()
     }
 
-    /// Nothing more can be done for what could not be written.
+    /// Counts what could not be written as lost.
     fn give_up(self) {
         let waiting = lock(&self.queue.waiting);
         self.health.lost.fetch_add((waiting.taken + waiting.lines) as u64, Ordering::Relaxed);
@@ -435,7 +435,7 @@ mod tests {
         let log = Log::open(Path::new("/dev/full"), true).unwrap();
         let sender = log.sender();
         let line = record(1).line();
-        // Some are in the writer's hands meanwhile, which count as well.
+        // The writer may have taken some of them meanwhile; they count as well.
         let taken = (0..2 * LINES).filter(|_| sender.queue.put(&line)).count();
         assert_eq!(taken, LINES);
         sender.send(&record(2));

@@ -76,7 +76,7 @@ pub struct Tls {
     pub group: &'static str,
     /// Cipher suite.
     pub cipher: &'static str,
-    /// Which connection of the applications on this TLS connection: 1 shook hands, the others came after it.
+    /// Which connection of the applications on this TLS connection: 1 made the handshake, the others came after it.
     #[serde(rename = "use")]
     pub number: u32,
 }
@@ -115,15 +115,15 @@ pub struct Bytes {
 pub enum Stage {
     /// In the kernel programs, before the agent saw it.
     Kernel,
-    /// Where connections come in and are dialled, and before there is a place for them.
+    /// Accepting and dialling connections, and finding a place for them.
     Intercept,
-    /// Whose it is.
+    /// Finding out whose the connection is.
     Identify,
-    /// What the policy says.
+    /// Asking the policy.
     Authorize,
-    /// Who the peer is.
+    /// Finding out who the peer is.
     Handshake,
-    /// Where keys go to who carries the records.
+    /// Handing the keys to the engine.
     Offload,
     /// While bytes moved, or after.
     Relay,
@@ -135,7 +135,7 @@ pub struct Record {
     /// When the attempt began; the first, where the record stands for several.
     #[serde(serialize_with = "rfc3339")]
     pub time: OffsetDateTime,
-    /// How many attempts the record stands for: 1, and absent, but for what is refused again and again.
+    /// How many attempts the record stands for; absent where it is 1, as it is unless something is refused again and again.
     #[serde(skip_serializing_if = "is_one")]
     pub count: u64,
     /// When the last of several was.

@@ -1,9 +1,10 @@
-//! Refusals that repeat: the first of a kind are lines of their own, what comes faster is one line with a count.
+//! Refusals that repeat: the first of a kind are lines of their own; where they come faster, they are one line with a
+//! count.
 //!
-//! Whoever can make an attempt can make very many, of very many kinds, and must not fill the disk of others with them. So
-//! there is a stock of lines, which grows by a few in a minute. The less is left of it, the longer is counted before a
-//! line is written, and where there are more kinds than lines for them, those of one wider kind are one line. Pure: time
-//! comes in.
+//! Anybody who can make an attempt can make very many, of very many kinds, and must not fill the disk of others with them.
+//! So there is a stock of lines, which is refilled by a few a minute. The less of it is left, the longer refusals are
+//! counted before a line is written. Where there are more kinds than lines, several kinds are joined into a wider one,
+//! which is one line. Pure: the caller says what time it is.
 //!
 //! *Invariant:* every record that comes in comes out, by itself or in the count of another; and in the long run no more
 //! lines come out than the stock grows by.
@@ -17,36 +18,35 @@ use std::time::{Duration, Instant};
 use time::OffsetDateTime;
 use wimsey_identity::spiffe::SpiffeId;
 
-/// How long what is counted waits to be written while there are lines in plenty, while less than half of the stock is left,
-/// and less than a quarter.
+/// How long what is counted waits to be written: while more than half of the stock is left, more than a quarter, and less.
 const PATIENCE: [Duration; 3] = [INTERVAL, Duration::from_secs(10), Duration::from_secs(30)];
-/// In which lines of their own are counted.
+/// The interval in which the lines that are written at once are counted.
 const INTERVAL: Duration = Duration::from_secs(2);
 /// Lines of one kind in an interval that are written as they come.
 const FREE: u32 = 20;
 /// The same of all kinds of a class together.
 const FREE_OF_ALL: u32 = 400;
-/// Kinds of one width that are told apart at once. What comes beyond is counted by a wider one.
+/// Kinds of one width that are told apart at once. A refusal of a further kind is counted by a wider one.
 const KINDS: usize = 512;
 /// Lines that a class may have at once.
 const STOCK: u32 = 1000;
-/// How long it takes until there is one more.
+/// How long it takes until the stock has one line more.
 const REFILL: Duration = Duration::from_secs(3);
 
-/// Whose refusals have a stock of their own, so that nobody's hide those of others.
+/// Classes of refusals. Each has a stock of its own, so that the refusals of one class do not hide those of another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 enum Class {
     /// Refused by the kernel programs.
     Kernel,
-    /// A workload's, by this process.
+    /// Refused to a local workload by this process.
     Outbound,
-    /// A peer's that proved its identity.
+    /// Refused to a peer that has proved its identity.
     Peer,
-    /// A peer's that has not.
+    /// Refused to a peer that has not.
     Stranger,
 }
 
-/// Who was refused what, as far as it is told apart. A wider kind leaves out more.
+/// What refusals are told apart by: who was refused what. A wider kind leaves out more.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 struct Kind {
     direction: Direction,
@@ -60,7 +60,8 @@ struct Kind {
     destination: SocketAddr,
 }
 
-/// How much a kind leaves out: nothing; destinations and parts of networks; whatever is not the code.
+/// How much kinds of each width leave out: nothing; the destination and part of the network; everything but direction and
+/// code.
 const WIDTHS: usize = 3;
 
 /// What was refused of a kind in this interval.
@@ -76,7 +77,7 @@ struct Seen {
 struct Held {
     /// The first.
     record: Box<Record>,
-    /// How many there are with it.
+    /// How many there are, the first included.
     count: u64,
     last: OffsetDateTime,
 }
@@ -96,7 +97,7 @@ struct Stock {
     since: Instant,
     written: u32,
     left: u32,
-    /// Until when `left` was counted.
+    /// Up to when the refill is in `left`.
     filled: Instant,
 }
 
@@ -121,7 +122,7 @@ impl Stock {
         let more = now.duration_since(self.filled).as_secs() / REFILL.as_secs();
         let more = u32::try_from(more).unwrap_or(STOCK).min(STOCK);
         self.left = (self.left + more).min(STOCK);
-        // What is over counts for the next one, but there is no next one while all are there.
+        // The time that is left over counts towards the next line, unless the stock is full.
         self.filled = if self.left == STOCK { now } else { self.filled + REFILL * more };
     }
 
@@ -138,7 +139,7 @@ impl Stock {
         if now.duration_since(self.since) >= INTERVAL {
             (self.since, self.written) = (now, 0);
         }
-        // Of a kind that is new one line is worth more than the next of one that is known.
+        // When the stock is low, the first line of a new kind is worth more than a further one of a known kind.
         let free = match self.left {
             left if left > STOCK / 2 => FREE,
             left if left > STOCK / 4 => 1,
@@ -160,7 +161,7 @@ impl Stock {
         None
     }
 
-    /// The narrowest kind there is room for. Of the widest there are as many as there are codes.
+    /// The narrowest kind that there is room for. Of the widest there are only as many as there are codes, each way.
     fn seen(&mut self, kind: Kind, now: Instant) -> &mut Seen {
         let has_room = |kinds: &HashMap<Kind, Seen>, kind: &Kind| kinds.len() < KINDS || kinds.contains_key(kind);
         let [narrow, wide, widest] = &mut self.kinds;
@@ -193,7 +194,7 @@ impl Stock {
         let mut lines = Vec::new();
         for (kind, whole, held) in merged(due, width) {
             if self.left == 0 && !all {
-                // There are too few even so: it goes on being counted.
+                // There are too few lines even so: this kind goes on being counted.
                 self.kinds[WIDTHS - 1].insert(kind, Seen { since: now, written: 0, held: Some(held) });
                 continue;
             }
@@ -204,7 +205,8 @@ impl Stock {
     }
 }
 
-/// What is of one kind, where no more than that width is told apart. True: it is of one kind of the narrowest width.
+/// Joins what is of one kind of this width, or of a wider one by which it was counted. True: all of it is of one kind of
+/// the narrowest width.
 fn merged(due: Vec<(usize, Kind, Held)>, width: usize) -> Vec<(Kind, bool, Held)> {
     let mut kinds: HashMap<Kind, (bool, Held)> = HashMap::new();
     for (own, kind, held) in due {
@@ -291,7 +293,7 @@ impl Kind {
         if width > 0 {
             kind.destination = NOWHERE;
             kind.ids[1] = None;
-            // An identity says more than from where it came.
+            // An identity says more than the network that it came from.
             kind.network = kind.network.filter(|_| kind.ids[0].is_none()).map(wider);
         }
         if width > 1 {
@@ -301,7 +303,7 @@ impl Kind {
     }
 }
 
-/// The network that one is in: the /16, or /48.
+/// The wider network that a network is in: the /16, or the /48.
 fn wider(network: IpNet) -> IpNet {
     let length = if network.addr().is_ipv4() { 16 } else { 48 }.min(network.prefix_len());
     IpNet::new(network.addr(), length).map_or(network, |wider| wider.trunc())
@@ -345,7 +347,7 @@ mod tests {
         let due = repeats.due(now + INTERVAL, false);
         assert!(lines + due.len() <= KINDS + 1, "{lines} and {}", due.len());
         assert_eq!(lines as u64 + due.iter().map(|record| record.count).sum::<u64>(), 20_000);
-        // Of those that there was no room to tell apart at least the wider network is said.
+        // For those that there was no room to tell apart, at least the wider network is named.
         let wide: Vec<&Record> = due.iter().filter(|line| line.reason.contains("from 10.1.0.0/16")).collect();
         assert!(matches!(*wide, [line] if line.count > 19_000 && line.destination.address == NOWHERE));
     }
@@ -360,7 +362,7 @@ mod tests {
             let mut write = |line: Record| (lines, counted) = (lines + 1, counted + line.count);
             for number in 0..100 {
                 let mut record = refusal((number * 7 + second) as u8, (second + number) as u16);
-                // From all over the world, which no one network sums up.
+                // The sources are all over the world, so that no one network covers them.
                 record.source.address.set_ip([(second % 200) as u8 + 1, number as u8, 7, 7].into());
                 record.code = ["one", "two", "three"][(number % 3) as usize];
                 made += 1;

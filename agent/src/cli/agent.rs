@@ -47,7 +47,7 @@ fn log() {
     }
 }
 
-/// Levels and `target=level` pairs, separated by commas. Without any it is `info`, and where one cannot be understood as well.
+/// Levels and `target=level` pairs, separated by commas. `info` where there are none, or where one cannot be understood.
 fn filter(wanted: &str) -> (Targets, Option<ParseError>) {
     let info = Targets::new().with_default(LevelFilter::INFO);
     let directives: Vec<&str> = wanted.split(',').map(str::trim).filter(|directive| !directive.is_empty()).collect();

@@ -1,4 +1,4 @@
-//! `wimsey check` and `wimsey policy test`: is what is written down what was meant?
+//! `wimsey check` and `wimsey policy test`: do configuration and policy say what was meant?
 
 use super::Wrong;
 use std::path::{Path, PathBuf};

@@ -1,4 +1,4 @@
-//! What the verbs do, one file each.
+//! What the subcommands do, one file each.
 
 pub mod agent;
 pub mod ca;
@@ -6,7 +6,7 @@ pub mod check;
 pub mod run;
 pub mod show;
 
-/// The command line, the configuration or the policy is wrong; reported already or carried in the text.
+/// The command line, the configuration or the policy is wrong. The text says why, unless that has been reported already.
 #[derive(Debug, thiserror::Error)]
 #[error("{0}")]
 pub struct Wrong(pub String);

@@ -1,7 +1,7 @@
 //! `wimsey run`: a program in a cgroup of its own, so that a registration entry can name it by `cgroup:/wimsey/NAME`.
 //!
 //! The program replaces this process, so signals, exit code and terminal are its own. Its cgroup stays until it is empty
-//! and the next `wimsey run` or `wimsey release` sweeps it; `release` takes the one above them as well.
+//! and the next `wimsey run` or `wimsey release` removes it; `release` removes the cgroup above as well.
 
 use anyhow::{Context, bail};
 use std::ffi::OsString;
@@ -36,7 +36,7 @@ pub fn sweep() {
         return;
     };
     for entry in entries.flatten().filter(|entry| entry.path().is_dir()) {
-        // Fails for one that holds a process, which is what decides.
+        // This fails for a cgroup that still holds a process, so nothing else has to be checked.
         let _ = std::fs::remove_dir(entry.path());
     }
 }

@@ -37,8 +37,8 @@ pub fn connections(config: Option<&Path>, json: bool) -> anyhow::Result<ExitCode
     Ok(ExitCode::SUCCESS)
 }
 
-/// Prints what this kernel can do, whether the agent sees the host and not a box in it, and how full the kernel's tables are.
-/// Fails where an agent would not start.
+/// Prints what this kernel can do, whether the agent sees the whole host and not a container, and how full the kernel's
+/// tables are. Fails where an agent would not start.
 pub fn doctor(json: bool) -> anyhow::Result<ExitCode> {
     let host = intercept::findings();
     let tables = intercept::PinnedTables::here()
@@ -53,7 +53,7 @@ pub fn doctor(json: bool) -> anyhow::Result<ExitCode> {
             fields.insert("auto".into(), Choice::from(EngineChoice::Auto, &report)?.engine().name().into());
             fields.insert("sandbox".into(), sandbox.to_string().into());
             fields.insert("host".into(), host.iter().map(finding_json).collect());
-            // Why there are none is among the findings.
+            // If there are none, the findings say why.
             fields.insert("tables".into(), serde_json::to_value(tables.unwrap_or_default())?);
         }
         println!("{value:#}");

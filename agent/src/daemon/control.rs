@@ -25,16 +25,16 @@ use tokio::sync::{mpsc, watch};
 use tokio::task::JoinError;
 use tokio::time::{Interval, MissedTickBehavior};
 
-/// How often what nobody announces is looked for.
+/// How often the agent looks for changes that nothing announces.
 const TICK: Duration = Duration::from_secs(10);
-/// How often it is looked whether an enrolled process was given a listening socket that was left alone.
+/// How often it is checked whether an enrolled process was given a listening socket that was left alone.
 const LOOK: Duration = Duration::from_secs(2);
-/// How long after a refusal those of its kind that were not told are looked for.
+/// How long after a refusal the kernel is asked for others of its kind, which it has only counted.
 const SOON: Duration = Duration::from_secs(2);
-/// How long the agent says nothing of being ready because of listeners that it has not judged. Less than systemd waits
-/// (`TimeoutStartSec`): whoever has very many descriptors must not end the agent with them.
+/// How long the agent delays reporting that it is ready while there are listeners that it has not judged. Less than systemd
+/// waits (`TimeoutStartSec`), so that a process with very many descriptors cannot make systemd end the agent.
 const FIRST_LOOK: Duration = Duration::from_secs(10);
-/// How long shards may take to end after their last connection was told to.
+/// How long shards may take to end after their last connections were told to end.
 const LAST_WORDS: Duration = Duration::from_secs(5);
 
 /// What is on disk, read and checked, and what its policy says to the kernel.
@@ -44,7 +44,7 @@ type Read = Result<(Prepared, intercept::Prepared), Error>;
 pub(super) struct Control {
     shared: Arc<AgentState>,
     provider: Arc<dyn Provider>,
-    /// Counts up where trust changes, also without a reload.
+    /// Counts up whenever trust changes, also without a reload.
     changes: watch::Receiver<u64>,
     programs: Programs,
     settled: Settled,
@@ -56,22 +56,22 @@ pub(super) struct Control {
     reload_refused: Option<String>,
     /// What is on disk is being read for a reload.
     reading: Option<tokio::task::JoinHandle<Read>>,
-    /// Another reload was asked for meanwhile: what has been read may be older than that.
+    /// Another reload was asked for meanwhile, so that what is being read may be older than that request.
     read_again: bool,
     draining: bool,
     /// What listens, and what it was found to be.
     listeners: Listeners,
     /// Connections from before.
     preexisting: Preexisting,
-    /// Flows there had been when it was tidied up last.
+    /// How many flows there had been at the last tidying.
     tidied: u64,
-    /// Events that the kernel had had no room for when the listeners were looked at last.
+    /// How many events the kernel had had no room for when that was last looked at.
     lost: u64,
     /// What does not work at the moment.
     troubles: Troubles,
     /// The listening sockets are to be looked at anew.
     listeners_due: bool,
-    /// When refusals that were not told are looked for.
+    /// When the kernel is to be asked for refusals that it has only counted.
     refusals_due: Option<Instant>,
 }
 
@@ -108,7 +108,7 @@ impl Control {
         })
     }
 
-    /// Runs until a signal says stop and the connections are over or the time to drain is.
+    /// Runs until a signal says stop, and then until the connections are over or the time to drain is up.
     pub(super) async fn run(mut self, closing: watch::Sender<bool>, shards: &[JoinHandle<()>]) -> Result<(), Error> {
         let on = |kind| signal(kind).map_err(|source| Error::Host { what: "a signal cannot be awaited", source });
         let (mut hangup, mut terminate, mut interrupt) =
@@ -145,13 +145,13 @@ impl Control {
         self.tell_the_rest();
         admin.abort();
         maintenance.abort();
-        // Somebody else's socket by now, if it cannot be removed.
+        // If it cannot be removed, it is somebody else's socket by now.
         let _ = std::fs::remove_file(&socket);
         Ok(())
     }
 
-    /// Tells systemd that the agent is ready once everything that listened before it has been judged: until then connections
-    /// to that are refused. Says whether it was told.
+    /// Tells systemd that the agent is ready once everything that listened before it started has been judged, because
+    /// connections to other listeners are refused. Returns whether systemd was told.
     fn is_ready(&self, due: Instant, before: &HashSet<u64>) -> bool {
         let left = self.listeners.unjudged().intersection(before).count();
         if left > 0 && Instant::now() < due {
@@ -204,14 +204,15 @@ impl Control {
         self.shared.audit.collect();
     }
 
-    /// Hears of what the kernel has counted and not told.
+    /// Fetches the refusals that the kernel has counted and not reported one by one.
     fn collect_refusals(&mut self) {
         let collected = self.programs.collect_refusals(false);
         self.troubles.observe(Work::Refusals, collected);
         self.refusals_due = None;
     }
 
-    /// Writes down what the kernel has counted and not told, so that the next agent begins with nothing.
+    /// Writes the refusals that the kernel has counted and not reported to the audit log, so that the next agent starts
+    /// from zero.
     fn tell_the_rest(&mut self) {
         match self.programs.collect_refusals(true) {
             Ok(()) => {
@@ -246,7 +247,7 @@ impl Control {
         self.preexisting.look(&self.programs, &policy, &mut self.troubles);
     }
 
-    /// Begins to read what is on disk, to put it in force when that is done.
+    /// Begins to read what is on disk, which is put in force when it has been read.
     fn reload(&mut self) {
         self.shared.audit.reopen();
         self.read_again = self.reading.is_some();
@@ -284,7 +285,7 @@ impl Control {
         }
     }
 
-    /// Says what came of a reload, and looks with the eyes of the new policy.
+    /// Logs what came of a reload, and after a successful one judges listeners and connections by the new policy.
     fn reloaded(&mut self, done: Result<(), Error>) {
         self.reloads += 1;
         self.reload_refused = done.err().map(|error| error.to_string());
@@ -297,13 +298,13 @@ impl Control {
         self.look_at_listeners();
         self.look_for_old_connections();
         tracing::info!(generation = self.programs.generation(), "policy reloaded");
-        // Policy and trust have changed together: one look at the connections is for both.
+        // Policy and trust have changed together, so that one look at the connections is enough for both.
         self.changes.mark_unchanged();
         self.revoke("what was reloaded does not allow them");
     }
 
     fn revoke(&self, why: &'static str) {
-        // A shard that is gone needs not be told.
+        // A shard that is gone need not be told.
         self.shared.changed.send_replace(());
         let ended = self.shared.registry.revoke(&self.shared.policy.load(), &self.provider.trust());
         if ended > 0 {
@@ -311,10 +312,10 @@ impl Control {
         }
     }
 
-    /// What is done now and then. Each part is tried, whatever came of the others.
+    /// What is done every ten seconds. Each part is tried, whether or not the others succeeded.
     fn tidy(&mut self) {
-        // It looks at every socket of the host, so it is done once for about as many new connections: the idle ones cost
-        // nothing, and rows that nobody needs come from new ones only.
+        // Tidying looks at every socket of the host. Only new connections leave rows that nobody needs, so it is done when
+        // there were more new flows than half of those that are open; connections that stay open cost nothing.
         let flows = self.shared.registry.total();
         if flows - self.tidied > self.shared.registry.open_count() as u64 / 2 {
             self.tidied = flows;
@@ -328,7 +329,8 @@ impl Control {
         if let Some(lost) = self.troubles.observe(Work::Counters, counted)
             && lost > self.lost
         {
-            // A refusal that is not told is in the kernel's counters. A listener that is not told would never be attested.
+            // A refusal whose event was lost is still in the kernel's counters. A listener whose event was lost would never
+            // be attested.
             tracing::warn!(events = lost - self.lost, "the kernel had more to tell than its buffer holds");
             self.lost = lost;
             self.listeners_due = true;
@@ -368,7 +370,8 @@ impl Control {
         answer.unwrap_or_else(|error| serde_json::json!({ "error": error.to_string() }))
     }
 
-    /// Takes no new connections, and waits until the last one is over or the time is. A second signal ends the wait.
+    /// Takes no new connections, and waits until the last one is over or the time to drain is up. A second signal ends the
+    /// wait.
     async fn drain(
         &mut self,
         closing: watch::Sender<bool>,
@@ -380,12 +383,13 @@ impl Control {
         self.draining = true;
         let patience = self.shared.config.timeouts.drain;
         tracing::info!(open = self.shared.registry.open_count(), ?patience, "draining");
-        // Without receivers the shards are gone already.
+        // If there is no receiver, the shards are gone already.
         let _ = closing.send(true);
         let over = all_over(shards);
         let time_is_up = tokio::time::sleep(patience);
         tokio::pin!(over, time_is_up);
-        // Whoever listens is judged until the end: what the agent has left alone stays so when it is gone.
+        // Listeners are judged until the end, because a socket that the agent has left alone stays so when the agent is
+        // gone.
         loop {
             tokio::select! {
                 () = &mut over => return,
@@ -411,7 +415,7 @@ enum Next {
     Tidy,
 }
 
-/// What comes again and again.
+/// The timers of what is done again and again.
 struct Rounds {
     look: Interval,
     tick: Interval,
@@ -425,7 +429,7 @@ impl Rounds {
     }
 }
 
-/// Waits for the next of it. Cancel safe.
+/// Waits for the next thing to do. Cancel safe.
 async fn next(
     programs: &mut Programs,
     listeners: &mut Listeners,
@@ -448,7 +452,7 @@ async fn come(due: Option<Instant>) {
     }
 }
 
-/// What was read, once it was. Cancel safe.
+/// What was read, once all of it is. Cancel safe.
 async fn finished(reading: &mut Option<tokio::task::JoinHandle<Read>>) -> Result<Read, JoinError> {
     match reading {
         Some(reading) => reading.await,

@@ -124,7 +124,7 @@ fn record(
         protocol: protocol(event.protocol),
         decision,
         source: End { id: source, address: socket_address(&event.source, event.source_port) },
-        // Nobody was authenticated there: who was expected belongs into the reason.
+        // Nobody was authenticated at the destination, so the identity that was expected there goes into the reason.
         destination: End { id: None, address: destination },
         method: if decision == Decision::Bypassed { Method::Plaintext } else { Method::None },
         tls: None,

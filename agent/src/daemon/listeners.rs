@@ -1,10 +1,11 @@
-//! What listens on this host, and what each of it is found to be.
+//! What listens on this host, and what each listening socket is found to be.
 //!
-//! The kernel programs tell of a listening socket; who bound it, who listens and who holds it is judged here. What nobody
-//! enrolled is behind is left alone; it is looked at again now and then, because a socket can be handed on.
+//! The kernel programs report listening sockets; who bound one, who listens on it and who holds it is judged here. A socket
+//! with nobody enrolled behind it is left alone, and looked at again now and then, because a socket can be passed to
+//! another process.
 //!
-//! *Invariant:* left alone is said only after all three were looked at. What cannot be found out stays refused, and status
-//! says why.
+//! *Invariant:* a socket is left alone only after all three were looked at. One of which something cannot be found out
+//! stays refused, and status says why.
 
 use crate::attest::{Attested, Attestor};
 use crate::intercept::{self, Held, Listening, Programs, Walk};
@@ -20,12 +21,12 @@ use wimsey_common::{LISTENER_LEFT_ALONE, LISTENER_PROTECTED, Task};
 
 mod lines;
 
-/// How long the next walk through the processes waits for more to look for.
+/// How long the next walk through the processes waits, so that it looks for more sockets at once.
 const GATHER: Duration = Duration::from_millis(20);
-/// How long a walk goes on before what it has found is told.
+/// How long a walk goes on before what it has found is reported.
 const STRIDE: Duration = Duration::from_millis(100);
 
-/// Walks in a row that do not find a socket until it is looked for among all.
+/// After how many walks in a row that did not find a socket all listening sockets are read anew.
 const GONE: u32 = 2;
 
 /// Every listening socket that the agent knows of.
@@ -35,13 +36,14 @@ pub(super) struct Listeners {
     waiting: HashSet<u64>,
     /// Sockets that could not be judged, and are looked at again in a moment.
     missed: HashSet<u64>,
-    /// Some of them have been missing for long.
+    /// Some sockets have been missing for so long that all are to be read anew.
     stale: bool,
-    /// Those that are looked at every now and then.
+    /// Sockets that were judged and are to be looked at again.
     again: HashSet<u64>,
     /// A walk through the processes is under way.
     walking: bool,
-    /// Told where somebody waits who was not looked at yet, if it is a walk for those that are looked at again.
+    /// Where the walk is only for sockets that are looked at again: tells it to stop because others wait that were not
+    /// looked at yet.
     make_way: Option<Arc<AtomicBool>>,
     lines: lines::Lines,
     reports: (mpsc::UnboundedSender<Report>, mpsc::UnboundedReceiver<Report>),
@@ -77,7 +79,7 @@ impl Finding {
 
 /// What comes back from beside the loop.
 pub(super) enum Report {
-    /// As it was when it was read, what it was found to be, and by the policy of which generation.
+    /// The socket as it was when it was read, what it was found to be, and by the policy of which generation.
     Judged(Box<(Listening, Finding, u32)>),
     /// The walk is over, or could not be made; these were not found.
     Walked(Vec<u64>, Result<(), intercept::Error>),
@@ -104,7 +106,7 @@ impl Listeners {
         self.known.values()
     }
 
-    /// Those of which nobody knows yet what they are. One that was looked for and not found is none of them.
+    /// Sockets that are not judged yet, without those that a walk has looked for and not found.
     pub(super) fn unjudged(&self) -> HashSet<u64> {
         let unjudged = self.known.iter().filter(|(_, known)| known.finding.is_none() && known.unlisted == 0);
         unjudged.map(|(cookie, _)| *cookie).collect()
@@ -117,7 +119,7 @@ impl Listeners {
         self.waiting.insert(listening.cookie);
     }
 
-    /// All that listens: what is not among it is gone.
+    /// Takes the list of all listening sockets: one that is not in it is gone.
     pub(super) fn note_all(&mut self, all: Vec<Listening>) {
         let there: HashSet<u64> = all.iter().map(|listening| listening.cookie).collect();
         self.known.retain(|cookie, _| there.contains(cookie));
@@ -128,7 +130,8 @@ impl Listeners {
         self.known.remove(&cookie);
     }
 
-    /// What is nobody's in particular is looked at again: somebody may have been given it, or be known by now.
+    /// Marks sockets to be looked at again: those that are not settled, because somebody may have been given them or be
+    /// known by now, and those whose end nothing reports.
     pub(super) fn look_again(&mut self) {
         self.lines.write_counts(Instant::now());
         let unsettled = self.known.iter().filter(|(_, known)| !known.is_settled() || !known.is_watched());
@@ -136,7 +139,8 @@ impl Listeners {
         self.waiting.extend(self.missed.drain());
     }
 
-    /// Something is known that does not listen any more, of which nobody has told.
+    /// Have sockets probably stopped listening without a report of it? The answer is true once, until more of them are
+    /// found.
     pub(super) fn are_stale(&mut self) -> bool {
         std::mem::take(&mut self.stale)
     }
@@ -155,7 +159,8 @@ impl Listeners {
             return;
         }
         let mut waiting = std::mem::take(&mut self.waiting);
-        // With those that were not looked at yet the others cost no more; alone they make way for such.
+        // In a walk for sockets that were not looked at yet, those that are looked at again cost nothing more. A walk for
+        // the latter alone makes way for the former.
         let make_way = Arc::new(AtomicBool::new(false));
         self.make_way = waiting.is_empty().then(|| make_way.clone());
         waiting.extend(self.again.drain());
@@ -163,7 +168,8 @@ impl Listeners {
             return;
         }
         self.walking = true;
-        // As they are before anybody looks at them: what happens meanwhile is seen by that.
+        // The rows are read before anybody looks at the sockets, so that a change meanwhile is noticed when the finding is
+        // written.
         let (mut listening, mut missed) = (Vec::new(), Vec::new());
         for cookie in waiting.iter().filter(|cookie| self.known.contains_key(cookie)) {
             match programs.listener(*cookie) {
@@ -189,7 +195,7 @@ impl Listeners {
                 round.missed.extend(round.listening.iter().map(|listening| listening.cookie));
             }
             tokio::time::sleep(GATHER).await;
-            // The loop outlives all reports but those that nobody needs any more.
+            // If the loop is gone, nobody needs the report.
             let _ = report.send(Report::Walked(round.missed, walked));
         });
     }
@@ -218,7 +224,7 @@ impl Listeners {
         known.listening = listening;
         let owner = finding.owner.filter(|owner| *owner != listening.row.owner);
         if !programs.judged(&listening, finding.mode, owner, generation)? {
-            // Somebody else has said something about it meanwhile, or it is gone.
+            // The policy or the socket has changed meanwhile, or the socket is gone.
             self.waiting.insert(cookie);
             return Ok(());
         }
@@ -226,7 +232,7 @@ impl Listeners {
         let was_left_alone = known.is_left_alone() && finding.mode == LISTENER_PROTECTED;
         let uid = owner.unwrap_or(known.listening.row.owner).uid;
         if !(was_left_alone || finding.why.is_some()) || !self.lines.may_write(uid, Instant::now()) {
-            // Nothing is to be said, or it is counted.
+            // There is no line to write, or it has only been counted.
         } else if was_left_alone {
             tracing::warn!(%address, id = ?finding.id, why = ?finding.why,
                 "a listening socket that had been left alone is held by a process that is enrolled: it took plaintext \
@@ -244,13 +250,13 @@ impl Listeners {
 }
 
 impl Known {
-    /// It is somebody's, and not for want of knowing better.
+    /// Was it found to be one workload's, with nothing in doubt?
     fn is_settled(&self) -> bool {
         self.finding.as_ref().is_some_and(Finding::is_settled)
     }
 
-    /// The programs tell when it is closed. They were not there when a socket that nobody is known to have bound began to
-    /// listen, and a multipath-TCP one of these goes without a word.
+    /// Do the kernel programs report when it is closed? A socket of unknown binder began to listen before they were
+    /// attached, and if it is one of multipath TCP they do not see its end.
     fn is_watched(&self) -> bool {
         self.listening.row.binder.tgid != 0
     }
@@ -265,19 +271,19 @@ struct Round {
     listening: Vec<Listening>,
     /// Those that could not be looked at.
     missed: Vec<u64>,
-    /// How many holders of a socket there were when it was found to be somebody's before the end.
+    /// How many holders of a socket had been found when it was last judged during the walk.
     told: HashMap<u64, usize>,
     attestor: Arc<Attestor>,
     policy: Arc<Policy>,
     generation: u32,
-    /// Others wait who were not looked at yet.
+    /// Set when other sockets wait that were not looked at yet.
     make_way: Arc<AtomicBool>,
     report: mpsc::UnboundedSender<Report>,
 }
 
 impl Round {
-    /// Looks who holds the sockets, and reports what they are: whose one is as soon as that is seen, and what is nobody's when
-    /// everybody has been looked at.
+    /// Looks who holds the sockets, and reports what they are: that one is a workload's as soon as that is seen, that one
+    /// is nobody's only when every process has been looked at.
     async fn walk(&mut self, cookies: HashSet<u64>, hierarchy: PathBuf) -> Result<(), intercept::Error> {
         let who = (self.attestor.clone(), self.policy.clone());
         let begin = move || Walk::begin(&cookies, &hierarchy, &|task| who.0.may_be_enrolled(task, &who.1));
@@ -290,14 +296,14 @@ impl Round {
             }
             self.report_early(&walk).await;
             if self.make_way.load(Ordering::Relaxed) {
-                // What was not found out is as it was, and is looked at again.
+                // A socket that was not judged stays as it was, and is looked at again.
                 return Ok(());
             }
         }
         let mut nobodys = Vec::new();
         for listening in std::mem::take(&mut self.listening) {
-            // One that is on no list is gone, or stood behind one that went while the kernel told of it
-            // (`tcp_diag_dump` in net/ipv4/tcp_diag.c counts its way back).
+            // A socket that is not listed is gone, or was skipped because one before it went while the kernel listed them
+            // (`tcp_diag_dump` in net/ipv4/tcp_diag.c finds its place by counting).
             match walk.held(listening.cookie) {
                 None => self.missed.push(listening.cookie),
                 Some(held) if held.holders.is_empty() && !is_recorded(&listening) => nobodys.push((listening, held)),
@@ -315,7 +321,8 @@ impl Round {
         Ok(())
     }
 
-    /// What is seen to be somebody's already does not wait for those who have very many descriptors.
+    /// Reports the sockets that are seen to be a workload's already, so that they need not wait for processes with very
+    /// many descriptors.
     async fn report_early(&mut self, walk: &Walk) {
         for listening in &self.listening {
             let Some(held) = walk.held(listening.cookie) else { continue };
@@ -338,7 +345,7 @@ impl Round {
     }
 }
 
-/// Work that would make others wait, on a thread of its own.
+/// Does work that would block the loop on a thread of its own.
 async fn beside<T: Send + 'static>(work: impl FnOnce() -> T + Send + 'static) -> Result<T, intercept::Error> {
     tokio::task::spawn_blocking(work).await.map_err(|error| intercept::Error::Host {
         what: "who holds the listening sockets cannot be found out".into(),
@@ -351,12 +358,12 @@ fn is_recorded(listening: &Listening) -> bool {
     listening.row.binder.tgid != 0 || listening.row.owner.tgid != 0
 }
 
-/// What is said of a socket that somebody listens on, and of which nobody is found.
+/// The reason that is given where connections to a listening socket are refused because no process is found behind it.
 const NOBODYS: &str = "no process can be found that bound it, began to listen or holds it, as where it is in io_uring or on its \
                        way in a message alone, or is the kernel's own: start its server again while the agent runs";
 
-/// Binder, listener and holders: whoever of them is a workload makes the socket that workload's. `is_held`: by somebody, be it
-/// by nobody who matters.
+/// Judges by binder, listener and holders: if any of them is a workload, the socket is that workload's. `is_held`: some
+/// process holds the socket, be it one that no entry can match.
 async fn judge(attestor: &Attestor, policy: &Policy, listening: &Listening, held: &Held, is_held: bool) -> Finding {
     let row = &listening.row;
     let mut tasks: Vec<Task> = Vec::new();
@@ -391,16 +398,17 @@ async fn judge(attestor: &Attestor, policy: &Policy, listening: &Listening, held
                 });
             }
             Ok(_) => {}
-            // The kernel has judged the binder when it was there.
+            // The binder is gone. When it bound the socket, the kernel found it to be nobody enrolled.
             Err(_) if task == row.binder && row.bound == LISTENER_LEFT_ALONE => {}
-            // Those who hold it now speak for whoever was nobody in a cgroup that is gone.
+            // A recorded process was nobody, as far as can be said now that its cgroup is gone: then those who hold the
+            // socket now decide.
             Err(_) if all_are_nobody && attestor.was_nobody(&task, policy) => {}
             Err(error) => why = Some(error.to_string()),
         }
     }
     match found {
         Some((owner, id)) => {
-            // Others that hold it, and are nobody, change nothing.
+            // What is unclear about the others changes nothing, unless the socket belongs to a second workload.
             let why = why.filter(|why| why.starts_with("it belongs"));
             Finding { mode: LISTENER_PROTECTED, owner: Some(owner), id: Some(id), why }
         }

@@ -100,7 +100,8 @@ pub fn run(mut config: Config) -> Result<(), Error> {
     let policy = Arc::new(Policy::load(&config.policy_dir, Purpose::InForce)?);
     warn_of_second_authorities(&config, &policy);
     let provider = Arc::new(Embedded::open(settings(&config, &policy))?);
-    // Before anything looks for processes and cgroups, so that the reason is named and not a consequence of it.
+    // Checked before anything looks for processes and cgroups, so that the error names the reason and not a consequence of
+    // it.
     intercept::hold_against_host()?;
     let attestor = Arc::new(Attestor::discover()?);
     let matrix = selftest::run();
@@ -158,9 +159,9 @@ pub fn run(mut config: Config) -> Result<(), Error> {
 /// Files that are not for connections: maps, listeners, logs, and connections that are accepted only to be refused.
 const OTHER_FILES: u64 = 1024;
 
-/// How many connections fit each way, at two sockets each, one for a peer that has not proved who it is, and half a one for
-/// what waits for another use (a quarter of their number inbound, a quarter outbound). Where files are very few, half of them
-/// are kept for other things.
+/// How many connections fit each way. One outbound and one inbound take two sockets each, one of a peer that has not proved
+/// who it is takes one, and the connections that wait for another use (a quarter of the number inbound, a quarter outbound)
+/// take half a one: five and a half in all. Where files are very few, half of them are kept for other things.
 fn connections_within(files: u64) -> usize {
     let others = OTHER_FILES.min(files / 2);
     usize::try_from((files - others) / 11 * 2).unwrap_or(usize::MAX)
@@ -171,8 +172,9 @@ pub fn check_identity(config: &Config, policy: &Policy) -> Result<(), EmbeddedEr
     Embedded::open(settings(config, policy)).map(drop)
 }
 
-/// What is to be said about `[[trust]]` entries for the policy's own trust domain: one line each. They are how an authority
-/// is replaced, since peers have SVIDs of both for a while; left behind, they let somebody else name this host's workloads.
+/// What is to be said about `[[trust]]` entries for the policy's own trust domain: one line each. Such an entry serves to
+/// replace an authority, while peers have SVIDs of the old and the new one. If it is left behind, somebody else can issue
+/// the identities of this host's workloads.
 pub fn second_authorities(config: &Config, policy: &Policy) -> Vec<String> {
     let own = policy.trust_domain();
     let line = |trust: &crate::config::Trust| {
@@ -211,7 +213,7 @@ fn reason(wanted: EngineChoice, matrix: &Matrix) -> String {
     match (wanted, matrix.verdict()) {
         (EngineChoice::Auto, _) => "auto is the engine that was measured to be the cheaper (docs/adr/0012)".into(),
         (EngineChoice::User, _) => "configured".into(),
-        // It is not started with (`Choice::from`).
+        // The agent does not start in this case (`Choice::from`).
         (EngineChoice::Kernel, EngineSupport::User { why }) => why,
         (EngineChoice::Kernel, EngineSupport::Kernel { rekey: true }) => {
             "configured, and this kernel passes the self-test".into()

@@ -1,6 +1,6 @@
 //! Connections that were there before their workload was enrolled: what the policy says becomes of them.
 //!
-//! *Invariant:* a connection whose time is up is closed, or it is said why not and tried again.
+//! *Invariant:* a connection whose time is up is closed; where that fails, the reason is noted and it is tried again.
 
 use super::troubles::Troubles;
 use crate::admin::PreexistingStatus;

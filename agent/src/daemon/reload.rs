@@ -1,10 +1,10 @@
 //! A reload as one step: everything is read and checked, the kernel's tables are installed, and what is left to do cannot
 //! fail.
 //!
-//! Files of policy and trust come in; both are in force together, or neither is.
+//! Files of policy and trust come in; all of them are in force together, or none is.
 //!
-//! *Invariant:* whatever fails, it fails before anything has changed: trust, revocation lists, policy and, by the word of
-//! who installs them, the kernel's tables are what they were.
+//! *Invariant:* a failure comes before anything has changed: trust, revocation lists and policy are what they were, and so
+//! are the kernel's tables, which `install` has to guarantee.
 
 use super::Error;
 use crate::config::Config;
@@ -14,7 +14,7 @@ use crate::policy::Policy;
 use arc_swap::ArcSwap;
 use std::sync::Arc;
 
-/// What was read from disk and found sound, and is not in force.
+/// What was read from disk and found sound, and is not in force yet.
 #[derive(Debug)]
 pub struct Prepared {
     policy: Arc<Policy>,
@@ -34,8 +34,9 @@ impl Prepared {
         self.policy.clone()
     }
 
-    /// Puts it in force. `install` brings the policy into the kernel's tables, all of it or nothing; it goes first, since it
-    /// alone can fail, and what the kernel redirects to the agent meanwhile, and the policy before does not know, is refused.
+    /// Puts it in force. `install` brings the policy into the kernel's tables, all of it or nothing, and goes first, since
+    /// it alone can fail. What the kernel redirects by the new policy before that is in force in the agent, and the old one
+    /// does not know, is refused.
     pub fn put_in_force<E>(
         self,
         install: impl FnOnce(Arc<Policy>) -> Result<u32, E>,

@@ -41,9 +41,9 @@ pub(super) struct Known<'a> {
     pub(super) policy_loaded: OffsetDateTime,
     /// Reloads that were taken or refused.
     pub(super) reloads: u64,
-    /// One is asked for, and not decided yet.
+    /// A reload was asked for, and is not decided yet.
     pub(super) is_reading: bool,
-    /// Why the last of them was refused.
+    /// Why the last reload was refused.
     pub(super) reload_refused: Option<&'a str>,
     pub(super) listeners: &'a Listeners,
     pub(super) preexisting: &'a Preexisting,

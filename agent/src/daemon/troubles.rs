@@ -1,4 +1,4 @@
-//! What does not work at the moment. Nothing of it ends the agent: it is logged once, counted, shown, and tried again.
+//! What does not work at the moment. No trouble ends the agent: it is logged once, counted, shown, and tried again.
 //!
 //! *Invariant:* there are as many troubles as there are kinds of [`Work`], however often each fails.
 

@@ -1,6 +1,7 @@
 //! Does the client on a permissive listener speak TLS? Its first byte says, and is left in the socket.
 //!
-//! *Invariant:* nothing is read: whoever carries the connection sees the stream from its first byte.
+//! *Invariant:* nothing is taken from the socket: the stage that carries the connection sees the stream from its first
+//! byte.
 
 use rustix::net::{RecvFlags, recv};
 use std::{io, time::Duration};
@@ -27,10 +28,10 @@ pub async fn looks_like_tls(socket: &TcpStream, wait: Duration) -> io::Result<bo
     }
 }
 
-/// Waits until the peer has said anything, or ended. False: it was silent until the deadline.
+/// Waits until the peer has sent anything, or has ended. False: it was silent until the deadline.
 ///
-/// The socket itself is asked: readiness alone may be told without a byte being there, and a slot that is given to a silent
-/// peer is missed by one whose own agent waits for this one.
+/// The socket itself is asked, because readiness may be reported without a byte being there. A silent peer must not get a
+/// slot: it would be missing for a peer whose own agent is waiting for this one's answer.
 pub async fn received_any(socket: &TcpStream, deadline: Instant) -> bool {
     let first =
         socket.async_io(Interest::READABLE, || Ok(recv(socket, &mut [0], RecvFlags::PEEK | RecvFlags::DONTWAIT)?));

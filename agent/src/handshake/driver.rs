@@ -25,13 +25,13 @@ const HEADER: usize = 5;
 /// The most that may follow a header (RFC 9846 section 5.2).
 const MAX_BODY: usize = (1 << 14) + 256;
 
-/// A connection that is about to begin.
+/// The state machine of a handshake that is about to begin.
 pub(super) enum Machine {
     Client(UnbufferedClientConnection),
     Server(UnbufferedServerConnection),
 }
 
-/// What is left of it when the handshake is over.
+/// What a handshake leaves when it is over.
 pub(super) struct Finished {
     pub(super) secrets: Secrets,
     pub(super) group: Option<&'static dyn SupportedKxGroup>,
@@ -46,9 +46,9 @@ pub(super) struct Opening {
     total: usize,
 }
 
-/// Reads a client's first flight, and says whether it offers [`REUSE`]. rustls refuses a client whose protocols it has none
-/// of (RFC 7301 section 3.2), but inside this TLS are bytes of whatever protocol the workloads speak, so that the offer
-/// has to be known before the server is configured.
+/// Reads a client's first flight, and says whether it offers [`REUSE`]. A rustls server that has protocols of its own
+/// refuses a client that offers only others (RFC 7301 section 3.2). Here a client may offer the protocol of its workload,
+/// whatever that is, so the server is configured only when the offer is known.
 pub(super) async fn hear_offer(network: &TcpStream) -> Result<(Opening, bool), Cause> {
     let (mut opening, mut acceptor) = (Opening::default(), Acceptor::default());
     loop {
@@ -68,7 +68,7 @@ pub(super) async fn hear_offer(network: &TcpStream) -> Result<(Opening, bool), C
                     accepted.client_hello().alpn().is_some_and(|mut offered| offered.any(|name| name == REUSE));
                 return Ok((opening, offers));
             }
-            // The state machine finds the same, and has the right alert for it.
+            // The state machine will fail on the same bytes, and has the right alert for that.
             Err(_) => return Ok((opening, false)),
         }
     }
@@ -128,10 +128,10 @@ impl Machine {
         }
     }
 
-    /// Encodes what rustls still wants to say after an error: one alert, or nothing. Asked a second time, or about another
-    /// buffer than the one that it failed on, rustls would look for messages where there are none any more.
+    /// Encodes what rustls still wants to send after an error: one alert, or nothing. To be called once, and with the very
+    /// buffer on which rustls failed: otherwise it would look for messages where there are none.
     fn drain_alert(&mut self, incoming: &mut [u8], outgoing: &mut BytesMut) {
-        // What it answers besides the alert is the error that is known already.
+        // Besides the alert this returns the error that is known already.
         let (_discard, _step) = self.step(incoming, outgoing);
     }
 
@@ -178,7 +178,8 @@ fn advance<Data>(
         Ok(ConnectionState::BlockedHandshake) => Ok(Step::Blocked),
         Ok(ConnectionState::WriteTraffic(_)) => Ok(Step::Done),
         Ok(ConnectionState::PeerClosed | ConnectionState::Closed) => Ok(Step::Closed),
-        // Application data before the handshake is over: early data is not offered, and nothing beyond Finished is read.
+        // The peer sent application data before the handshake was over: early data is not offered, and nothing beyond
+        // Finished is read.
         Ok(_) => Err(rustls::Error::PeerMisbehaved(rustls::PeerMisbehaved::TooMuchEarlyDataReceived)),
     };
     (status.discard, step)
@@ -191,7 +192,7 @@ async fn read_record(network: &TcpStream, incoming: &mut BytesMut, total: &mut u
     let mut have = 0;
     while have < HEADER {
         have += read(network, incoming.get_mut(start + have..).unwrap_or_default()).await?;
-        // Whoever does not speak TLS is told so at its first byte; rustls judges whole headers only.
+        // A peer that does not speak TLS is told so at its first byte; rustls judges whole headers only.
         if let Some(&first) = incoming.get(start)
             && !(20..=23).contains(&first)
         {
@@ -241,8 +242,8 @@ async fn write_all(network: &TcpStream, outgoing: &mut BytesMut) -> Result<(), C
     Ok(())
 }
 
-/// Says the last word, an alert, and takes what has arrived off the socket: a close with unread bytes is a reset, which
-/// may overtake the alert.
+/// Sends the last alert, and takes what has arrived off the socket: closing with unread bytes would send a reset, which may
+/// overtake the alert.
 async fn leave(network: &TcpStream, outgoing: &mut BytesMut, cause: &Cause) {
     if outgoing.is_empty()
         && let Some(description) = cause.plain_alert()

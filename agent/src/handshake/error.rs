@@ -35,19 +35,19 @@ pub enum Cause {
     /// A record or a handshake that is too long.
     #[error("the peer sent a record or a handshake that is longer than TLS 1.3 allows here")]
     Oversized,
-    /// It does not speak TLS 1.3.
+    /// The peer does not offer TLS 1.3.
     #[error("the peer does not offer TLS 1.3: upgrade it")]
     Version,
-    /// Nothing in common.
+    /// The peer and this host have nothing in common here.
     #[error("the peer has no {0} in common with this host")]
     Incompatible(&'static str),
     /// No certificate.
     #[error("the peer showed no certificate: give it an X.509-SVID")]
     NoCertificate,
-    /// The verifier refused it: its certificate, or because no rule admits it.
+    /// The verifier refused the peer: its certificate is not good, or no rule admits it.
     #[error(transparent)]
     Rejected(Rejection),
-    /// Its certificate is good, but it could not sign with it.
+    /// The peer's certificate is good, but its signature with the certificate's key is not.
     #[error("the peer's certificate was refused: {0}")]
     Certificate(CertificateError),
     /// The handshake is over and nobody judged the peer.
@@ -56,16 +56,16 @@ pub enum Cause {
     /// Time is up.
     #[error("the peer did not finish the handshake in time")]
     Stalled,
-    /// It went away.
+    /// The peer went away.
     #[error("the peer closed the connection during the handshake")]
     Closed,
-    /// It reset the connection.
+    /// The peer reset the connection.
     #[error("the peer reset the connection during the handshake")]
     Reset,
-    /// It refused us.
+    /// The peer refused the handshake.
     #[error("the peer refused the handshake with the alert {}", alert_name(u8::from(*.0)))]
     Alert(AlertDescription),
-    /// It broke the protocol.
+    /// The peer broke the protocol.
     #[error("the peer broke the TLS protocol: {0}")]
     Protocol(rustls::Error),
     /// The socket failed.
@@ -77,7 +77,7 @@ pub enum Cause {
 }
 
 impl Error {
-    /// The verifier says more about a certificate than rustls can carry, so its words win.
+    /// The verifier's rejection says more than rustls's error can, so it is the one that is reported.
     pub(super) fn judged(cause: Cause, judge: &PeerVerifier, permit: Permit) -> Self {
         let (peer, rejection) = match judge.verdict() {
             Some(Ok(admitted)) => (Some(admitted.peer.id.clone()), None),
@@ -100,8 +100,8 @@ impl Error {
     pub fn permit(&self) -> &Permit {
         &self.permit
     }
-    /// Did the peer decline because it knows none of the protocols that were offered to it (RFC 7301 section 3.2)? Without
-    /// the offer it may well talk.
+    /// Did the peer decline because it knows none of the protocols that were offered to it (RFC 7301 section 3.2)? It may
+    /// accept a handshake without the offer.
     pub fn declines_offer(&self) -> bool {
         matches!(self.cause, Cause::Alert(AlertDescription::NoApplicationProtocol))
     }
@@ -207,7 +207,7 @@ impl Cause {
         }
     }
 
-    /// The alert for what rustls did not see, or has no alert for (RFC 9846 sections 5.1 and 6.2).
+    /// The alert for a cause that rustls did not see, or has no alert for (RFC 9846 sections 5.1 and 6.2).
     pub(super) fn plain_alert(&self) -> Option<u8> {
         match self {
             Self::NotTls { .. } => Some(u8::from(AlertDescription::UnexpectedMessage)),

@@ -1,8 +1,8 @@
 //! handshake: a `Permit` in, a `Session` out. TLS 1.3 with the workload's own SVID, both ends authenticated.
 //!
-//! rustls runs the handshake on records that are read one by one, exactly, so that what the peer sends behind its Finished
-//! stays in the socket for whoever carries the records then. No resumption, no 0-RTT, no SNI; ALPN offers another agent to
-//! use the connection more than once, and nothing else.
+//! rustls runs the handshake on records that are read exactly, one by one, so that what the peer sends behind its Finished
+//! stays in the socket for the engine that carries the records. No resumption, no 0-RTT, no SNI; ALPN offers another agent
+//! to use the connection more than once, and nothing else.
 //! *Invariant:* a `Session` exists only for a peer that the permit admits, and no byte of an application passes here.
 
 mod detect;
@@ -53,12 +53,12 @@ pub struct Agreement {
     pub cipher: &'static str,
     /// Both sides know how to use the connection more than once.
     pub reusable: bool,
-    /// When that was.
+    /// When they agreed.
     pub since: std::time::Instant,
 }
 
-/// A shaken hand: who the peer is, what was agreed, and the secrets of the connection. Of an inbound flow the connection to
-/// the workload is missing still: it hears only of peers that are admitted.
+/// A handshake that is over: who the peer is, what was agreed, and the secrets of the connection. An inbound flow has no
+/// connection to the workload yet, because the workload hears only of peers that are admitted.
 pub struct Accepted {
     permit: Permit,
     agreement: Arc<Agreement>,
@@ -66,10 +66,10 @@ pub struct Accepted {
     secrets: Secrets,
 }
 
-/// A shaken hand, and both ends of the connection.
+/// A handshake that is over, and both sockets of the flow.
 pub struct Session {
     accepted: Accepted,
-    /// Beside the flow's own socket: outbound, the network; inbound, the workload.
+    /// The socket beside the flow's own: outbound, the one to the network; inbound, the one to the workload.
     other: TcpStream,
 }
 
@@ -151,7 +151,7 @@ impl Accepted {
         Ok(Self { permit, agreement, rule, secrets: finished.secrets })
     }
 
-    /// The permit that it was made under, with the flow's own socket.
+    /// The permit that the handshake was made under, with the flow's own socket.
     pub fn permit(&self) -> &Permit {
         &self.permit
     }
@@ -175,11 +175,11 @@ impl Accepted {
     pub fn cipher(&self) -> &'static str {
         self.agreement.cipher
     }
-    /// Gives it up: the flow and its socket are what is left.
+    /// Gives the handshake up, and returns the permit with the flow and its socket.
     pub fn into_permit(self) -> Permit {
         self.permit
     }
-    /// Makes it whole with the other end: of an inbound flow, the connection to the workload.
+    /// Adds the other socket: outbound, the one to the network; inbound, the one to the workload.
     pub fn joined(self, other: TcpStream) -> Session {
         Session { accepted: self, other }
     }

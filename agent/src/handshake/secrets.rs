@@ -50,12 +50,12 @@ pub struct Traffic {
 }
 
 impl Traffic {
-    /// From bytes; the key is the first part of `key` that the AEAD needs.
+    /// From bytes; of `key` only as many of the first bytes count as the AEAD needs.
     pub fn new(aead: Aead, sequence: u64, key: Zeroizing<[u8; 32]>, mask: Zeroizing<[u8; 12]>) -> Self {
         Self { aead, sequence, key, mask }
     }
 
-    /// What it is for.
+    /// The AEAD that these secrets are for.
     pub fn aead(&self) -> Aead {
         self.aead
     }
@@ -67,7 +67,7 @@ impl Traffic {
     pub fn key(&self) -> &[u8] {
         self.key.get(..self.aead.key_length()).unwrap_or_default()
     }
-    /// What each record's number is combined with to its nonce (`write_iv`, RFC 9846 section 5.3).
+    /// What is combined with a record's number to make its nonce (`write_iv`, RFC 9846 section 5.3).
     pub fn mask(&self) -> &[u8; 12] {
         &self.mask
     }
@@ -92,7 +92,7 @@ impl Traffic {
     }
 }
 
-/// Everything that it takes to carry on a connection after its handshake.
+/// Everything that is needed to carry a connection on after its handshake.
 pub struct Secrets {
     transmit: Option<Traffic>,
     receive: Option<Traffic>,

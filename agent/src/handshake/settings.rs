@@ -59,8 +59,9 @@ impl Ciphers {
     }
 }
 
-/// The protocol of two agents that carry one connection after the other over a TLS connection: docs/SESSIONS.md. Whoever
-/// does not know it passes over it (RFC 7301 section 3.1) and gets one connection of the application, as ever.
+/// The protocol of two agents that carry one connection of the applications after the other over a TLS connection:
+/// docs/SESSIONS.md. A peer that does not know it ignores the offer (RFC 7301 section 3.1), and its TLS connection carries
+/// one connection only.
 pub(super) const REUSE: &[u8] = b"wimsey/1";
 
 /// A cipher suite's name as IANA writes it.

@@ -74,7 +74,7 @@ impl World {
         })
     }
 
-    /// Leave for `local` to talk to `peer` alone.
+    /// A permit for `local` to talk to `peer` alone.
     pub(crate) fn permit(&self, direction: Direction, socket: TcpStream, local: &str, peer: &str) -> Permit {
         let address = socket.local_addr().unwrap();
         let parties = Parties {
@@ -87,7 +87,7 @@ impl World {
         Permit::forged(parties, Peers(vec![(Matcher::Exact(id_of(peer)), rule)]))
     }
 
-    /// A foreign client: any server is right for it. Without `id` it has no certificate.
+    /// A foreign client that accepts any server. Without `id` it has no certificate.
     pub(crate) fn foreign_client(&self, id: Option<&str>) -> ClientConfig {
         let builder = ClientConfig::builder_with_provider(Arc::new(aws_lc_rs::default_provider()))
             .with_safe_default_protocol_versions()
@@ -103,7 +103,7 @@ impl World {
         }
     }
 
-    /// A foreign server: it asks for a certificate, and any is right for it.
+    /// A foreign server that asks for a certificate and accepts any.
     pub(crate) fn foreign_server(&self, id: &str) -> ServerConfig {
         let (certificate, key) = self.svid(id);
         let key = PrivateKeyDer::Pkcs8(PrivatePkcs8KeyDer::from(key));
@@ -127,7 +127,8 @@ impl World {
         accept(permit, credential, terms).await
     }
 
-    /// Both ends of one connection, shaken: curl dials web. The applications' sockets are the other ends of the flows.
+    /// Both ends of one connection after the handshake: curl dials web. The applications' sockets are the other ends of the
+    /// flows.
     pub(crate) async fn sessions(&self, ciphers: Ciphers) -> Sessions {
         self.sessions_by(terms(ciphers)).await
     }
@@ -173,7 +174,7 @@ fn serial(id: &str) -> &[u8] {
     &id.as_bytes()[id.len() - 3..]
 }
 
-/// The authority's tests stand at a fixed time; a handshake looks at the clock.
+/// The certificates of the authority's tests are valid around a fixed time, but a handshake looks at the clock.
 fn now_valid(mut params: CertificateParams) -> CertificateParams {
     params.not_before = (SystemTime::now() - Duration::from_secs(365 * 24 * 3600)).into();
     params.not_after = (SystemTime::now() + Duration::from_secs(365 * 24 * 3600)).into();

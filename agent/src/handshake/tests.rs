@@ -32,7 +32,7 @@ async fn a_host_that_cannot_take_fresh_keys_agrees_on_chacha_alone() {
     assert_eq!(sessions.client.accepted().cipher(), "TLS_CHACHA20_POLY1305_SHA256");
 }
 
-/// What `accept` says of a client that does `client`, and what the client saw.
+/// What `accept` says of a client that behaves as `client` does, and what that client saw.
 async fn accepting<T: Send + 'static>(client: impl FnOnce(std::net::TcpStream) -> T + Send + 'static) -> (Summary, T) {
     let world = World::new();
     let (theirs, ours) = pair().await;
@@ -47,7 +47,7 @@ async fn accepting<T: Send + 'static>(client: impl FnOnce(std::net::TcpStream) -
     assert!(error.permit().parties().flow.socket.local_addr().is_ok(), "the flow is given back");
     assert!(!error.to_string().is_empty());
     let (summary, permit) = (Summary { code: error.code(), culprit: error.culprit() }, error.into_parts().1);
-    // As the pipeline does: the socket goes with the permit.
+    // The socket goes with the permit, as in the pipeline.
     drop(permit);
     (summary, client.await.unwrap())
 }
@@ -72,7 +72,7 @@ fn foreign_client(config: rustls::ClientConfig, socket: std::net::TcpStream) -> 
     while tls.is_handshaking() {
         tls.complete_io(&mut socket)?;
     }
-    // In TLS 1.3 the server's judgement arrives after the client is through.
+    // In TLS 1.3 the server's judgement arrives after the client has finished.
     let mut byte = [0];
     rustls::Stream::new(&mut tls, &mut socket).read_exact(&mut byte)
 }

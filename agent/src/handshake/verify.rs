@@ -1,9 +1,9 @@
 //! The judgement of a peer in one handshake: its certificate is good, and a rule admits it.
 //!
-//! [`PeerVerifier`] puts [`wimsey_identity::trust::verify`] into rustls and keeps the verdict for the handshake to read,
-//! the refusal included, since rustls's own error cannot say it whole.
+//! [`PeerVerifier`] puts [`wimsey_identity::trust::verify`] into rustls and keeps the verdict, refusals included, for the
+//! handshake to read, because rustls's own error cannot express all of it.
 //!
-//! *Invariant:* no handshake completes with a peer that the policy's peers do not admit.
+//! *Invariant:* a handshake completes only with a peer that the policy's peers admit.
 
 use crate::policy::{Peers, Rule};
 use rustls::{
@@ -58,7 +58,7 @@ impl Refusal for Rejection {
     }
 }
 
-/// How rustls is told, so that the peer gets the alert that RFC 9846 section 6.2 has for it.
+/// Tells rustls of a rejection, so that the peer gets the alert that RFC 9846 section 6.2 has for it.
 impl From<&Rejection> for CertificateError {
     fn from(rejection: &Rejection) -> Self {
         use PeerCertificateError as E;
@@ -89,7 +89,7 @@ impl From<&Rejection> for CertificateError {
 
 /// Verifies the peer of one handshake, and keeps the verdict.
 ///
-/// One for each connection: it refuses to judge a second one, so that a verdict is never read for another peer.
+/// One for each connection: it refuses to judge a second peer, so that a verdict is never taken for that of another one.
 #[derive(Debug)]
 pub struct PeerVerifier {
     role: Role,

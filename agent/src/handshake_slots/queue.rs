@@ -1,42 +1,44 @@
-//! The decisions: who goes now, who waits, who is next, and who has to go when there is no more room.
+//! The decisions: who gets a slot now, who waits, who is next, and who loses its place when there is no more room to wait.
 //!
-//! Next is who has the fewest slots, and among those with as few, who was served longest ago: round robin. A tenant gets a
-//! slot only while more are free than it has. So one alone has at most half of them, two have a third each, and there is
-//! always one left for whoever comes next, however long those that are under way may take. Parties may be within a tenant:
-//! which of them is next is decided in the same way, and of the slots that theirs may have one takes what it needs until an
-//! eighth is left, as with places ([`admits`]).
-//! *Invariant:* nobody waits who could go; no line is longer than it has to be for want of others.
+//! The next slot goes to the tenant with the fewest slots, and among tenants with equally few to the one that was served
+//! longest ago: round robin. A tenant gets a slot only while more are free than it has. So one alone has at most half of
+//! them, two have a third each, and there is always one left for a tenant that comes later, however long the handshakes
+//! under way may take. Tenants may be within a tenant: which of them is next is decided in the same way, and of the slots
+//! that the wider one may have each takes what it needs until an eighth is left, as with places ([`admits`]).
+//! *Invariant:* nobody waits who could get a slot; a tenant's line is longer than those of others only while they do not
+//! want the room.
 
 use crate::admission::admits;
 use std::collections::{BTreeMap, BTreeSet};
 
-/// Number of a waiter, in the order of coming.
+/// Number of a waiter, in the order of arrival.
 pub(super) type Entry = u64;
 
-/// A tenant, each step within the one before. None goes on where another ends.
+/// A tenant as its steps, each within the one before. No path is the beginning of another.
 pub(super) type Path<K> = Box<[K]>;
 
-/// What whoever asks is told.
+/// The answer to a request for a slot.
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Answer<K, W> {
-    /// Go. `done` is to be called at the end.
+    /// There is a slot. `done` is to be called at its end.
     Now,
     /// Wait for [`Queue::done`] to give `W` back, or [`Queue::leave`].
     Wait {
         ticket: Entry,
-        /// Who lost its place for this one, with how many waited of its widest tenant before that.
+        /// Who lost its place in the queue to this one, and how many of its widest tenant waited before that.
         refused: Option<(Path<K>, W, usize)>,
     },
-    /// There is no room, and nobody's line is longer than one's own; so many wait of one's widest tenant.
+    /// There is no room to wait, and no line is long enough to give up a place. `own`: how many of the asker's widest
+    /// tenant wait.
     Full { own: usize },
 }
 
-/// HandshakeSlots, and those who wait for one: `K` is whose it is, `W` is how to tell.
+/// The free slots, and those who wait for one: `K` is a step of a tenant, `W` is how to tell a waiter.
 #[derive(Debug)]
 pub(super) struct Queue<K, W> {
     free: usize,
     room: usize,
-    /// Counts what happens, so that earlier and later can be told.
+    /// Counts changes, so that earlier and later can be told.
     clock: u64,
     all: Node<K, W>,
 }
@@ -46,14 +48,14 @@ pub(super) struct Queue<K, W> {
 struct Node<K, W> {
     has: usize,
     served: u64,
-    /// Here and within.
+    /// How many wait, of this tenant and those within it.
     waiting: usize,
-    /// Those of the tenant itself, where none are within it.
+    /// Those who wait of the tenant itself, where no tenants are within it.
     waiters: BTreeMap<Entry, W>,
     within: BTreeMap<K, Node<K, W>>,
-    /// Those within of whom somebody waits, the next one first: slots they have, when they were served.
+    /// The tenants within of which somebody waits, the next one first: how many slots it has, and when it was served.
     next: BTreeSet<(usize, u64, K)>,
-    /// The same, the longest line last.
+    /// The same tenants by how many wait, the longest line last.
     longest: BTreeSet<(usize, K)>,
 }
 
@@ -78,12 +80,12 @@ impl Left {
     /// What is left within a tenant with so many slots.
     fn within(self, has: usize) -> Self {
         let (free, of) = match self {
-            // What it could take one by one while more are free than it has.
+            // What the tenant could take one by one while more are free than it has.
             Self::All { free } => {
                 let more = (free + 1).saturating_sub(has) / 2;
                 (more, has + more)
             }
-            // What is left of seven eighths, or what is left at all.
+            // What is left of the seven eighths, but no more than is left at all.
             Self::Share { free, of } => ((of - of / 8).saturating_sub(has).min(free), of - of / 8),
         };
         Self::Share { free, of }
@@ -115,7 +117,7 @@ impl<K: Ord + Clone, W> Queue<K, W> {
         Answer::Wait { ticket, refused }
     }
 
-    /// A slot of this tenant is over. Who has one now that waited: mostly one at most.
+    /// A handshake of this tenant is over. Returns the waiters that get a slot now, usually one at most.
     pub(super) fn done(&mut self, path: &[K]) -> Vec<(Path<K>, W)> {
         self.free += 1;
         self.change(path, |node, _| node.has = node.has.saturating_sub(1), |_| ());
@@ -133,7 +135,7 @@ impl<K: Ord + Clone, W> Queue<K, W> {
 
     /// A waiter goes away. `None`: it was told already.
     pub(super) fn leave(&mut self, path: &[K], ticket: Entry) -> Option<W> {
-        // Without this a tenant that is gone would come back as an empty line for a moment.
+        // Looked up first, because `change` would make a tenant that is gone anew, as an empty line.
         self.all.find(path)?.waiters.get(&ticket)?;
         self.all.waiting -= 1;
         self.change(path, |node, _| node.waiting -= 1, |node| node.waiters.remove(&ticket))
@@ -148,7 +150,7 @@ impl<K: Ord + Clone, W> Queue<K, W> {
         path.first().and_then(|key| self.all.within.get(key)).map_or(0, |node| node.waiting)
     }
 
-    /// Takes the newest out of a line: it has waited for the least.
+    /// Takes the newest waiter out of a line: it has waited for the shortest time.
     fn refuse(&mut self, path: Path<K>) -> Option<(Path<K>, W, usize)> {
         let own = self.waiting_for(&path);
         self.all.waiting -= 1;
@@ -191,7 +193,7 @@ impl<K: Ord + Clone, W> Node<K, W> {
         }
     }
 
-    /// Who is next, if anybody waits who may go.
+    /// The path to the next waiter, if one may get a slot.
     fn next(&self, left: Left, path: &mut Vec<K>) -> bool {
         if self.within.is_empty() {
             return !self.waiters.is_empty();
@@ -201,7 +203,7 @@ impl<K: Ord + Clone, W> Node<K, W> {
                 return false;
             }
             path.push(key.clone());
-            // Those within may have to leave something to one that has not come yet.
+            // All who wait within it may have to leave a slot for one that has not come yet.
             if self.within.get(key).is_some_and(|node| node.next(left.within(*has), path)) {
                 return true;
             }
@@ -210,7 +212,7 @@ impl<K: Ord + Clone, W> Node<K, W> {
         false
     }
 
-    /// Whose line is longer than this tenant's would be, at the first step where any is.
+    /// A tenant whose line is longer than this one's would be, at the first step where there is any.
     fn crowd(&self, path: &[K]) -> Option<Path<K>> {
         let (mut node, mut before) = (Some(self), Vec::new());
         for key in path {
@@ -235,7 +237,7 @@ impl<K: Ord + Clone, W> Node<K, W> {
         }
     }
 
-    /// Changes the tenants on a path, and what is known about them. One without slots and waiters is forgotten.
+    /// Changes the tenants on a path, and the order in which they are kept. One without slots and waiters is forgotten.
     fn change<T>(
         &mut self,
         path: &[K],
@@ -273,7 +275,7 @@ impl<K: Ord + Clone + std::fmt::Debug, W> Queue<K, W> {
         assert_eq!((has + self.free, waiting), (slots, self.all.waiting), "a slot or a waiter is lost");
         assert!(waiting <= self.room, "more wait than there is room for");
         assert!(!self.all.next(Left::All { free: self.free }, &mut Vec::new()), "somebody waits who could go");
-        // Whoever has nothing, of whom nobody has anything, could go while any is free.
+        // A widest tenant without a slot could get one as long as any is free.
         let idle = self.all.within.values().any(|node| node.has == 0);
         assert!(!idle || self.free == 0, "a tenant without a slot waits while slots are free");
     }

@@ -21,7 +21,7 @@ fn soon() -> Instant {
 fn a_crowd_does_not_make_others_wait() {
     let mut queue = Queue::new(8, 100);
     let mut ask = |tenant: &'static str, number: u32| queue.ask(&[tenant], number);
-    // One tenant has half of the slots at most: the others are for whoever comes.
+    // One tenant has half of the slots at most: the others are for tenants that come later.
     for number in 0..4 {
         assert_eq!(ask("crowd", number), Answer::Now);
     }
@@ -61,7 +61,7 @@ fn where_there_is_no_room_the_newest_of_the_longest_line_goes() {
     for number in 0..4 {
         queue.ask(&["crowd"], number);
     }
-    // The crowd itself gets nothing more, whoever else comes gets a place until the lines are as long as each other.
+    // The crowd itself gets no more places; another tenant gets one until both lines are equally long.
     assert_eq!(queue.ask(&["crowd"], 4), Answer::Full { own: 4 });
     assert!(matches!(queue.ask(&["one"], 0), Answer::Wait { refused: Some((of, 3, 4)), .. } if *of == ["crowd"]));
     assert!(matches!(queue.ask(&["one"], 1), Answer::Wait { refused: Some((of, 2, 3)), .. } if *of == ["crowd"]));
@@ -85,7 +85,7 @@ fn deed() -> impl Strategy<Value = Deed> {
     ]
 }
 
-/// Parties of one, two and three steps.
+/// Tenants of one, two and three steps.
 fn path(tenant: u8) -> Box<[u8]> {
     match tenant {
         0..3 => [tenant].into(),
@@ -165,7 +165,7 @@ proptest! {
 fn many_within_a_party_are_one_and_leave_each_other_something() {
     let mut queue = Queue::new(256, 100);
     let (mut site, mut first) = (0, 0);
-    // One network takes what it gets, then every other one of its site.
+    // One network takes what it can get, then every other one of its site does.
     while queue.ask(&["site", "first"], ()) == Answer::Now {
         first += 1;
     }
@@ -176,7 +176,7 @@ fn many_within_a_party_are_one_and_leave_each_other_something() {
         }
     }
     assert_eq!((first, first + site), (112, 128));
-    // The lines of that site are long, and others have slots, and room.
+    // The lines of that site are long, and other tenants still get slots and room to wait.
     assert_eq!(queue.waiting(), 100);
     assert_eq!(queue.ask(&["other", "one"], ()), Answer::Now);
     for _ in 0..300 {

@@ -14,7 +14,7 @@ pub struct Places {
 impl Places {
     /// Takes one of `all` places; where none is free, says how many are taken.
     pub fn take(self: &Arc<Self>, all: usize) -> Result<Place, usize> {
-        // It guards nothing but itself, so that no order with other memory is needed.
+        // The counter guards no other memory, so that no ordering is needed.
         let more = |taken: usize| (taken < all).then_some(taken + 1);
         self.taken.fetch_update(Ordering::Relaxed, Ordering::Relaxed, more)?;
         Ok(Place { of: self.clone() })

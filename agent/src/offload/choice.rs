@@ -1,6 +1,7 @@
 //! Which engine protects the records of this host, and what the operator wished.
 //!
-//! *Invariant:* the kernel is chosen for what the self-test saw it do, never for its version, and never half.
+//! *Invariant:* the kernel is chosen for what the self-test saw it do, never for its version, and never for one direction
+//! only.
 
 use super::matrix::{Ability, EngineSupport, Matrix};
 use crate::{config::EngineChoice, handshake::Ciphers};
@@ -46,8 +47,8 @@ pub struct Unavailable {
 }
 
 impl Choice {
-    /// Chooses. `auto` is what was measured to be the cheaper, engine `user` (docs/adr/0012); the kernel has to have shown in
-    /// the self-test that it can.
+    /// Chooses. `auto` is engine `user`, which was measured to be the cheaper (docs/adr/0012). Engine `kernel` needs a
+    /// kernel that has passed the self-test.
     pub fn from(wanted: EngineChoice, matrix: &Matrix) -> Result<Self, Unavailable> {
         match (wanted, matrix.verdict()) {
             (EngineChoice::User | EngineChoice::Auto, _) => Ok(Self::User),
@@ -67,7 +68,7 @@ impl Choice {
         }
     }
 
-    /// Its name.
+    /// The engine itself.
     pub fn engine(self) -> Engine {
         match self {
             Self::Kernel(_) => Engine::Kernel,

@@ -24,11 +24,11 @@ pub(super) struct Armed {
     due: u64,
 }
 
-/// Why the kernel has not the keys.
+/// Why the kernel does not have the keys.
 pub(super) enum ArmError {
     /// The kernel does not do TLS; the socket is untouched.
     NotTaken(io::Error),
-    /// It does, and then something failed: the socket must not be used any further.
+    /// The kernel does TLS, and then something failed: the socket must not be used any further.
     HalfWay {
         /// Which system call.
         step: &'static str,
@@ -67,7 +67,7 @@ pub(crate) struct KernelKeys {
     plaintext: u64,
     /// Records under earlier keys.
     earlier_records: u64,
-    /// Records under the present key, not fewer than there are.
+    /// Records under the present key: there may be fewer, but not more.
     records: u64,
 }
 
@@ -126,7 +126,7 @@ impl KernelKeys {
     }
 }
 
-/// Are so many bytes of plaintext in so many records in the connection, besides `base` bytes from before the keys?
+/// Has the connection taken so many bytes of plaintext in so many records, besides `base` bytes from before the keys?
 pub(super) fn has_left(socket: BorrowedFd<'_>, base: u64, plaintext: u64, records: u64) -> io::Result<bool> {
     let expected = base.wrapping_add(plaintext).wrapping_add(OVERHEAD.wrapping_mul(records));
     Ok(tls::bytes_queued_ever(socket)? == expected)
@@ -147,7 +147,7 @@ pub(super) fn crypto_info(traffic: &Traffic) -> io::Result<CryptoInfo> {
     CryptoInfo::new(cipher, traffic.key(), traffic.mask(), traffic.sequence())
 }
 
-/// The kernel says back what it was told.
+/// Checks that the kernel reports the keys that it was given.
 fn confirm(info: &CryptoInfo, socket: BorrowedFd<'_>, half: TlsHalf) -> io::Result<()> {
     if CryptoInfo::read(socket, half)?.is_like(info) { Ok(()) } else { Err(io::ErrorKind::InvalidData.into()) }
 }

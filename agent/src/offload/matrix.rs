@@ -10,12 +10,12 @@ use std::fmt;
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Outcome {
-    /// It came that far not.
+    /// The test did not come that far.
     #[default]
     Untried,
     /// It works.
     Passed,
-    /// It does not, and why.
+    /// It does not work, for this reason.
     Failed(String),
 }
 
@@ -96,7 +96,7 @@ impl Row {
         ]
     }
 
-    /// What keeps this cipher from the kernel.
+    /// Why the kernel cannot carry this cipher, if it cannot.
     fn fault(&self, with_rekey: bool) -> Option<String> {
         self.steps().into_iter().filter(|(step, _)| with_rekey || *step != "rekey").find_map(|(step, outcome)| {
             match outcome {

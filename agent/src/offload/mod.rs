@@ -102,12 +102,12 @@ fn key(network: &TcpStream, secrets: &mut Secrets, choice: Choice) -> Result<Key
     Ok(Keyed::User(sealer, opener))
 }
 
-/// A dead peer is noticed within about two and a half minutes, also where neither program would.
+/// A dead peer is noticed within about two and a half minutes, also where neither program would notice it.
 const KEEPALIVE: TcpKeepalive =
     TcpKeepalive::new().with_time(Duration::from_secs(75)).with_interval(Duration::from_secs(15)).with_retries(5);
 
 impl Pipe {
-    /// A pipe without protection, for a permissive listener or a named bypass: the caller has recorded it as that.
+    /// A pipe without protection, for a permissive listener: the caller has recorded the connection as plaintext.
     pub fn plain(application: TcpStream, network: TcpStream) -> Result<Self, Error> {
         Self::new(application, network, Protection::Plain, None)
     }
@@ -141,7 +141,7 @@ impl Pipe {
         }
     }
 
-    /// Sends a fresh key after so many records instead of at the limit of the cipher, so that tests live through it.
+    /// Takes a fresh key after so many records instead of at the limit of the cipher, so that tests can reach that.
     #[doc(hidden)]
     pub fn rekey_after(mut self, records: u64) -> Self {
         match &mut self.protection {

@@ -20,7 +20,8 @@ pub const TRAILER: usize = 1 + aead::MAX_TAG_LEN;
 /// Bytes of a full record as this side writes it, without padding.
 pub const FULL_RECORD: usize = HEADER + MAX_PLAINTEXT + TRAILER;
 
-/// Records sealed under one AES-GCM key before a fresh one is taken: half of what RFC 9846 section 5.5 and rustls allow.
+/// Records sealed under one AES-GCM key before a fresh one is taken: half of what rustls allows, which in turn is less than
+/// RFC 9846 section 5.5 does.
 const AES_GCM_REKEY: u64 = 1 << 23;
 
 /// After how many records a fresh key is due.
@@ -43,7 +44,7 @@ impl ContentType {
     pub const HANDSHAKE: Self = Self(22);
     /// application_data(23).
     pub const APPLICATION_DATA: Self = Self(23);
-    /// A word between two agents that share a connection (docs/SESSIONS.md). The number is far from those that IANA has
+    /// A frame between two agents that share a connection (docs/SESSIONS.md). The number is far from those that IANA has
     /// given out, and means this only where both sides agreed on it by ALPN.
     pub const MARKER: Self = Self(0xb7);
 }
@@ -60,7 +61,7 @@ pub enum BadRecord {
     /// It does not authenticate.
     #[error("it does not authenticate")]
     Forged,
-    /// It is all padding: no content type.
+    /// It holds nothing but padding, and so no content type.
     #[error("it carries no content type")]
     Untyped,
 }
@@ -93,12 +94,12 @@ impl Sealer {
         self.keys.sequence >= self.due
     }
 
-    /// Brings that time forward to so many records: a connection's limit can be lived through in a test.
+    /// Makes a fresh key due after so many records already, so that a test can reach the limit of a connection.
     pub fn set_due(&mut self, records: u64) {
         self.due = self.due.min(records);
     }
 
-    /// After how many records that time comes.
+    /// After how many records a fresh key is due here.
     pub fn due(&self) -> u64 {
         self.due
     }
@@ -149,7 +150,7 @@ impl Opener {
 /// How long is the record that starts here, header included? `None`: more bytes are needed to say.
 pub fn measure(bytes: &[u8]) -> Result<Option<usize>, BadRecord> {
     let Some(&[outer, _, _, high, low]) = bytes.first_chunk::<HEADER>() else {
-        // A stranger's first byte is enough to know that it does not speak TLS.
+        // The first byte is enough to know that the peer does not send protected records.
         return match bytes.first() {
             Some(&outer) if outer != ContentType::APPLICATION_DATA.0 => Err(BadRecord::Unprotected(outer)),
             _ => Ok(None),

@@ -18,7 +18,7 @@ use tokio::net::TcpStream;
 use tokio::sync::watch;
 use wimsey_identity::refusal::{Culprit, Refusal};
 
-/// A connection that came to an agent's listener and is no flow: nobody redirected it there.
+/// Records a connection that came to the agent's listener and is no flow, because nobody redirected it there.
 pub fn reject_stray(shared: &AgentState, direction: Direction, error: &intercept::Error) {
     let Some(source) = error.stranger() else {
         return tracing::warn!(%error, "a connection was not accepted");
@@ -64,8 +64,8 @@ pub(super) struct Attempt<'a> {
     tls: Option<audit::Tls>,
     pub(super) engine: Option<&'static str>,
     pub(super) rule: Option<Arc<str>>,
-    /// The shared connection that this is another stream of, until it is carried. What is refused ends it in order, so that the
-    /// peer knows that no byte has gone further, and may make a new connection and hear why.
+    /// The shared connection of which this is a further stream, until the stream is carried. A refusal ends it in order, so
+    /// that the peer knows that no byte has gone further; it may make a new connection and hear the reason there.
     pub(super) session: Option<Box<relay::SessionState>>,
 }
 
@@ -102,7 +102,8 @@ impl<'a> Attempt<'a> {
         }
     }
 
-    /// Notes what the handshake came to, of this stream of the connection or of an earlier one; `number`: which stream this is.
+    /// Notes what the handshake agreed on, be it of this stream of the connection or of an earlier one. `number`: which
+    /// stream this is.
     pub(super) fn agreed(&mut self, agreement: &Agreement, number: u32) -> Basis {
         let (local, peer) = (agreement.local.id.clone(), agreement.peer.id.clone());
         self.peer().id = Some(peer.clone());
@@ -166,7 +167,8 @@ impl<'a> Attempt<'a> {
         }
     }
 
-    /// Refuses the flow that `socket` was accepted for: whoever is on it gets a reset. Without one, it is closed already.
+    /// Refuses the flow that `socket` was accepted for: its other end gets a reset, or the orderly end of a shared
+    /// connection. Without a socket: it is closed already.
     pub(super) fn refuse(mut self, socket: impl Into<Option<TcpStream>>, error: &Error) {
         match (socket.into(), self.session.take()) {
             (Some(socket), Some(session)) => session.close(&socket),

@@ -11,20 +11,20 @@ use std::sync::Arc;
 use std::time::Duration;
 use wimsey_identity::refusal::{Culprit, Refusal};
 
-/// Why a walk ended before the relay did.
+/// Why a connection was refused before it could be relayed.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// There is no place for another connection.
     #[error(transparent)]
     TooMany(Full),
-    /// A process without an identity, and no mesh destination.
+    /// A process without an identity dialled what is no mesh destination.
     #[error(
         "{0} is no mesh destination and the process has no identity, so that nothing is carried for it: the kernel lets it pass \
          by itself once it knows the process's cgroup. Dial again; and where the process matches a [[workload]] but for its path or \
          hash, run it under another user or cgroup"
     )]
     NotRelayed(SocketAddr),
-    /// A bypass is for the kernel to let pass.
+    /// A bypass allows the connection: the kernel lets such connections pass, and the agent carries none.
     #[error(
         "{to} may be reached in plaintext by the rule {rule}, which the kernel lets pass by itself and nobody carries: it has \
          to know the workload by selectors that it can see (uid, gid, cgroup, systemd unit) alone"
@@ -35,7 +35,7 @@ pub enum Error {
         /// The rule.
         rule: Arc<str>,
     },
-    /// Whoever listens is no workload, and the kernel did not know it yet.
+    /// The listener is no workload's, and the kernel did not know that yet.
     #[error(
         "whoever listens on {0} is no workload, which the kernel did not know yet: nothing is carried to it. Connect again; a \
          listener that is to be reached in plaintext through the agent needs an [[inbound]] with mode = \"permissive\""
@@ -52,7 +52,7 @@ pub enum Error {
         /// So long.
         within: Duration,
     },
-    /// No stage was reached: nobody could be told about this connection.
+    /// No stage was reached, because nobody could be told about this connection.
     #[error("the audit log cannot be written, and [audit] when_full is \"refuse\"")]
     AuditUnwritable,
     /// identify refused.

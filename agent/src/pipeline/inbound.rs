@@ -28,7 +28,7 @@ const SILENCE: Duration = Duration::from_millis(300);
 const LINGER: Duration = Duration::from_millis(500);
 const LINGER_BYTES: u64 = 64 * 1024;
 
-/// How often an upstream connection is tried again, each time with others who listen.
+/// How often an upstream connection is tried again, each time to those who listen by then.
 const UPSTREAM_ATTEMPTS: usize = 3;
 
 impl<'a> Pipeline<'a> {
@@ -39,7 +39,7 @@ impl<'a> Pipeline<'a> {
         place: &mut Place,
     ) -> Option<Made<'a>> {
         if let Some(rule) = permit.permissive().cloned() {
-            // A socket that cannot be looked at is one that the handshake will fail on, and say why.
+            // Where the socket cannot be read, the handshake will fail on it and say why.
             if !handshake::looks_like_tls(&permit.parties().flow.socket, SILENCE).await.unwrap_or(true) {
                 let parties = permit.into_parties();
                 match self.shared.admission.permitted(place) {
@@ -61,7 +61,7 @@ impl<'a> Pipeline<'a> {
                 }
             };
             let terms = self.terms(self.shared.engine, self.shared.config.sessions.reuse);
-            // Whoever has said nothing yet takes nobody's slot.
+            // A peer that has sent nothing yet takes no slot.
             let spoke = handshake::received_any(&permit.parties().flow.socket, terms.deadline).await;
             let tenant = Tenant::peer(place.holders(), &permit.parties().workload.id);
             let slot = match spoke {
@@ -94,7 +94,7 @@ impl<'a> Pipeline<'a> {
                 return None;
             }
         }
-        // Only now does the workload hear of it: whoever is not admitted cannot even make it accept.
+        // Only now does the workload hear of the peer: one that is not admitted cannot even make the workload accept.
         let upstream = match self.upstream(session.permit().parties(), Opening::NoData).await {
             Ok(upstream) => upstream,
             Err(error) => {
@@ -134,7 +134,8 @@ impl<'a> Pipeline<'a> {
         }
     }
 
-    /// Connects to those who were found to listen. Where somebody has come or gone since, it is asked again who they are.
+    /// Connects to those who were found to listen. Where they refuse, it is looked up who listens now, and whether they are
+    /// the same workload.
     pub(super) async fn upstream(&self, parties: &Parties, opening: Opening) -> Result<TcpStream, Error> {
         let Parties { flow, workload, .. } = parties;
         let connected = async {
@@ -171,13 +172,13 @@ impl<'a> Pipeline<'a> {
     }
 }
 
-/// Closes a connection on which an alert was just sent so that the alert arrives: closing with unread bytes would be a
+/// Closes a connection on which an alert was just sent so that the alert arrives: closing with unread bytes would send a
 /// reset, which overtakes it (RFC 1122 section 4.2.2.13). Bounded in bytes and time.
 async fn linger(mut socket: TcpStream) {
     let read = async {
         socket.shutdown().await?;
         tokio::io::copy(&mut socket.take(LINGER_BYTES), &mut tokio::io::sink()).await
     };
-    // What is still unsaid after that stays unsaid.
+    // What the peer has not heard by then it will not hear.
     let _ = tokio::time::timeout(LINGER, read).await;
 }

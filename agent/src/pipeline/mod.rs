@@ -42,7 +42,7 @@ use std::sync::Arc;
 use std::time::Duration;
 use tokio::sync::watch;
 
-/// Pauses before it is asked again who listens, where whoever did has just ended.
+/// The pauses before each new look at who listens, where the process that listened has just ended.
 const SECOND_LOOKS: [Duration; 6] = [
     Duration::from_millis(5),
     Duration::from_millis(15),
@@ -71,7 +71,7 @@ pub struct AgentState {
     pub here: Here,
     /// The audit log.
     pub audit: audit::Sender,
-    /// Told when policy or trust have changed: what was decided before is decided again.
+    /// Signals that policy or trust have changed: what was decided before is decided again.
     pub changed: watch::Sender<()>,
     /// How many shards there are.
     pub shards: usize,
@@ -85,18 +85,18 @@ pub struct Site {
     pub dialler: Dialler,
     /// Connections to other agents that may be used again.
     pub pool: RefCell<Pool>,
-    /// Destinations that decline what an agent offers: they are not asked again until the policy changes.
+    /// Destinations that decline the offer to use a connection again: it is not made to them until the policy changes.
     pub without_reuse: RefCell<HashSet<SocketAddr>>,
     /// True when the agent ends.
     pub closing: watch::Receiver<bool>,
 }
 
-/// Walks one flow through the stages, and inbound what comes after it on the same connection. Returns when all of it is
-/// over and recorded.
+/// Takes one flow through the stages, and inbound also what comes after it on the same connection. Returns when all of it
+/// is over and recorded.
 pub async fn serve(shared: &AgentState, site: &Site, flow: Flow) {
     let ends = (flow.source, flow.destination);
-    // What it takes to make a connection is given back before its bytes move: it is several times what the connection
-    // needs that may be idle for days.
+    // The memory that making a connection takes is freed before its bytes move: it is several times what carrying needs,
+    // and the connection may be idle for days.
     let Some((mut place, mut made)) = Box::pin(begin(shared, site, flow)).await else { return };
     let origin = made.origin.take();
     let mut left = carry(shared, made).await;
@@ -104,7 +104,7 @@ pub async fn serve(shared: &AgentState, site: &Site, flow: Flow) {
         return keep(site, &origin, left).await;
     }
     while left.is_some() {
-        // Whatever waits for another stream keeps nobody out.
+        // A connection that waits for another stream gives its place back, so that it keeps nobody out.
         drop(place);
         let Some((next, made)) = Box::pin(next_stream(shared, site, left, ends)).await else { return };
         place = next;
@@ -143,7 +143,7 @@ fn enter(
     }
 }
 
-/// What one walk goes by: the policy is the one that was in force when it began.
+/// What one walk through the stages needs: the policy is the one that was in force when it began.
 struct Pipeline<'a> {
     shared: &'a AgentState,
     site: &'a Site,
@@ -172,10 +172,10 @@ impl<'a> Pipeline<'a> {
         }
     }
 
-    /// Who is it, and what may it do? `None` where that was refused.
+    /// Who is the process on this host's end, and what may it do? `None` where that was refused.
     ///
-    /// What is nobody's is never carried for anybody: it would leave this host as root's. The kernel lets it pass where it
-    /// knows that, so what comes here all the same is undecided, and may come again.
+    /// A connection that is nobody's is never carried, because it would leave this host as root's. The kernel lets it pass
+    /// once it knows that it is nobody's, so one that comes here is still undecided, and the program may try again.
     async fn admit(&self, mut attempt: Attempt<'a>, flow: Flow) -> Option<(Attempt<'a>, Permit)> {
         let mut outcome = identify::identify(flow, &self.policy, &self.shared.identities).await;
         if let Err(refused) = outcome {
@@ -211,8 +211,8 @@ impl<'a> Pipeline<'a> {
         }
     }
 
-    /// Whoever listened has ended: a server that starts anew may be about to listen there, or does already and was not seen
-    /// yet. Asks again who it is when somebody else listens, and once more at the end.
+    /// The process that listened has ended. A server that restarts may be about to listen there, or may listen already
+    /// without having been seen. Identifies anew as soon as somebody else listens, and once more after the last pause.
     async fn ask_again(&self, mut refused: Box<Unidentified>) -> Result<Parties, Box<Unidentified>> {
         for pause in SECOND_LOOKS {
             tokio::time::sleep(pause).await;
@@ -228,8 +228,8 @@ impl<'a> Pipeline<'a> {
         Err(refused)
     }
 
-    /// Nobody concerned is enrolled: a process without an identity that dials no mesh destination, or a listener without
-    /// an identity that nothing protects.
+    /// The refusal of a connection that concerns nobody enrolled: a process without an identity dials no mesh destination,
+    /// or the listener has no identity.
     fn is_nobodys_business(&self, flow: &Flow) -> Option<Error> {
         let to = flow.destination.0;
         match flow.direction() {
@@ -247,7 +247,8 @@ impl<'a> Pipeline<'a> {
     }
 }
 
-/// Carries what was made, to its end. Not `async fn`: what is held for as long as the connection is held once.
+/// Carries what was made, to its end. Not an `async fn`, which would hold its arguments twice for as long as the
+/// connection.
 fn carry<'a>(shared: &'a AgentState, made: Made<'a>) -> impl Future<Output = Option<HalfClosed>> + use<'a> {
     let Made { mut attempt, carriage, basis, rule, .. } = made;
     attempt.engine = match &carriage {
@@ -262,7 +263,7 @@ fn carry<'a>(shared: &'a AgentState, made: Made<'a>) -> impl Future<Output = Opt
     let progress = Arc::new(Progress::default());
     let (stop, stopped) = watch::channel(None);
     let entered = shared.registry.enter(attempt.live(basis, progress.clone(), stop));
-    // A policy or a revocation that came into force during the handshake has not seen this connection in the list.
+    // A policy or a revocation that came into force during the handshake did not find this connection in the list.
     let trust = shared.identities.provider().trust();
     if !entered.live().is_allowed_by(&shared.policy.load(), &trust) {
         entered.live().end(Stop::Revoked);
@@ -289,7 +290,7 @@ struct Made<'a> {
     origin: Option<Box<PoolSlot>>,
 }
 
-/// Waits until somebody says stop.
+/// Waits for the order to stop.
 async fn stop_requested(mut stopped: watch::Receiver<Option<Stop>>) -> Stop {
     loop {
         if let Some(stop) = *stopped.borrow_and_update() {

@@ -1,6 +1,7 @@
 //! A local workload dials: the peer is reached, over a connection that is there already or over a new one.
 //!
-//! *Invariant:* whatever fails before a byte of the application has moved leaves its socket to be reset, or to be tried again.
+//! *Invariant:* after a failure before any byte of the application has moved, its socket is reset, or left for another
+//! attempt.
 
 use super::attempt::Attempt;
 use super::{Carriage, Error, Made, Pipeline};
@@ -18,10 +19,11 @@ use std::sync::Arc;
 use std::time::SystemTime;
 use tokio::net::TcpStream;
 
-/// The most destinations that are remembered as ones whose peer takes each connection anew.
+/// The most destinations that are remembered as declining the offer to use a connection again.
 const MAX_WITHOUT_REUSE: usize = 4096;
 
-/// Whom a connection may serve after this: where it came from, outbound.
+/// The place in the pool for an outbound connection when its stream is over: whom it may serve next, and under which
+/// policy.
 pub(super) struct PoolSlot {
     key: Key,
     policy: Arc<Policy>,
@@ -40,7 +42,7 @@ impl<'a> Pipeline<'a> {
         let origin = Box::new(PoolSlot { key: Key::of(&permit), policy: self.policy.clone() });
         let established = match self.establish_pooled(&mut attempt, permit, &origin.key).await {
             Ok(Pooled::Established(established)) => Ok(established),
-            // What only a handshake needs is there only while one is made.
+            // Boxed, so that the memory that only a handshake needs is held only while one is made.
             Ok(Pooled::None(permit)) => Box::pin(self.establish(&mut attempt, permit)).await,
             Err(failed) => Err(failed),
         };
@@ -65,7 +67,7 @@ impl<'a> Pipeline<'a> {
         loop {
             let spare = self.site.pool.borrow_mut().take(&self.policy, key);
             let Some(spare) = spare else { return Ok(Pooled::None(permit)) };
-            // A peer that does not answer is waited for no longer than one that does not accept.
+            // The peer's answer is waited for no longer than a new connection would be.
             match reuse::begin(permit, spare, SystemTime::now(), self.shared.config.timeouts.dial).await {
                 Ok(bound) => {
                     let (rule, idle) = (bound.rule().clone(), bound.idle());
@@ -76,7 +78,8 @@ impl<'a> Pipeline<'a> {
                     let (why, given_back) = *refused;
                     tracing::debug!(%why, "a connection was not used again");
                     if matches!(why, reuse::Unfit::Late | reuse::Unfit::Lost(_)) {
-                        // The others lead to the same host, and would be waited for one after the other.
+                        // The other idle connections of this key lead to the same host, and each of them would be waited
+                        // for in turn.
                         self.site.pool.borrow_mut().forget(key);
                     }
                     if why.is_final() {
@@ -88,7 +91,8 @@ impl<'a> Pipeline<'a> {
         }
     }
 
-    /// Dials and shakes hands; once more with engine `user` where the kernel failed after it had taken up TLS.
+    /// Dials and shakes hands; again without the offer of reuse where the peer declines it, and again with engine `user`
+    /// where the kernel failed after it had taken up TLS.
     async fn establish(&self, attempt: &mut Attempt<'a>, mut permit: Permit) -> Result<Established, Box<Failed>> {
         let mut engine = self.shared.engine;
         let destination = permit.parties().flow.destination.0;
@@ -156,7 +160,7 @@ impl<'a> Pipeline<'a> {
     }
 }
 
-/// A peer that was reached, and shaken hands with.
+/// A peer that was reached, and whose handshake is over.
 struct Established {
     carriage: Carriage,
     basis: Basis,
@@ -170,7 +174,7 @@ enum Pooled {
     None(Permit),
 }
 
-/// A peer that was not, and the application's socket where it is still open.
+/// Why no peer was reached, and the application's socket where it is still open.
 struct Failed {
     error: Error,
     socket: Option<TcpStream>,

@@ -1,6 +1,6 @@
 //! A connection from another agent that has served one client waits for the next.
 //!
-//! *Invariant:* who listens, who may come and who the peer is are asked each time as if it were a new connection.
+//! *Invariant:* who listens, who may connect and who the peer is are checked for each stream as for a new connection.
 
 use super::{AgentState, Carriage, Error, Made, Pipeline, Site, attempt::reject_stray, enter};
 use crate::admission::Place;
@@ -14,8 +14,9 @@ use std::time::SystemTime;
 /// How much longer than the client the server keeps an unused connection, so that it is the client who closes it.
 const SERVER_PATIENCE: u32 = 2;
 
-/// Waits for the next stream of a connection, and makes it: who listens, who may come and who the peer is are asked as if it
-/// were a new one. What is refused ends the connection, and the peer may make a new one and hear why.
+/// Waits for the next stream of a connection, and prepares it to be carried: who listens, who may connect and who the peer
+/// is are checked as for a new connection. A refusal ends the connection; the peer may make a new one and hear the reason
+/// there.
 pub(super) async fn next_stream<'a>(
     shared: &'a AgentState,
     site: &'a Site,
@@ -73,7 +74,7 @@ pub(super) async fn next_stream<'a>(
     }
 }
 
-/// Waits for the client to begin. False: it has closed, or it is time that this side does.
+/// Waits for the client to begin a stream. False: the client has closed the connection, or this side has to.
 async fn is_asked(shared: &AgentState, site: &Site, idle: &mut IdleSession) -> bool {
     let sessions = &shared.config.sessions;
     let (mut changed, mut closing) = (shared.changed.subscribe(), site.closing.clone());

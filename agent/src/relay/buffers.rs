@@ -71,7 +71,7 @@ impl Pending {
         self.bytes.len()
     }
 
-    /// Has not a byte of it been taken?
+    /// Has the socket taken none of the bytes yet?
     pub(super) fn is_untouched(&self) -> bool {
         !self.touched
     }

@@ -1,7 +1,7 @@
 //! What may still be said after a TLS 1.3 handshake besides data: alerts, tickets, fresh keys. Pure: bytes in, acts out.
 //!
-//! *Invariant:* whatever does not move the application's stream is counted, and has an end; nothing that the peer sends
-//! is stored.
+//! *Invariant:* records and messages that carry no bytes of an application are counted and limited; nothing that the peer
+//! sends is stored.
 
 use super::{
     Violation,
@@ -15,7 +15,7 @@ const MAX_EMPTY: u32 = 32;
 const MAX_KEY_UPDATES: u32 = 32;
 /// Warning alerts in a connection.
 const MAX_WARNINGS: u32 = 4;
-/// Tickets in a connection, all together: this side uses none of them.
+/// Bytes of tickets in a connection, all together; an empty one counts as one byte. This side uses no tickets.
 const MAX_TICKETS: u32 = 256 * 1024;
 
 /// What follows from a record.
@@ -45,14 +45,14 @@ pub(super) struct Control {
     warnings: u32,
     tickets: u32,
     message: Message,
-    /// Where the connection is shared.
+    /// How far its streams have come, where the connection is shared.
     exchange: Option<Exchange>,
 }
 
 /// Where in a handshake message the last record ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Message {
-    /// Between two.
+    /// Between two messages.
     Between,
     /// In the four bytes of its header.
     Header { bytes: [u8; 4], have: usize },
@@ -77,15 +77,15 @@ impl Control {
         self.exchange
     }
 
-    /// The body of the record that is this frame, and how far the streams have come when it has been sent. None where it
-    /// has no place now.
+    /// The body of the frame's record, and how far the streams will have come once it has been sent. None where the frame
+    /// is not allowed now.
     pub(super) fn send(&self, kind: FrameKind) -> Option<([u8; LENGTH], Exchange)> {
         let mut exchange = self.exchange?;
         let frame = exchange.send(kind)?;
         Some((frame.bytes(), exchange))
     }
 
-    /// It has been sent.
+    /// The frame has been sent, with which the streams come as far as `exchange`.
     pub(super) fn sent(&mut self, exchange: Exchange) {
         self.exchange = Some(exchange);
     }
@@ -120,7 +120,7 @@ impl Control {
     fn frame(&mut self, body: &[u8]) -> Result<Act, Violation> {
         let frame = Frame::parse(body)?;
         let kind = self.exchange.as_mut().ok_or(Violation::UnexpectedRecord)?.recv(frame)?;
-        // A stream that begins moves bytes, or ends soon.
+        // A frame counts as progress: a stream that begins moves bytes, or ends soon.
         self.key_updates = 0;
         Ok(Act::Frame(kind))
     }

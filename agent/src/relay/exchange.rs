@@ -1,12 +1,13 @@
 //! How two agents carry one connection of the applications after the other over one TLS connection. Pure: frames in, frames
 //! out. The wire format and the reasons are in docs/SESSIONS.md.
 //!
-//! A frame is the content of a record of its own type, so it cannot be mistaken for a byte of an application, and the order
-//! of records, which TLS protects, is its order. The client begins a stream, the server is ready for it, both end their
-//! stream or abort it.
+//! A frame is the content of a record of its own type, so it cannot be mistaken for a byte of an application, and TLS
+//! protects its place among the other records. The client begins a stream, the server is ready for it, and each ends its
+//! direction of the stream or aborts it.
 //!
-//! *Invariant:* the bytes of a stream lie between its first frame and the end of that direction; a frame that is not the next
-//! one, or carries another number, ends the connection. No stream begins before both directions of the one before have ended.
+//! *Invariant:* the bytes of a stream lie between its first frame and the end of their direction; a frame that is out of
+//! turn, or carries another number, ends the connection. No stream begins before both directions of the previous one have
+//! ended.
 
 use super::Violation;
 
@@ -30,7 +31,7 @@ pub(super) struct Frame {
     pub(super) number: u32,
 }
 
-/// Bytes of a frame: the frame, then the number in network order.
+/// Bytes of a frame: its kind, then the number in network byte order.
 pub(super) const LENGTH: usize = 5;
 
 impl Frame {
@@ -68,11 +69,11 @@ pub(super) struct Exchange {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Phase {
-    /// Begun, and the server has not said that it is ready.
+    /// The client has begun a stream, and the server has not said that it is ready.
     Begun,
-    /// Under way.
+    /// A stream is under way: may this side still send, and may the peer?
     Open { ours: bool, theirs: bool },
-    /// Both streams have ended.
+    /// Both directions of the last stream have ended.
     Idle,
 }
 
@@ -114,7 +115,7 @@ impl Exchange {
         Ok(frame.kind)
     }
 
-    /// The frame to send for this frame; none where it is not this side's turn to say it.
+    /// The frame of this kind that is to be sent now; none where it is not this side's turn to send it.
     pub(super) fn send(&mut self, kind: FrameKind) -> Option<Frame> {
         let number = if kind == FrameKind::Begin { self.number.checked_add(1)? } else { self.number };
         let frame = Frame { kind, number };
@@ -122,7 +123,7 @@ impl Exchange {
         Some(frame)
     }
 
-    /// Both sides go by the same table; `by_client`: who says it.
+    /// Takes the step that a frame stands for, by the table that both sides go by. `by_client`: the client sent it.
     fn advance(&mut self, frame: Frame, by_client: bool) -> Result<(), Violation> {
         let by_us = by_client == self.is_client;
         let expected = if frame.kind == FrameKind::Begin { self.number.checked_add(1) } else { Some(self.number) };
@@ -227,7 +228,7 @@ mod tests {
     }
 
     proptest! {
-        /// Whatever two honest ends say, in whatever order it arrives: they never disagree, and never get stuck.
+        /// Whatever two honest ends send, and in whatever order it arrives, they never disagree and never get stuck.
         #[test]
         fn honest_ends_understand_each_other(steps in proptest::collection::vec((0_usize..2, 0_u8..6), 0..200)) {
             let mut two = Two::new();
@@ -248,7 +249,7 @@ mod tests {
             prop_assert!(moved);
         }
 
-        /// Whatever a hostile peer says: data counts only inside a stream, and streams follow one another.
+        /// Whatever a hostile peer sends, data counts only inside a stream, and streams follow one another.
         #[test]
         fn a_hostile_peer_cannot_mix_two_streams(
             is_client: bool,

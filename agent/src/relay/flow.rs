@@ -1,7 +1,7 @@
 //! The loop of one flow: both directions, half-close, limits, and how it ends.
 //!
-//! A turn moves at most one batch each way and never waits; between turns the flow waits for exactly the sockets that
-//! it could use, for its clock, or for the order to stop.
+//! A turn moves at most one batch each way and never waits. Between turns the flow waits for exactly the sockets that it
+//! can use, for its deadline, or for the order to stop.
 //! *Invariant:* nothing is read from one socket while the other has not taken what was read before.
 
 mod pump;
@@ -41,24 +41,24 @@ pub(super) struct Transfer<L> {
     layer: L,
     up: Half,
     down: Half,
-    /// For the network, as the layer made it.
+    /// Bytes for the network, as the record layer made them.
     up_pending: Pending,
-    /// For the application.
+    /// Bytes for the application.
     down_pending: Pending,
     up_batch: Batch,
     down_batch: Batch,
     early: Vec<u8>,
     greeting: Greeting,
-    /// What ends the flow as soon as `down_pending` is delivered.
+    /// The fault that ends the flow as soon as `down_pending` is delivered.
     last: Option<Fault>,
     received_any: bool,
-    /// The peer can be listened to no further.
+    /// Nothing more can be received from the peer.
     peer_eof: bool,
     /// The peer's application reset this stream of a shared connection.
     aborted: bool,
 }
 
-/// A connection that its application has left, and that another may use.
+/// A connection whose application is gone, and that another application may use.
 pub(super) struct HalfClosedParts<L> {
     pub(super) network: TcpStream,
     pub(super) layer: L,
@@ -81,11 +81,12 @@ enum Half {
 /// How far the greeting has come, which lies in `up_pending`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Greeting {
-    /// The application is given what the peer has sent, and hears it before the peer hears anything.
+    /// Not sent yet: what the peer has sent is given to the application first, so that its answer can go out with the
+    /// greeting.
     Waits,
-    /// It goes together with what the application has said by now.
+    /// The greeting goes out together with what the application has written by now.
     Joins,
-    /// It is like everything else that is pending, or there was none.
+    /// The greeting is pending like any other bytes, has been sent, or there was none.
     Said,
 }
 
@@ -101,10 +102,10 @@ struct Wants {
 }
 
 impl<L: RecordLayer> Transfer<L> {
-    /// Closing the application's socket is a reset already (`intercept::prepare`).
+    /// The application's socket is already set to send a reset when it is closed (`intercept::prepare`).
     pub(super) fn new(application: TcpStream, network: TcpStream, layer: L, start: Start) -> Self {
-        // Until the stream has ended properly, whatever closes the socket is a reset: also the kernel, when the agent was
-        // killed. With TLS a FIN without close_notify says the same.
+        // Until the stream has ended in order, closing the socket must send a reset, also when the kernel closes it because
+        // the agent was killed. With TLS that is not needed: a FIN without close_notify tells the peer the same.
         if !L::TLS {
             reset(&network);
         }
@@ -164,7 +165,8 @@ impl<L: RecordLayer> Transfer<L> {
         reason
     }
 
-    /// After its end: what may be used again. The application's socket is closed, and the network's too if it may not.
+    /// To be called after `run`: gives the parts of a session that may be used again. Closes the application's socket, and
+    /// the network's as well where nothing may be used again.
     pub(super) fn leave(self, reason: CloseReason) -> Option<HalfClosedParts<L>> {
         let left = self.can_be_left(reason);
         left.then_some(HalfClosedParts { network: self.network, layer: self.layer, pending: self.up_pending })

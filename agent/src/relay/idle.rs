@@ -1,7 +1,8 @@
-//! A shared connection between two streams: what is left of one, the wait for the next, and how that begins.
+//! A shared connection between two streams: what is left of one stream, the wait for the next, and how the next one begins.
 //!
-//! *Invariant:* an [`IdleSession`] has no byte of any application in it or on its way to it: both directions of its last stream have
-//! ended. Whatever goes wrong here ends the connection, and no application has lost a byte by it.
+//! *Invariant:* an [`IdleSession`] has no byte of any application in it or on its way to it: both directions of its last
+//! stream have ended. Whatever goes wrong here ends the connection, and no application loses a byte by that, unless
+//! [`StartError::lost`] says that it may have.
 
 use super::{
     Any, CloseReason, Limits, Progress, Stop, Tally, Violation,
@@ -24,7 +25,7 @@ use tokio::{io::Interest, net::TcpStream, time::timeout};
 
 /// How long the peer may take to end a stream that this side's application has reset.
 const DRAIN: Duration = Duration::from_secs(5);
-/// ... and how many bytes may still be on their way: what two sockets and a batch hold.
+/// ... and how many bytes of that stream may still arrive: what two sockets and a batch hold.
 const DRAIN_BYTES: usize = 32 << 20;
 
 /// The engine's side of a shared connection, without its socket.
@@ -40,7 +41,7 @@ pub struct HalfClosed {
     shared: SessionState,
 }
 
-/// A shared connection between two streams, or one of which the next has begun and moved no byte in this process.
+/// A shared connection between two streams, or one whose next stream has begun and is not carried yet.
 pub struct IdleSession {
     network: TcpStream,
     /// Bytes of the application that went with `begin`.
@@ -55,7 +56,7 @@ pub struct IdleSession {
 pub struct StartError {
     /// What happened to the connection.
     pub reason: CloseReason,
-    /// May the workload have been given the bytes that went with `begin`? Then they must not be sent once more.
+    /// May the workload have been given the bytes that went with `begin`? Then they must not be sent again.
     pub lost: bool,
 }
 
@@ -106,8 +107,8 @@ pub(super) fn run(
 }
 
 impl HalfClosed {
-    /// Ends what is still open of the stream: says that this side's application is gone, and passes over what comes for it.
-    /// None: the connection is closed.
+    /// Ends the directions of the stream that are still open: tells the peer that this side's application is gone, and
+    /// drops what still arrives for it. None: the connection is closed.
     pub async fn drain(self) -> Option<IdleSession> {
         let Self { network, mut pending, mut shared } = self;
         let drained =
@@ -147,13 +148,14 @@ impl IdleSession {
         with_layer!(&mut shared.kept, layer => begin(network, layer, early).await)
     }
 
-    /// The server: waits for the next stream. Cancel safe. An error is how a connection that is not used again ends.
+    /// The server: waits for the next stream. Cancel safe. A connection that the client does not use again ends with an
+    /// error here.
     pub async fn next(&mut self) -> Result<(), CloseReason> {
         let Self { network, shared, .. } = self;
         with_layer!(&mut shared.kept, layer => expect(network, layer, FrameKind::Begin).await).map_err(network_fault)
     }
 
-    /// Takes socket and engine apart, for the flow that the next stream is.
+    /// Separates the socket from the engine's side, so that the next stream can be made a flow of its own.
     pub(crate) fn into_parts(self) -> (TcpStream, SessionState) {
         (self.network, self.shared)
     }
@@ -195,13 +197,13 @@ impl SessionState {
         with_layer!(&self.kept, layer => layer.exchange()).map_or(0, |exchange| exchange.number())
     }
 
-    /// The server: have the client's first bytes come along, so that they can go to the workload at once?
+    /// The server: are the client's first bytes here already, so that they can go to the workload at once?
     pub(crate) fn has_early_data(&self) -> bool {
         with_layer!(&self.kept, layer => layer.has_record())
     }
 
-    /// The server: its workload has accepted, over the socket that these belong to. Where the layer leaves it to this
-    /// process, the client hears of it when the stream is carried.
+    /// The server: its workload has accepted. `network` is the socket of this connection. Where the layer leaves sending to
+    /// this process, the client is told when the stream is carried.
     pub(crate) async fn ready(mut self, network: TcpStream) -> Result<IdleSession, CloseReason> {
         let mut greeting = Pending::default();
         let ready = ControlRecord::Frame(FrameKind::Ready);
@@ -210,12 +212,12 @@ impl SessionState {
         Ok(IdleSession { greeting, ..IdleSession::new(network, self) })
     }
 
-    /// Ends the connection in order, of which `network` is the socket. Before `ready` it says that no workload has been given
-    /// a byte.
+    /// Ends the connection whose socket is `network` in order. Before `ready` this tells the client that no workload has
+    /// been given a byte.
     pub(crate) fn close(mut self, network: &TcpStream) {
         let mut pending = Pending::default();
         with_layer!(&mut self.kept, layer => {
-            // Whoever cannot be told finds out by the FIN.
+            // If close_notify cannot be sent, the peer learns of the end by the FIN.
             if let Ok(true) = layer.send(network, ControlRecord::CloseNotify, &mut pending) {
                 _ = pending.flush(|bytes| layer.write(network, bytes));
             }
@@ -235,7 +237,7 @@ async fn drain<L: RecordLayer>(network: &TcpStream, layer: &mut L, pending: &mut
     while layer.exchange().is_some_and(Exchange::is_theirs_open) {
         recv(network, layer, &mut late).await?.kind()?;
     }
-    // The last stream may have made it large.
+    // The last stream may have left the layer with a large buffer.
     layer.rest();
     Ok(())
 }
@@ -260,14 +262,15 @@ async fn begin<L: RecordLayer>(network: &TcpStream, layer: &mut L, early: &[u8])
     match recv(network, layer, &mut 0).await {
         Ok(Received::Frame(FrameKind::Ready)) => Ok(()),
         Ok(Received::Frame(_)) => Err(unbegun(true)(Violation::UnexpectedMessage.into())),
-        // Under the session's keys: nobody but the server has said it, and it says nothing of the kind behind a byte that
-        // it has given to a workload.
+        // The close_notify is under the session's keys, so the server sent it, and a server that has given a byte to a
+        // workload does not end a session in this way.
         Ok(Received::CloseNotify) => Err(unbegun(false)(Fault::Truncated)),
         Err(fault) => Err(unbegun(!matches!(fault, Fault::Alert(_)))(fault)),
     }
 }
 
-/// Between two streams the server says nothing: what has come ends the connection.
+/// Between two streams the server sends neither frames nor data: if any has come, or the end, the connection is not used
+/// again.
 fn is_quiet<L: RecordLayer>(network: &TcpStream, layer: &mut L) -> Result<(), Fault> {
     match with_scratch(|scratch| layer.inbound(network, Batch::new(), scratch))?.then {
         Then::Blocked | Then::More => Ok(()),
@@ -276,7 +279,7 @@ fn is_quiet<L: RecordLayer>(network: &TcpStream, layer: &mut L) -> Result<(), Fa
     }
 }
 
-/// Waits for this frame; data or any other is a violation.
+/// Waits for this frame; data or any other frame is a violation.
 async fn expect<L: RecordLayer>(network: &TcpStream, layer: &mut L, kind: FrameKind) -> Result<(), Fault> {
     match recv(network, layer, &mut 0).await?.kind()? {
         received if received == kind => Ok(()),
@@ -284,7 +287,7 @@ async fn expect<L: RecordLayer>(network: &TcpStream, layer: &mut L, kind: FrameK
     }
 }
 
-/// What the peer says where no byte of an application is due.
+/// What the peer may send while no byte of an application is due.
 enum Received {
     Frame(FrameKind),
     CloseNotify,
@@ -299,8 +302,8 @@ impl Received {
     }
 }
 
-/// Waits for what the peer says next, and passes over at most so many bytes before it. Cancel safe: what has been taken off
-/// the socket is in the layer.
+/// Waits for the peer's next frame or close_notify, and drops at most `late` bytes of data before it. Cancel safe: what has
+/// been read from the socket is kept in the layer.
 async fn recv<L: RecordLayer>(network: &TcpStream, layer: &mut L, late: &mut usize) -> Result<Received, Fault> {
     loop {
         let arrived = with_scratch(|scratch| layer.inbound(network, Batch::new(), scratch))?;
@@ -322,7 +325,7 @@ async fn recv<L: RecordLayer>(network: &TcpStream, layer: &mut L, late: &mut usi
     }
 }
 
-/// Says something, which may lie in `pending` then.
+/// Sends a control record. Afterwards it may be in `pending` and has yet to be written.
 async fn send<L: RecordLayer>(
     network: &TcpStream,
     layer: &mut L,

@@ -1,7 +1,8 @@
-//! Engine `kernel`: the socket seals and opens; here are only its control records, its fresh keys and its odd corners.
+//! Engine `kernel`: the socket seals and opens records. This module handles control records, fresh keys, and the
+//! peculiarities of a kernel TLS socket.
 //!
 //! Bytes go by recv and send through the shard's scratch, not by splice: docs/adr/0003-records-in-user-space.md says why.
-//! *Invariant:* the first hard error of the socket is final, and nothing is written between a KeyUpdate and its key.
+//! *Invariant:* the first hard error of the socket is final, and nothing is written between a KeyUpdate and the new key.
 
 use super::{
     CloseReason, Violation,
@@ -26,10 +27,10 @@ pub(super) struct Kernel {
     control: Control,
     /// The peer asked for a fresh key.
     asked: bool,
-    /// A KeyUpdate is in the socket, and the key that belongs to it is not.
+    /// A KeyUpdate has been handed to the socket, and the key that belongs to it has not.
     half_updated: bool,
-    /// The socket has reported an error: since 6.5 (net/tls/tls_strp.c) a header that is none stops the socket with an
-    /// error and without anything to read, so a poll says `EPOLLERR` alone.
+    /// The socket has reported an error. Since Linux 6.5 (net/tls/tls_strp.c) an invalid record header stops the socket
+    /// with an error and nothing to read, so that a poll reports `EPOLLERR` alone.
     failed: bool,
 }
 
@@ -78,7 +79,7 @@ impl RecordLayer for Kernel {
         scratch.segments.clear();
         let room = scratch.bytes.get_mut(..batch.bytes()).unwrap_or_default();
         let mut told = None;
-        // A short read says nothing here: data and control records are never mixed in one call.
+        // A short read does not mean that the socket is empty: one call never returns both data and a control record.
         let length = room.len();
         let mut receive = || {
             let (length, content_type) =
@@ -151,7 +152,7 @@ impl RecordLayer for Kernel {
         if !self.send_record(network, ContentType::HANDSHAKE, &KEY_UPDATE_NOT_REQUESTED)? {
             return Ok(false);
         }
-        // A kernel that refuses the key now ends the connection: the peer will not open anything else.
+        // If the kernel refuses the key now, the connection has to end: the peer opens only records under the new key.
         self.half_updated = true;
         self.keys.next_transmit(network.as_fd()).map_err(|_| Fault::Ours(CloseReason::KeysSpent))?;
         self.half_updated = false;

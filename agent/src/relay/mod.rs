@@ -1,9 +1,10 @@
 //! relay: a `Pipe` in, a `Tally` out. The only place where bytes of an application move.
 //!
-//! One event loop for each flow carries both directions with TCP's own semantics: half-close either way, reset passed
-//! on, back-pressure to the sender. The same loop serves engine `kernel`, engine `user` and plain pipes (`protection`).
-//! *Invariant:* bytes arrive unchanged, in order, or the receiving program gets a reset: a stream that was cut never
-//! looks like one that ended. A flow that waits holds no buffer but what a slow receiver has not taken yet.
+//! One event loop for each flow carries both directions with TCP's own semantics: half-close either way, reset passed on,
+//! back-pressure to the sender. The same loop serves engine `kernel`, engine `user` and plain pipes, each by its own
+//! `record_layer`.
+//! *Invariant:* bytes arrive unchanged and in order, or the receiving program gets a reset: a stream that was cut off never
+//! looks like one that ended. A waiting flow holds no buffer but what a slow receiver has not taken yet.
 
 mod buffers;
 mod control;
@@ -37,8 +38,8 @@ use user::User;
 pub struct Limits {
     /// Closed after so long without a byte in either direction.
     pub idle: Option<Duration>,
-    /// Given up after so long with bytes to deliver to a socket whose send queue is empty: the kernel is stuck. A slow
-    /// reader, whose queue is full, is left in peace.
+    /// Given up after so long with bytes to deliver to a socket whose send queue is empty: then the kernel is stuck. A slow
+    /// reader, whose queue is full, is not given up.
     pub stall: Duration,
 }
 
@@ -78,7 +79,7 @@ pub struct Tally {
 }
 
 /// Carries the bytes of a pipe until both directions have ended, something breaks, or `stop` says so. The application's
-/// socket is closed when it returns, and the network's as well unless it is left for another stream.
+/// socket is closed when this returns, and the network's as well unless it is kept for another stream.
 pub fn carry(
     pipe: Pipe,
     limits: &Limits,

@@ -1,4 +1,4 @@
-//! Bytes as they are: permissive listeners.
+//! Plaintext, for permissive listeners: bytes pass unchanged.
 //!
 //! *Invariant:* a plain pipe is made only where policy said so; nothing falls back to this layer.
 

@@ -12,7 +12,7 @@ use wimsey_identity::refusal::Culprit;
 /// Why a connection ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CloseReason {
-    /// Both programs closed their side, and everything was passed on: as far as this agent goes.
+    /// Both programs closed their side, and everything was passed on, as far as this agent can know.
     Complete,
     /// The local program reset the connection, or is gone.
     ApplicationReset,
@@ -46,7 +46,7 @@ pub enum CloseReason {
 /// Why the agent ends a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Stop {
-    /// What allowed it is no longer so: policy, certificate, trust.
+    /// What allowed the connection is no longer in force: policy, certificate or trust has changed.
     Revoked,
     /// The agent ends and the time to drain is over.
     Drained,
@@ -112,7 +112,7 @@ impl CloseReason {
         }
     }
 
-    /// The alert that tells the peer, where it has to be told and the reason is not its own.
+    /// The alert by which the peer is told of this reason; without one it gets a reset.
     ///
     /// Never close_notify: it would tell the peer's program that the stream is complete (RFC 9846 section 6.1).
     pub(super) fn alert(self) -> Option<u8> {

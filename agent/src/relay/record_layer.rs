@@ -25,7 +25,8 @@ pub(super) trait RecordLayer {
     /// Takes from the network, and leaves in the scratch, in its segments, what goes to the application.
     fn inbound(&mut self, network: &TcpStream, batch: Batch, scratch: &mut Scratch) -> Result<Inbound, Fault>;
 
-    /// Makes bytes of the application into bytes for the network, where they do not come out of its socket. At most a record.
+    /// Turns bytes that were taken from the application's socket earlier, at most a record of them, into bytes for the
+    /// network.
     fn seal(&mut self, bytes: &[u8], pending: &mut Pending) -> Result<(), Fault>;
 
     /// Writes to the network what `outbound` or `seal` left; 0 where it takes none.
@@ -36,11 +37,11 @@ pub(super) trait RecordLayer {
         false
     }
 
-    /// Says something that is not data. `pending` is empty, or may be appended to where the layer seals by itself. False:
-    /// the network takes nothing now.
+    /// Sends a record that is not data. `pending` is empty, unless the layer seals by itself: such a layer appends the
+    /// record to it. False: the network takes nothing now.
     fn send(&mut self, network: &TcpStream, what: ControlRecord, pending: &mut Pending) -> Result<bool, Fault>;
 
-    /// Has this side read a whole record of the peer already that it has not opened?
+    /// Has this side already read a whole record of the peer that it has not opened yet?
     fn has_record(&self) -> bool {
         false
     }
@@ -55,7 +56,7 @@ pub(super) trait RecordLayer {
         Ok(true)
     }
 
-    /// Does this layer need to be asked again without a sign from the socket?
+    /// Does this layer have to be asked again now and then although its socket reports nothing?
     fn needs_ticks(&self) -> bool {
         false
     }
@@ -144,7 +145,7 @@ pub(super) enum Fault {
     Violation(Violation),
     /// The peer gave up.
     Alert(u8),
-    /// Ours to explain.
+    /// This side cannot go on, for this reason.
     Ours(CloseReason),
 }
 

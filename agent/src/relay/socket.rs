@@ -1,4 +1,4 @@
-//! Reading and writing sockets without a system call too many.
+//! Reading and writing sockets without needless system calls.
 //!
 //! The sockets are edge-triggered: a read that fills less than its room, or a write that is taken in part, says that the
 //! next one would block, so readiness is given back at once and the next call waits for the next edge.
@@ -18,9 +18,9 @@ use tokio::{io::Interest, net::TcpStream};
 pub(super) enum Read {
     /// So many bytes.
     Bytes(usize),
-    /// None for now.
+    /// No bytes for now.
     Blocked,
-    /// None any more.
+    /// No bytes any more: the stream has ended.
     End,
 }
 
@@ -61,12 +61,12 @@ pub(super) fn read_unasked(socket: &TcpStream, read: impl FnOnce() -> Result<usi
     }
 }
 
-/// The first bytes of an application, as far as they are there, and at most what one record holds. None at its end as well,
-/// which whoever reads next finds again.
+/// The first bytes that an application has sent by now, at most what one record holds. Also empty where the application has
+/// ended its stream: the next read finds that end again.
 pub(crate) fn first_bytes(application: &TcpStream) -> io::Result<Vec<u8>> {
     with_scratch(|scratch| {
         let room = scratch.bytes.get_mut(..MAX_PLAINTEXT).unwrap_or_default();
-        // Nobody has waited for it yet, so that nothing may be known of its readiness.
+        // Nothing has waited for this socket yet, so that tokio may know nothing of its readiness.
         match read_unasked(application, || Ok(recv(application, &mut *room, RecvFlags::DONTWAIT)?.1))? {
             Read::Bytes(length) => {
                 if length < room.len() {
@@ -79,7 +79,7 @@ pub(crate) fn first_bytes(application: &TcpStream) -> io::Result<Vec<u8>> {
     })
 }
 
-/// Gives readiness back: whoever waits for it again waits for the next edge.
+/// Clears the readiness that tokio has noted: the next wait for it waits for the next edge.
 pub(super) fn forget(socket: &TcpStream, readiness: Interest) -> io::Result<()> {
     attempt(socket.try_io(readiness, || Err(ErrorKind::WouldBlock.into())))
 }

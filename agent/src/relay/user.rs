@@ -2,7 +2,8 @@
 //!
 //! Outbound, the application's bytes are read straight into the bodies of records, sealed where they lie, and written
 //! with one call. Inbound, whole records are opened where they lie and their content goes out with one call.
-//! *Invariant:* between two turns a flow keeps no plaintext here, and of the network at most one partial record.
+//! *Invariant:* between two turns a flow keeps no plaintext here, and of what the network sent at most a partial record, or
+//! what came behind a frame.
 
 use super::{
     CloseReason, Violation,
@@ -27,7 +28,7 @@ use std::{
 };
 use tokio::net::TcpStream;
 
-/// The most that a peer may have said behind a frame that wants an answer: another frame, and the first bytes of an
+/// The most bytes that may arrive directly behind a frame other than `ready`: another frame, and the first bytes of an
 /// application.
 const MAX_BEHIND: usize = FULL_RECORD + 64;
 
@@ -40,7 +41,7 @@ pub(super) struct User {
     control: Control,
     /// The beginning of a record whose rest has not arrived.
     partial: Vec<u8>,
-    /// `partial` is what came behind a frame, and may be a whole record.
+    /// `partial` is what came behind a frame, and may hold whole records.
     behind: bool,
     /// The peer asked for a fresh key.
     asked: bool,
@@ -59,7 +60,8 @@ impl User {
         Ok(())
     }
 
-    /// Opens the whole records among the first `filled` bytes; gives how far it came and what came behind the data.
+    /// Opens the whole records among the first `filled` bytes. Returns how many bytes these records took, how many bytes of
+    /// data they held, and what came behind the data.
     fn open(&mut self, scratch: &mut Scratch, filled: usize) -> (usize, usize, Then) {
         let (mut at, mut bytes) = (0, 0);
         loop {
@@ -103,7 +105,8 @@ impl User {
         }
     }
 
-    /// Puts the front of a record where the rest of it will be read to, and says how long it is.
+    /// Copies the beginning of a record to the front of the scratch, so that its rest is read behind it, and returns its
+    /// length.
     fn restore(&mut self, scratch: &mut Scratch) -> usize {
         let before = self.partial.len();
         if let Some(front) = scratch.bytes.get_mut(..before) {
@@ -146,7 +149,7 @@ fn append(scratch: &mut Scratch, content: Range<usize>) {
     {
         let end = last.end;
         last.end += content.len();
-        // Content lies behind its header, so behind everything that is in front of it already.
+        // Each content lies behind its own header, so this moves it towards the front.
         scratch.bytes.copy_within(content, end);
     } else {
         scratch.segments.push(content);

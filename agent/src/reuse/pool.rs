@@ -1,7 +1,8 @@
-//! The idle connections of one shard, by whom they may serve next. The client's side: it alone begins a stream.
+//! The idle connections of one shard, by whom they may serve next. Only the client's side has a pool, since only the client
+//! begins streams.
 //!
-//! *Invariant:* what is here was made under the policy that is in force, is younger than the limits, and there is a bound
-//! on how much of it there is.
+//! *Invariant:* a connection that is taken from here was made under the policy that is in force and is within its limits of
+//! age and use; and there is a bound on how many are kept.
 
 use crate::authorize::Permit;
 use crate::config::Sessions;
@@ -50,7 +51,7 @@ pub struct Spare {
     since: Instant,
 }
 
-/// For so long after a peer was heard of it is taken to be there still.
+/// How long after it was last heard of a peer is taken to be still there.
 const RECENT: Duration = Duration::from_secs(1);
 
 impl Pool {
@@ -79,7 +80,8 @@ impl Pool {
         found
     }
 
-    /// Keeps a connection for whoever comes next. What there is no room or no time left for is closed.
+    /// Keeps a connection for the next flow with this key. It is closed where there is no room for it, where it is too old,
+    /// or where the policy is another by now.
     pub fn put(&mut self, policy: &Arc<Policy>, key: &Key, idle: IdleSession) {
         let spare = Spare { idle, since: Instant::now() };
         let is_other = self.policy.as_ref().is_some_and(|current| !Arc::ptr_eq(current, policy));
@@ -136,7 +138,7 @@ impl Pool {
         self.clear();
     }
 
-    /// What was made under another policy has to be made again.
+    /// Closes everything if the policy has changed: what was made under another one has to be made again.
     fn follow(&mut self, policy: &Arc<Policy>) {
         if self.policy.as_ref().is_some_and(|current| !Arc::ptr_eq(current, policy)) {
             self.clear();

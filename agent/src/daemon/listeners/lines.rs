@@ -1,9 +1,10 @@
-//! Lines about listening sockets: the first few of each user are written, and how many more there were.
+//! Log lines about listening sockets: the first few of each user are written, the others are counted and the count is
+//! written.
 //!
-//! Whoever can listen can make findings as many as they like, and must not fill the disk of others with them. What each socket
-//! is found to be is in status.
+//! Anybody who can listen can cause as many findings as they like, and must not fill the disk of others with them. What
+//! each socket is found to be is in status.
 //!
-//! *Invariant:* each line is written, or counted in one that is.
+//! *Invariant:* each line is written, or counted in another line that is written.
 
 use std::collections::HashMap;
 use std::time::{Duration, Instant};
@@ -17,7 +18,7 @@ const FREE_OF_ALL: u64 = 50;
 /// Users that are told apart in an interval.
 const USERS: usize = 32;
 
-/// What was to be said in the last moments.
+/// The lines of the current interval.
 #[derive(Debug, Default)]
 pub(super) struct Lines {
     /// When the interval began.

@@ -40,7 +40,7 @@ fn handshake(ca: &TestCa, client_leaf: Option<CertificateParams>, by_client: &[&
     handshake_in(ca, ca.trust("example.org"), client_leaf, by_client, by_server)
 }
 
-/// The same where both trust in this.
+/// The same where both ends have this trust.
 fn handshake_in(
     ca: &TestCa,
     trust: Trust,

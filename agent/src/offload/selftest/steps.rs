@@ -23,7 +23,7 @@ use zeroize::Zeroizing;
 
 /// The longest that a step may wait.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// How often a connection is tried that others get between, and the pause before the next try.
+/// How often a connection is tried where others reach the listener first, and the pause before the next try.
 const ATTEMPTS: usize = 20;
 const PAUSE: Duration = Duration::from_millis(20);
 /// What must never be seen on the wire.
@@ -199,7 +199,7 @@ impl Bench {
         Ok(())
     }
 
-    /// What has left is counted right, and behind it the end arrives.
+    /// The bytes that have left the socket are counted right, and the end arrives behind them.
     fn drain(&mut self) -> io::Result<()> {
         self.usable = false;
         self.kernel.write_all(&marked(LENGTH))?;
@@ -284,7 +284,8 @@ impl Bench {
 
 fn pair() -> io::Result<(TcpStream, TcpStream)> {
     let listener = Socket::new(Domain::IPV4, Type::STREAM, None)?;
-    // What an agent before has left would refuse a listener of root until an agent has judged it.
+    // Kernel programs that an earlier agent has left would refuse connections to a listener of root until an agent has
+    // judged it.
     crate::intercept::claim_listener(&listener);
     listener.bind(&SocketAddr::from((Ipv4Addr::LOCALHOST, 0)).into())?;
     listener.listen(16)?;

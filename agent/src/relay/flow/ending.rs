@@ -1,6 +1,6 @@
 //! How a flow ends: for what reason, what the peer is told, and whether the connection may be used again.
 //!
-//! *Invariant:* whoever loses the rest of a stream gets a reset, an alert or an abort, and never its end.
+//! *Invariant:* a receiver that misses the rest of a stream gets a reset, an alert or an abort, and never an orderly end.
 
 use super::{Half, Transfer, waiting::Side};
 use crate::relay::{
@@ -13,7 +13,7 @@ use socket2::SockRef;
 use tokio::{io::Interest, net::TcpStream};
 
 impl<L: RecordLayer> Transfer<L> {
-    /// A socket reported an error. Where it is still read, reading it says which one.
+    /// A socket reported an error. Where the flow still reads that socket, the next read returns the error.
     pub(super) fn failure(&mut self, side: Side) -> Option<CloseReason> {
         let socket = match side {
             Side::Network => &self.network,
@@ -44,7 +44,8 @@ impl<L: RecordLayer> Transfer<L> {
         let Some(exchange) = self.layer.exchange().filter(|_| !self.peer_eof) else { return false };
         match reason {
             CloseReason::Complete => true,
-            // What cannot be said any more, since the stream has ended already, only a reset can say.
+            // Once this side has ended its direction, no frame can tell the peer of the reset; only resetting the
+            // connection can.
             CloseReason::ApplicationReset | CloseReason::ApplicationLost(_) => exchange.is_ours_open(),
             CloseReason::PeerReset => self.aborted,
             _ => false,
@@ -59,8 +60,8 @@ impl<L: RecordLayer> Transfer<L> {
             return;
         }
         if reason == CloseReason::Complete {
-            // What comes behind close_notify is ignored (RFC 9846 section 6.1), and must not turn into a reset that
-            // overtakes our last bytes.
+            // What comes behind close_notify is ignored (RFC 9846 section 6.1). It is dropped here, because closing a
+            // socket with unread bytes sends a reset, which could overtake our last bytes.
             socket::discard(&self.network);
             return;
         }
@@ -70,7 +71,7 @@ impl<L: RecordLayer> Transfer<L> {
         }
     }
 
-    /// Tells the peer why. False: it could not be told, or need not be.
+    /// Tells the peer the reason by an alert. False: there is no alert for it, or it could not be sent.
     fn tell(&mut self, reason: CloseReason) -> bool {
         let Some(alert) = reason.alert() else { return false };
         if !matches!(self.up, Half::Open | Half::Ended) || !matches!(self.flush_up(), Ok(true)) {
@@ -102,20 +103,21 @@ pub(super) fn application_fault(fault: Fault) -> CloseReason {
         Fault::Io(libc::ECONNRESET | libc::EPIPE | libc::ECONNABORTED) => CloseReason::ApplicationReset,
         Fault::Io(number) => CloseReason::ApplicationLost(number),
         Fault::Ours(reason) => reason,
-        // A layer finds these in what the network sends.
+        // A record layer finds these only in what comes from the network.
         Fault::Truncated | Fault::Violation(_) | Fault::Alert(_) => CloseReason::PeerTruncated,
     }
 }
 
-/// The receiver reads the end of the stream, after everything that is still on its way.
+/// Lets the receiver read the end of the stream, after everything that is still on its way.
 pub(in crate::relay) fn end(socket: &TcpStream) {
-    // Closing is orderly again. If that fails the socket is gone, and its next read or write says so.
+    // Closing the socket sends no reset any more. If this call fails the socket is gone, and its next read or write says
+    // so.
     _ = SockRef::from(socket).set_linger(None);
-    // A socket that is not connected any more has nobody to tell; its next read or write says so.
+    // If the socket is not connected any more, there is nobody to tell; its next read or write says so.
     _ = shutdown(socket, Shutdown::Write);
 }
 
-/// Closing the socket will be a reset.
+/// From now on closing the socket sends a reset.
 pub(super) fn reset(socket: &TcpStream) {
     // A socket that is gone already needs no reset.
     _ = socket.set_zero_linger();

@@ -1,6 +1,6 @@
-//! A turn of a flow: what goes from one socket to the other now, and what it can use next.
+//! A turn of a flow: what goes from one socket to the other now, and what the flow can use next.
 //!
-//! *Invariant:* nothing here waits; what a socket has not taken is pending, and goes before anything else.
+//! *Invariant:* nothing here waits; bytes that a socket has not taken are pending, and go before any others.
 
 use super::{
     Greeting, Half, Transfer, Wants,
@@ -24,10 +24,11 @@ use std::{
     sync::atomic::Ordering,
 };
 
-/// Where a layer cannot tell whether there is more, it is asked again in the same turn after so little.
+/// If a layer took fewer bytes than this from the network and cannot tell whether there are more, it is asked again in the
+/// same turn, ...
 const SMALL: usize = 4096;
 
-/// ... and so many times.
+/// ... at most this often.
 const MAX_SMALL: u32 = 16;
 
 /// Pieces of one vectored write.
@@ -129,7 +130,7 @@ impl<L: RecordLayer> Transfer<L> {
             self.up_pending.keep(bytes.get(written..).unwrap_or_default());
             self.up_pending.is_empty()
         } else {
-            // Behind the greeting, with which it goes out.
+            // The greeting is still pending: these bytes are added behind it, and both go out together.
             self.up_pending.keep(bytes);
             self.flush_up()?
         };
@@ -141,7 +142,7 @@ impl<L: RecordLayer> Transfer<L> {
             self.up_batch.was_full();
             wants.more = true;
         } else {
-            // A short read: there is no more until the next edge.
+            // A short read: the socket is empty until the next edge.
             wants.application_read = true;
         }
         Ok(())
@@ -197,7 +198,7 @@ impl<L: RecordLayer> Transfer<L> {
         } else if arrived.taken == self.down_batch.bytes() {
             self.down_batch.was_full();
         }
-        // A shared connection that ends in the middle of a stream has cut it.
+        // Where a shared connection ends in the middle of a stream, the stream was cut off.
         let then =
             if arrived.then == Then::End && self.is_shared() { Then::Fault(Fault::Truncated) } else { arrived.then };
         match then {
@@ -218,8 +219,9 @@ impl<L: RecordLayer> Transfer<L> {
         Ok(false)
     }
 
-    /// Writes the segments of the scratch to the application, and keeps what it does not take. There is nothing pending, so
-    /// there is room as far as is known; of a socket that was made a moment ago nothing is known: it is asked itself.
+    /// Writes the segments of the scratch to the application, and keeps what it does not take. Nothing is pending, so there
+    /// should be room. The socket itself is asked and not tokio's readiness, which is not known yet of a socket that was
+    /// made a moment ago.
     fn deliver(&mut self, scratch: &Scratch, total: usize) -> io::Result<()> {
         let mut left = total;
         let mut segments = scratch.segments.iter().map(|range| scratch.bytes.get(range.clone()).unwrap_or_default());

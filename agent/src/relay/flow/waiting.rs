@@ -1,6 +1,6 @@
 //! Between two turns of a flow: what wakes it, and how long a direction may be under way without moving.
 //!
-//! *Invariant:* a flow is given up as stalled only where a socket has room and takes nothing all the same.
+//! *Invariant:* a flow is given up as stalled only where a socket has room and still takes nothing.
 
 use super::{Half, Transfer, Wants};
 use crate::relay::{CloseReason, Limits, Progress, Stop, record_layer::RecordLayer};
@@ -18,8 +18,9 @@ use tokio::{
 };
 use wimsey_sys::tls;
 
-/// How often a layer that needs it is asked again while something is under way: the kernel's TLS may miss to wake an
-/// edge-triggered waiter when memory is short, and nothing tells when its last record has left.
+/// How long to wait, at least and at most, before a layer that needs it is asked again while something is under way: the
+/// kernel's TLS may fail to wake an edge-triggered waiter when memory is short, and no event tells that its last record has
+/// left.
 const MIN_TICK: Duration = Duration::from_millis(20);
 const MAX_TICK: Duration = Duration::from_secs(1);
 
@@ -31,9 +32,9 @@ pub(super) struct Moved {
     up: Instant,
     down: Instant,
     marks: (Mark, Mark),
-    /// When it was last asked whether one of them is stuck for good.
+    /// When it was last checked whether a direction is stuck for good.
     asked: Option<Instant>,
-    /// Whether each was found then with room and nothing taken.
+    /// Whether that check found the direction's socket with room although it had taken nothing.
     idle: [bool; 2],
 }
 
@@ -65,7 +66,8 @@ pub(super) enum Side {
     Network,
 }
 
-/// A stall that is due, though there is something to do: where one direction always has, nobody asks the clock.
+/// A stall that is due although the flow has something to do: while one direction always has, `wait` never looks at the
+/// clock.
 pub(super) fn stalled(deadline: Option<(Instant, Option<CloseReason>)>) -> Option<CloseReason> {
     let (at, reason) = deadline?;
     reason.filter(|reason| *reason == CloseReason::Stalled && at <= Instant::now())
@@ -96,8 +98,8 @@ impl<L: RecordLayer> Transfer<L> {
         {
             clock.as_mut().reset(at);
         }
-        // A socket that is neither read nor written any more may still be reset, and the other program has to know. One
-        // that is read may fail without having anything to read.
+        // A socket that is neither read nor written any more may still be reset, and the program at the other end has to
+        // learn of it. Some layers' sockets may fail while they are read without becoming readable (`FAILS_UNREAD`).
         let (at_network, at_application) = match (self.up, self.down) {
             (Half::Open, Half::Closed) => (true, false),
             (Half::Closed, Half::Open) => (L::FAILS_UNREAD, true),
@@ -130,7 +132,8 @@ impl<L: RecordLayer> Transfer<L> {
             }
             let Some((at, _)) = deadline else { return Poll::Pending };
             if clock.as_mut().poll(context).is_ready() {
-                // It rings at the earliest time that it was ever set for: activity does not cost a timer each time.
+                // The timer fires at the earliest deadline that it was ever set to. Activity does not move it back, which
+                // would cost a timer operation each time.
                 if at <= Instant::now() {
                     return Poll::Ready(Woken::Late);
                 }
@@ -157,13 +160,13 @@ impl<L: RecordLayer> Transfer<L> {
         let stall = |under_way: bool, since: Instant| {
             under_way.then(|| {
                 let due = since + limits.stall;
-                // Once it is due it is asked every second, for as long as the receiver is just slow: a second since it was
-                // asked, for the other direction may wake the flow more often than that.
+                // Once a stall is due, it is checked for every second as long as the receiver is merely slow. The second
+                // counts from the last check, because the other direction may wake the flow more often than that.
                 (moved.asked.map_or(due, |asked| due.max(asked + MAX_TICK)), Some(CloseReason::Stalled))
             })
         };
         let tick = (up && self.layer.needs_ticks()).then(|| {
-            // As long again as it has been waiting.
+            // As long again as nothing has moved so far.
             let now = Instant::now();
             (now + now.duration_since(moved.up).clamp(MIN_TICK, MAX_TICK), None)
         });
@@ -174,12 +177,13 @@ impl<L: RecordLayer> Transfer<L> {
         !self.up_pending.is_empty() || matches!(self.up, Half::Ended | Half::Draining)
     }
 
-    /// Is this the end? A stall is one only where a socket has room and takes nothing all the same. Each direction is
-    /// judged by itself: where memory for TCP is short, one may starve while the other trickles.
+    /// Does this reason end the flow? A stall does so only where a socket has room and still takes nothing. Each direction
+    /// is judged by itself: where memory for TCP is short, one may starve while the other still moves a little.
     pub(super) fn is_over(&self, reason: CloseReason, limits: &Limits, moved: &mut Moved) -> bool {
         let now = Instant::now();
         let asked = moved.asked.replace(now);
-        // Found twice: a receiver that has slept may have made room a moment ago, and nothing was written into it yet.
+        // Two checks in a row have to find it: a receiver that slept may have made room a moment ago, before anything was
+        // written.
         let stuck = |socket: &TcpStream, under_way: bool, since: Instant, found: &mut bool| {
             let idle = under_way
                 && now.duration_since(since) >= limits.stall
@@ -193,7 +197,8 @@ impl<L: RecordLayer> Transfer<L> {
             || stuck(&self.application, !self.down_pending.is_empty(), moved.down, down)
     }
 
-    /// How far both directions have come: what was taken, what of it is still to be delivered, and what was said.
+    /// How far both directions have come: how much was taken, how much of that is still to be delivered, and the state of
+    /// the half.
     pub(super) fn marks(&self, progress: &Progress) -> (Mark, Mark) {
         let up = (progress.sent(), self.up_pending.left(), self.up);
         (up, (progress.received(), self.down_pending.left(), self.down))

@@ -1,4 +1,4 @@
-//! With TLS stacks that are not ours: rustls as others use it, and OpenSSL's own programs.
+//! Tests with foreign TLS stacks: rustls as others use it, and OpenSSL's own programs.
 
 use super::*;
 use crate::{
@@ -125,7 +125,7 @@ async fn data_in_the_same_segment_as_the_end_of_the_handshake_is_not_lost() {
     let client = tokio::task::spawn_blocking(move || {
         let mut socket = blocking(theirs);
         let mut tls = ClientConnection::new(config, "web.example.org".try_into().unwrap()).unwrap();
-        // Buffered by rustls until it may go out: then behind Finished, in one write.
+        // rustls buffers this until it may be sent, and then puts it behind Finished in the same write.
         tls.writer().write_all(b"first words").unwrap();
         let mut flight = Vec::new();
         tls.write_tls(&mut socket).unwrap();
@@ -155,8 +155,8 @@ struct Openssl {
 }
 
 impl Openssl {
-    /// With these arguments, and certificate and key of `id`. A line of text is followed by the next one when it came back,
-    /// a letter that is an order to `openssl` when it was read.
+    /// Starts `openssl` with these arguments, and the certificate and key of `id`. After a line of text the next one is
+    /// written once the text has come back; after a letter that is an order to `openssl`, once it has been read.
     fn start(
         world: &World,
         id: &str,
@@ -197,7 +197,8 @@ impl Openssl {
                     break;
                 }
                 let latest = std::time::Instant::now() + patience(10);
-                // An order is one only where it is read by itself: what was written before has to be out of the pipe.
+                // `openssl` obeys an order only if it reads it by itself: what was written before has to be out of the pipe
+                // first.
                 let is_read = || rustix::io::ioctl_fionread(&input).is_ok_and(|waiting| waiting == 0);
                 let is_back = || line.len() == 1 || heard.lock().unwrap().contains(line);
                 while !(is_read() && is_back()) && std::time::Instant::now() < latest {
@@ -292,6 +293,6 @@ async fn openssl_s_server_talks_to_us_gives_tickets_and_takes_fresh_keys() {
     for line in LINES.iter().filter(|line| line.ends_with("line")) {
         assert!(output.contains(line), "{line} came back: {output} {complaints}");
     }
-    // It ends without close_notify, and that is called what it is.
+    // `openssl` ends without close_notify, and the reason has to say so.
     assert!(matches!(closed, CloseReason::PeerTruncated | CloseReason::PeerReset), "{closed}: {complaints}");
 }

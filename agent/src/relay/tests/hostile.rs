@@ -2,7 +2,7 @@
 
 use super::*;
 
-/// What the relay answers to these bytes behind a good record, and why it says it ended.
+/// What the relay answers to these bytes, sent behind a good record, and the reason that it gives for its end.
 async fn answer(prepare: impl FnOnce(&mut Peer) -> Vec<u8>) -> (Option<(u8, Vec<u8>)>, CloseReason) {
     let (mut relay, mut peer) = against_records().await;
     let mut bytes = peer.seal(23, b"good");
@@ -185,7 +185,7 @@ async fn what_comes_behind_close_notify_is_ignored_and_does_not_spoil_our_own_en
     peer.send(21, &[1, 0]).await;
     peer.send(23, b"too late").await;
     if !in_kernel() {
-        // The kernel gives up a connection with a record that cannot be one, whenever it comes.
+        // The kernel gives a connection up as soon as bytes arrive that cannot be a record.
         let _ = peer.socket.write_all(&[0xff; 5000]).await;
     }
     assert_eq!(read_to_end(&mut relay.application).await, b"");

@@ -35,7 +35,7 @@ async fn either_side_may_end_first_and_still_hear_the_other() {
 async fn a_reset_goes_through_to_the_other_program() {
     for client_first in [true, false] {
         let (mut client, mut server) = chain(engine().ciphers()).await;
-        // Something has been said, so that the connection is known to be through.
+        // Bytes have gone through, so that the connection is known to be open at both ends.
         client.application.write_all(b"hello").await.unwrap();
         server.application.read_exact(&mut [0; 5]).await.unwrap();
         let (dying, living) = if client_first {
@@ -249,7 +249,7 @@ impl record_layer::RecordLayer for Stuck {
 /// No patience with what is stuck.
 const IMPATIENT: Limits = Limits { idle: None, stall: Duration::from_millis(300) };
 
-/// A relay that never gets a byte out is given up. Its sockets are closed with it.
+/// Checks that a relay which never gets a byte out is given up, and that its sockets are closed with it.
 async fn given_up(own: TcpStream, network: TcpStream) -> Progress {
     let progress = Progress::default();
     let flow = async {

@@ -3,7 +3,8 @@
 use super::*;
 use crate::handshake::testing::terms;
 
-/// One side of a shared connection while a stream of it runs. It comes to why that ended, and to what is left.
+/// One side of a shared connection while one of its streams runs. `ended` gives the reason why the stream ended, and the
+/// session that is left.
 struct Use {
     application: TcpStream,
     ended: JoinHandle<(CloseReason, Option<IdleSession>)>,
@@ -60,7 +61,7 @@ async fn again(client: IdleSession, server: IdleSession) -> (Use, Use) {
     again_with(client, server, &[]).await
 }
 
-/// The same with first bytes of the client's application.
+/// The same, with first bytes of the client's application.
 async fn again_with(mut client: IdleSession, mut server: IdleSession, early: &[u8]) -> (Use, Use) {
     let serve = async {
         server.next().await.unwrap();
@@ -120,7 +121,7 @@ async fn a_reset_on_either_side_is_passed_on_and_costs_the_connection_nothing() 
         let mut application = gone.application;
         application.write_all(b"some").await.unwrap();
         other.application.read_exact(&mut first).await.unwrap();
-        // What is on its way to the one that is gone must not turn up in the next stream.
+        // Bytes on their way to the application that is gone must not turn up in the next stream.
         other.application.write_all(&noise(200_000, 3)).await.unwrap();
         application.set_zero_linger().unwrap();
         drop(application);
@@ -243,8 +244,8 @@ async fn only_a_sealed_end_says_that_the_first_bytes_went_nowhere() {
                 if !early.is_empty() {
                     assert_eq!(peer.receive().await, Some((23, early.to_vec())), "{what}");
                 }
-                // At once: the kernel tells of an empty record only where something is behind it (net/tls/tls_sw.c,
-                // `tls_sw_recvmsg`).
+                // In one write, because the kernel tells of an empty record only where something is behind it
+                // (net/tls/tls_sw.c, `tls_sw_recvmsg`).
                 let said: Vec<u8> =
                     records.iter().flat_map(|(content_type, body)| peer.seal(*content_type, body)).collect();
                 peer.socket.write_all(&said).await.unwrap();
@@ -265,7 +266,7 @@ async fn the_server_knows_of_first_bytes_that_came_with_the_frame() {
         let serve = async {
             server.next().await.unwrap();
             let (network, shared) = server.into_parts();
-            // What the kernel has not given out nobody knows of.
+            // With engine `kernel` the first bytes are still in the socket, so that this process does not know of them.
             assert_eq!(shared.has_early_data(), !early.is_empty() && engine() == Choice::User);
             Use::next(shared.ready(network).await.unwrap()).await
         };
@@ -319,7 +320,7 @@ async fn frames_and_data_out_of_turn_reset_the_program() {
         &[(FRAME, &[3, 0, 0, 0])],
         &[(FRAME, &[9, 0, 0, 0, 1])],
         &[(FRAME, &[])],
-        // The end of everything, without the end of this stream: somebody may have cut it.
+        // close_notify without the end of this stream: somebody may have cut it off.
         &[(21, &[1, 0])],
     ];
     for said in violations {
@@ -499,7 +500,7 @@ async fn random_peer(mut relay: Use, mut peer: Peer, mut dice: Dice) {
         let (closed, left) = over(ended).await;
         assert!(data.starts_with(&heard), "stream {number}: bytes that are not its own");
         if !in_order {
-            // An alert or a frame may be one that is allowed here; then what follows is a cut.
+            // The alert or frame may be one that is allowed here; then the end behind it cuts the stream off.
             assert!(!ended_well, "stream {number}: {last:?} looked like an end ({closed})");
             return;
         }

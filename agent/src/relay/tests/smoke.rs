@@ -1,4 +1,4 @@
-//! A first figure, as ratios within one run; the benchmarks of the lab say it properly.
+//! A first measurement, as ratios within one run; the lab's benchmarks measure it properly.
 //!
 //! `cargo test --release -p wimsey --lib -- relay::tests::smoke --ignored --nocapture`
 

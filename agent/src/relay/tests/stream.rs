@@ -64,7 +64,7 @@ async fn small_questions_and_answers_are_not_held_back() {
         assert_eq!(answer, question);
         took.push(started.elapsed());
     }
-    // A delayed acknowledgement is 40 ms. Whatever else the machine does, one round in ten shows that none is waited for.
+    // A delayed acknowledgement takes 40 ms. However busy the machine is, one round in ten is faster if none is waited for.
     took.sort();
     assert!(took[50] < Duration::from_millis(30), "{:?}", took[50]);
 }
