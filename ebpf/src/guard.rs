@@ -3,9 +3,9 @@
 //! A packet is judged by the destination in its header as well as by the one that its socket is connected to: the two
 //! differ where the packet is source-routed, or its destination is translated.
 //!
-//! *Invariant:* a SYN to a mesh destination leaves only from a socket of the agent. No SYN reaches a socket that has itself
-//! sent one to the agent, or from the agent to a workload. What is not TCP leaves an enrolled workload for a mesh
-//! destination only as UDP that a rule allows.
+//! *Invariant:* a SYN to a mesh destination leaves only from a socket of the agent. No SYN of anybody else reaches a socket
+//! that has itself sent one to the agent, or from the agent to a workload. What is not TCP leaves an enrolled workload for
+//! a mesh destination only as UDP that a rule allows.
 
 use crate::{
     ALLOW, REFUSE,
@@ -105,8 +105,8 @@ fn syn(skb: *mut __sk_buff) -> i32 {
     count(counter::GUARD_DROPPED);
     event.cookie = cookie;
     event.destination_id = found as u32;
-    // The user of the socket, since a packet need not be sent in the context of a task. SAFETY: the helper takes the
-    // context.
+    // The user of the socket, since a packet need not be sent in the context of a task.
+    // SAFETY: the helper takes the context.
     event.task.uid = unsafe { bpf_get_socket_uid(skb) };
     events::refused(&mut event);
     REFUSE

@@ -208,8 +208,8 @@ pub fn redirect_inbound(ctx: &SkLookupContext) -> u32 {
     let upstream =
         TupleKey { source: remote, destination: local, source_port: remote_port, destination_port: local_port, pad: 0 };
     if is_loopback(&local) {
-        // A redirected connection goes to the agent that is there now, whoever has the port of the agent before it. SAFETY:
-        // nobody changes the row while its connection is there.
+        // A redirected connection goes to the agent that is there now, whoever has the port of the agent before it.
+        // SAFETY: nobody changes the row while its connection is there.
         if let Some(origin) = unsafe { ORIGINS.get(&upstream) } {
             let index = outbound_listener(config, origin.cookie, ipv6);
             if OUTBOUND.redirect_sk_lookup(ctx, index, 0).is_ok() {

@@ -40,7 +40,8 @@ pub struct Config {
     pub busy_poll: bool,
     /// Who issues the identities of this host.
     pub identity: Provider,
-    /// Bundles of further trust domains; or, while an authority is replaced, the other one of the host's own.
+    /// Bundles of further trust domains; or, while an authority is being replaced, of the other authority of the host's own
+    /// domain.
     pub trust: Vec<Trust>,
     /// Where audit records go.
     pub audit: Audit,
@@ -55,7 +56,7 @@ pub struct Config {
 /// Which engine carries records.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EngineChoice {
-    /// What was measured to be the cheaper: this process (docs/adr/0012).
+    /// The one that was measured to be cheaper: this process (docs/adr/0012).
     Auto,
     /// The kernel, or the agent does not start.
     Kernel,

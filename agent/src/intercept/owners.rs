@@ -469,7 +469,7 @@ mod tests {
             assert_eq!(sys::refused_call(libc::SYS_unshare, [files, 0, 0, 0]), None);
             let own = rustix::thread::gettid().as_raw_nonzero().get().cast_unsigned();
             let order = sys::compare_descriptors(own, std::process::id());
-            // What the others have of it is closed: this is the only one.
+            // The table of the other threads still has this descriptor as well.
             ready.send((order.unwrap().is_eq(), socket.as_raw_fd())).unwrap();
             let _ = ended.recv();
         });
