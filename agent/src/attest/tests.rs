@@ -199,7 +199,7 @@ async fn a_number_that_was_used_again_is_noticed() {
     let Some(attestor) = attestor() else { return };
     let process = Waiting::new();
     let mut task = task(&attestor, process.0.id());
-    // Recorded a second before this process began, which has the number now.
+    // Recorded a second before the process began that has the number now.
     task.at = task.at.saturating_sub(1_000_000_000);
     let error = attestor.dialler(&task, &Ask(|_: &dyn Evidence| true)).await.unwrap_err();
     assert_eq!(error.code(), "pid-reused");

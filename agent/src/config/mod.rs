@@ -123,7 +123,8 @@ pub struct Timeouts {
     pub handshake: Duration,
     /// From SIGTERM until the connections that are left are closed.
     pub drain: Duration,
-    /// Until a connection is given up whose kernel has room for its bytes and takes none of them.
+    /// How long a connection may have bytes to deliver to a socket that has room for them and takes none, before it is
+    /// given up.
     pub stall: Duration,
 }
 

@@ -400,7 +400,7 @@ impl Programs {
         Ok(())
     }
 
-    /// Makes the programs take every socket that would be left alone when it begins to listen for undecided, or ends that.
+    /// Makes the programs treat as undecided every socket that would be left alone when it begins to listen, or ends that.
     fn leave_undecided(&self, in_force: Option<Config>, on: bool) {
         let Some(config) = in_force else { return };
         let flags = config.flags & !FLAG_ALL_UNDECIDED | if on { FLAG_ALL_UNDECIDED } else { 0 };
@@ -447,7 +447,7 @@ impl Programs {
         }
     }
 
-    /// Removes the rows of an epoch: those that are known, or after a start whatever is there of other epochs.
+    /// Removes the rows of an epoch: those that are known, or after a start all that are found in the maps.
     fn remove_epoch(&self, epoch: u32, rows: &Rows, classes: &Classes) -> Result<(), Error> {
         let_programs_end();
         if rows.destinations.is_empty() && rows.candidates.is_empty() {

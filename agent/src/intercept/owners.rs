@@ -191,8 +191,8 @@ impl Search {
         self.tables.is_empty()
     }
 
-    /// Those of these sockets that other tasks have than those that may matter, as far as they are found within about this
-    /// time.
+    /// Those of these sockets that are held by tasks outside of those that may matter, as far as they are found within
+    /// about this time.
     fn others(&mut self, inodes: &HashSet<u32>, time: Duration) -> HashSet<u32> {
         let wanted = std::mem::replace(&mut self.wanted, inodes.clone());
         let found = std::mem::take(&mut self.found);

@@ -369,7 +369,7 @@ fn check_signer(
     if signer.key_usage().map_err(malformed)?.is_some_and(|usage| !usage.crl_sign) {
         return Err(ListFault::NotASigner { issuer });
     }
-    // With an algorithm that the path validation does not take every peer would be refused, and nobody would know before.
+    // A list whose algorithm the path validation does not take would have every peer refused: it is refused here instead.
     let oid = reading.signature_algorithm.oid().as_bytes();
     let is_oid = |known: &[u8]| {
         known
