@@ -81,7 +81,7 @@ pub enum Purpose {
     Inspection,
 }
 
-/// Who could have written this file or directory, beside those who may: what is wrong, and what to do.
+/// Could this file or directory have been written by somebody who must not? Gives what is wrong, and what to do.
 pub fn exposed(path: &Path, metadata: &Metadata, purpose: Purpose, what: &str) -> Option<(String, String)> {
     let guard = match purpose {
         Purpose::InForce => Guard::Group,
@@ -134,9 +134,9 @@ pub fn read(path: &Path, purpose: Purpose) -> Result<String, (String, String)> {
     })
 }
 
-/// Cuts a long text where a line begins with `[[`, so that it need not be in memory as one tree: a tree takes twenty times as
-/// much as its text. With each part comes how many lines there are in front of it. Such a line may also stand within a
-/// string or an array: then the part in front of it is not whole, no document, and the text has to be parsed at once.
+/// Cuts a long text where a line begins with `[[`, so that it need not be in memory as one tree: a tree takes twenty times
+/// as much as its text. With each part comes how many lines there are in front of it. Such a line may also stand within a
+/// string or an array: then the part in front of it does not parse, and the text has to be parsed as a whole.
 pub fn parts(text: &str) -> impl Iterator<Item = (usize, &str)> {
     /// Bytes after which the next such line begins a part.
     const PART: usize = 256 << 10;

@@ -1,7 +1,7 @@
 //! Least privilege: what the agent gives up once its programs are attached.
 //!
-//! *Invariant:* given up before any thread but the main one exists, because capabilities belong to threads and are
-//! inherited by those that are made later; where another thread is there already, it is an error.
+//! *Invariant:* privileges are given up while the main thread is the only one, because capabilities belong to threads and
+//! are inherited by those that are made later. It is an error if there is another thread already.
 
 mod sandbox;
 
@@ -47,8 +47,8 @@ pub fn raise_file_limit() -> Result<u64, Error> {
 }
 
 /// Gives up all capabilities but the kept ones, new privileges by exec, core dumps and being traced by others, and closes
-/// the sandbox. A kernel that cannot close it is no reason to leave the host without an agent: nothing that a peer is
-/// promised depends on it.
+/// the sandbox. Where the kernel cannot close it the agent runs all the same: nothing that a peer is promised depends on
+/// it.
 pub fn give_up() -> Result<Sandbox, Error> {
     let threads = threads()?;
     if threads != 1 {

@@ -1,4 +1,4 @@
-//! Values with units, as the configuration and the policy write them: `"5s"`, `"1h30m"`; and the unit in which strangers are
+//! Values with units, as the configuration and the policy write them: `"5s"`, `"1h30m"`; and the network by which peers are
 //! counted.
 //!
 //! A string comes in, a checked value goes out, or an error that says what to write instead.
@@ -84,8 +84,8 @@ fn clip(text: &str) -> String {
     text.chars().take(20).collect()
 }
 
-/// The network that an address stands for where whoever has one has others beside: its /24, or /64, or all of 127.0.0.0/8,
-/// which every host has for itself.
+/// The network under which an address is counted, since whoever has one address usually has others near it: its /24 or /64,
+/// or all of 127.0.0.0/8, which every host has for itself.
 pub fn network_of(address: IpAddr) -> IpNet {
     let address = address.to_canonical();
     let length = match address {

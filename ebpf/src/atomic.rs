@@ -1,7 +1,7 @@
-//! One step each on a word of a map, whatever other processors do with it (kernel 5.12, `BPF_ATOMIC`).
+//! Atomic operations on a word of a map (`BPF_ATOMIC`, Linux 5.12).
 //!
-//! The methods of `core::sync::atomic` are not there for this target, and what the compiler makes of its own intrinsics the
-//! linker does not read.
+//! `core::sync::atomic` does not have these methods for this target, and the linker does not read what the compiler emits
+//! for its own intrinsics.
 //!
 //! *Invariant:* none of this decides anything.
 
@@ -20,7 +20,7 @@ pub unsafe fn plus(word: *mut u64, mut amount: u64) -> u64 {
     amount
 }
 
-/// Takes away, and gives what was there before.
+/// Subtracts, and gives what was there before.
 ///
 /// # Safety
 /// As for [`plus`].
@@ -43,7 +43,7 @@ pub unsafe fn swap(word: *mut u64, mut new: u64) -> u64 {
     new
 }
 
-/// Puts something else in the place of what is expected there. Says whether it was.
+/// Compare and exchange: puts `new` in the place of `old`. False where something else was there.
 ///
 /// # Safety
 /// As for [`plus`].

@@ -3,8 +3,8 @@
 //! A connection to a mesh destination goes to the agent or nowhere. What an enrolled workload dials beside that follows its
 //! policy. Everything else is left alone. What the kernel's facts do not settle is redirected to the agent, which attests.
 //!
-//! *Invariant:* no way through [`judge`] lets TCP to a mesh destination pass, but for the agent's own sockets and a named
-//! bypass; what does not come through it (a socket from before, or from outside the tree) meets the guard.
+//! *Invariant:* TCP to a mesh destination passes these hooks only from the agent's own sockets or by a named bypass.
+//! Sockets that the hooks do not see (made before they were attached, or outside the cgroup tree) meet the guard.
 
 use crate::{
     ALLOW, REFUSE,
@@ -24,11 +24,11 @@ use core::ptr::{addr_of, addr_of_mut};
 use wimsey_common::*;
 
 const ECONNREFUSED: i32 = 111;
-/// Longer than one `connect()` takes from one program to the next, in nanoseconds.
+/// In nanoseconds: longer than it takes from one attached program to the next within one `connect()`.
 const ONE_CALL: u64 = 100_000_000;
 
 /// What becomes of a connection: action, event to send (or 0), its reason and the counter, a byte each, and the rule above
-/// them. One number, which the verifier does not follow.
+/// them. Packed into one number, whose parts the verifier does not track.
 #[derive(Clone, Copy)]
 #[repr(transparent)]
 struct Decision(u64);
@@ -143,8 +143,9 @@ pub fn sendmsg6(ctx: *mut bpf_sock_addr) -> i32 {
     sendmsg(ctx, dialled, port)
 }
 
-/// A `connect()` in another network namespace, to an address that is a mesh destination in this one. Where that namespace
-/// has no agent, nobody can protect the connection: whoever is enrolled is refused, others are counted.
+/// A `connect()` or a datagram in another network namespace, to an address that is a mesh destination in this one. Where
+/// that namespace has no agent, nobody can protect the connection: it is counted, and refused if the task may be enrolled.
+/// Says whether it is allowed.
 #[inline(never)]
 fn elsewhere(config: &Config, netns: u64, event: &mut Event) -> bool {
     let Some(found) = destination(config, &event.destination, event.destination_port) else { return true };
@@ -166,11 +167,11 @@ fn elsewhere(config: &Config, netns: u64, event: &mut Event) -> bool {
 enum Outcome {
     Allow,
     Refuse,
-    /// To this port of the agent, and whether by IPv4.
+    /// Redirect to this port of the agent; the second field says whether by IPv4.
     Turn(u16, bool),
 }
 
-/// Any `connect()`: the story from the address dialled to the outcome.
+/// Any `connect()`, from the address dialled to the outcome.
 #[inline(always)]
 fn connect(ctx: *mut bpf_sock_addr, dialled: Address, port: u16, family: u16) -> Outcome {
     let Some(config) = config() else { return Outcome::Allow };
@@ -201,7 +202,8 @@ fn connect(ctx: *mut bpf_sock_addr, dialled: Address, port: u16, family: u16) ->
     event.destination = reached(dialled, &event.source);
     blur(&mut event.destination, config.epoch);
     let four = is_mapped(&event.destination);
-    // While a new agent takes over, the programs of the old one have been here for the same call.
+    // While a new agent takes over, the old one's programs are still attached, and may have redirected this same call
+    // already.
     if redirected_before(config, cookie, &event.destination, port) {
         return Outcome::Allow;
     }
@@ -240,19 +242,19 @@ fn connect(ctx: *mut bpf_sock_addr, dialled: Address, port: u16, family: u16) ->
     if verdict.action() == REDIRECT {
         return Outcome::Turn(agent, four);
     }
-    // What an earlier call of this socket has left is nobody's any more: somebody else may have the socket now.
+    // Remove what an earlier `connect()` of this socket has recorded: another process may have the socket now.
     egress_released(cookie, &mut event);
     if verdict.action() == PASS {
         return Outcome::Allow;
     }
     if verdict.reason() == REASON_NO_AGENT {
-        // SAFETY: the helper takes a number. To the program it is as if nobody listened there.
+        // SAFETY: the helper takes a number. To the application it looks as if nobody listened there.
         unsafe { bpf_set_retval(-ECONNREFUSED) };
     }
     Outcome::Refuse
 }
 
-/// Leaves what was decided for people to see.
+/// Counts the decision, and sends the events that belong to it.
 #[inline(always)]
 fn report(event: &mut Event, verdict: Decision, who: u32) {
     count(verdict.counter());
@@ -270,7 +272,8 @@ fn report(event: &mut Event, verdict: Decision, who: u32) {
     }
 }
 
-/// The decision about a `connect()`. `what`: transport and port. Not inlined: to the verifier all its answers are one.
+/// The decision about a `connect()`. `what`: transport and port. Not inlined, so that the verifier does not follow each
+/// answer separately.
 #[inline(never)]
 fn judged(config: &Config, found: Option<&'static Destination>, subject: &Who, what: u32) -> Decision {
     let there = match found {
@@ -316,8 +319,9 @@ fn judge(config: &Config, transport: u32, there: &There, subject: &Who) -> Decis
             return refused(REASON_NO_IDENTITY, counter::REFUSED_NO_IDENTITY);
         }
     } else {
-        // What only the agent could tell apart is not confined: whoever shares the kernel's facts with a workload can be it.
-        // In a cgroup that is not known yet a task is what it would be in its nearest known ancestor.
+        // Where only the agent could tell whether the task is a workload (`ASK`) it is not confined: others may have the
+        // same ids and cgroup as the workload. A task in a cgroup that is not known yet is judged as in the nearest known
+        // ancestor.
         if subject.workload == NOT_ENROLLED || subject.workload == ASK {
             return left_alone();
         }
@@ -332,7 +336,7 @@ fn judge(config: &Config, transport: u32, there: &There, subject: &Who) -> Decis
     }
 }
 
-/// The decision for UDP: only an enrolled workload's datagrams to a mesh destination are anybody's business.
+/// The decision for UDP: datagrams are left alone, unless they are an enrolled workload's to a mesh destination.
 #[inline(always)]
 fn datagram(config: &Config, there: &There, subject: &Who) -> Decision {
     let who = subject.known();
@@ -354,7 +358,8 @@ pub fn may_send(config: &Config, found: &Destination, port: u16, subject: &Who) 
     datagram(config, &There::of(found, port), subject).action() == PASS
 }
 
-/// A datagram on a socket that is not connected. What is allowed is counted and not told: it would be told for each.
+/// A datagram on a socket that is not connected. What is allowed is counted and sends no event: there would be one for each
+/// datagram.
 #[inline(always)]
 fn sendmsg(ctx: *mut bpf_sock_addr, dialled: Address, port: u16) -> i32 {
     let Some(config) = config() else { return ALLOW };
@@ -445,7 +450,7 @@ pub extern "C" fn egress_remember(event: *const Event, generation: u32, family: 
     0
 }
 
-/// What a row is before it is filled in. Not on the stack, of which the callers need most.
+/// A row before it is filled in. Not on the stack, of which the callers need most.
 static NO_ORIGIN: Origin = Origin {
     task: NOBODY,
     cookie: 0,
@@ -461,7 +466,7 @@ static NO_ORIGIN: Origin = Origin {
     arrived: 0,
 };
 
-/// Is this what a `connect()` of this socket was turned to?
+/// Is this the agent's address to which a `connect()` of this socket was redirected? Gives the record of that connection.
 #[inline(always)]
 pub fn redirected_to(cookie: u64, address: &Address, port: u16) -> Option<&'static Origin> {
     if !is_loopback(address) {
@@ -472,7 +477,7 @@ pub fn redirected_to(cookie: u64, address: &Address, port: u16) -> Option<&'stat
     if origin.agent_port == port { Some(origin) } else { None }
 }
 
-/// The same, by this very call, and the agent is still the one who listens there.
+/// The same, if it was redirected by this very call and the agent still listens on that port.
 #[inline(always)]
 fn redirected_before(config: &Config, cookie: u64, address: &Address, port: u16) -> bool {
     let Some(origin) = redirected_to(cookie, address, port) else { return false };
@@ -485,7 +490,7 @@ fn redirected_before(config: &Config, cookie: u64, address: &Address, port: u16)
         && agent_port(outbound_listener(config, cookie, !is_mapped(address))) == port
 }
 
-/// The connection that was redirected to the agent stands: the agent tells what becomes of it.
+/// A connection that was redirected to the agent is established: from now on the agent reports what becomes of it.
 #[inline(always)]
 pub fn arrived(ops: *mut bpf_sock_ops) {
     // SAFETY: the helper takes the context.
@@ -496,8 +501,8 @@ pub fn arrived(ops: *mut bpf_sock_ops) {
     }
 }
 
-/// A socket was closed, or dials again. One that was redirected to the agent and never arrived there has left no line yet.
-/// `event`: room for it.
+/// A socket was closed, or dials again. If its connection was redirected to the agent and never arrived there, no audit
+/// line tells of it yet, so an event is sent. `event`: memory for that event.
 #[inline(never)]
 #[unsafe(no_mangle)]
 pub extern "C" fn egress_released(cookie: u64, event: *mut Event) -> u32 {

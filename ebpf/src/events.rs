@@ -1,7 +1,7 @@
-//! What the programs leave for people to see: counters, and events for what the agent could not know.
+//! What the programs report: counters, and events about what the agent could not know otherwise.
 //!
 //! *Invariant:* nothing here changes what happens to a connection. An event that does not fit is counted and dropped; a
-//! refusal is counted under its kind before it is told, so that the agent finds it there.
+//! refusal is counted under its kind before its event is sent, so that the agent finds it counted.
 
 use crate::atomic::plus;
 use crate::maps::{ALLOWANCES, COUNTERS, EVENTS, REFUSALS};
@@ -28,14 +28,14 @@ pub fn send(event: &Event) {
 
 /// Counts a refusal under its kind, and tells it unless one of its kind was told within the last second.
 ///
-/// A user who is refused in very many ways in one second, or has no row for this one, is counted without destination.
-/// Only what has no room even there is lost, and counted as that.
+/// Where a user has more kinds of refusals in one second than are told, or there is no room for another kind, the refusal
+/// is counted without its destination. Only if there is no room for that either is it lost, and counted as a lost event.
 #[inline(always)]
 pub fn refused(event: &mut Event) {
     tell_refused(event);
 }
 
-/// A function of its own to the verifier, which looks at it once, whoever calls it.
+/// A function that the verifier checks on its own: once, and not again for each caller.
 #[inline(never)]
 #[unsafe(no_mangle)]
 pub extern "C" fn tell_refused(event: *mut Event) -> u32 {
@@ -56,7 +56,7 @@ fn count_refusal(event: &mut Event) {
         reason: event.reason,
         protocol: event.protocol,
     };
-    // Known, and then told once in an interval; or new, and then it takes of what the user is allowed.
+    // A known kind is told once in an interval; a new one uses up some of the user's allowance.
     let mut row = REFUSALS.get_ptr_mut(&key);
     let mut new = false;
     if row.is_none() {
@@ -121,10 +121,10 @@ fn allowed(uid: u32, now: u64) -> bool {
     }
 }
 
-/// What a user has used before anything was refused. Not on the stack, of which the callers need most.
+/// The allowance of a user before anything was refused. Not on the stack, of which the callers need most.
 static UNUSED: Allowance = Allowance { since: 0, used: 0, pad: 0 };
 
-/// The same of a row.
+/// A row of `REFUSALS` before its first refusal, likewise.
 static NEVER: Refusal = Refusal {
     total: 0,
     told: 0,

@@ -1,7 +1,7 @@
 //! What the programs read: the configuration, who is running, where an address leads. Facts only; nothing is decided here.
 //!
-//! *Invariant:* fields of a context are read one by one, each as the 32-bit word that the kernel offers it as. The
-//! verifier refuses what a compiler makes of it otherwise (wider, narrower or shared loads).
+//! *Invariant:* fields of a context are read one by one, each as the 32-bit word that the kernel offers it as. Otherwise
+//! the compiler emits wider, narrower or merged loads, which the verifier refuses.
 
 use crate::events::{NOBODY, NOWHERE};
 use crate::maps::{CANDIDATES, CGROUPS, CONFIG, DESTINATIONS, LAYOUT, OUTBOUND, VERDICTS};
@@ -39,7 +39,7 @@ pub fn config() -> Option<&'static Config> {
     Some(config)
 }
 
-/// The configuration, as soon as sockets are to be recorded: also before there is a policy.
+/// The configuration for recording sockets, which begins before there is a policy.
 #[inline(always)]
 pub fn recording() -> Option<&'static Config> {
     let config = CONFIG.get(0)?;
@@ -52,18 +52,18 @@ pub fn is_tcp(protocol: u32) -> bool {
     protocol == IPPROTO_TCP || protocol == IPPROTO_MPTCP
 }
 
-/// The configuration as it is at one moment. A reload flips the epoch, and who is who and what is where have to be of one.
+/// A snapshot of the configuration: a reload changes the epoch, and workloads and destinations have to be looked up in one.
 #[inline(always)]
 pub fn at_this_moment(config: &Config) -> Config {
     // SAFETY: a reference is valid to read. Volatile: what is read here is not read again.
     unsafe { from_ref(config).read_volatile() }
 }
 
-/// A copy on the program's own stack: before Linux 6.4 only that, and not what a function was given, may be a key or a value
-/// of a map.
+/// A copy on the program's own stack: before Linux 6.4 a key or value of a map has to be there, and may not lie where a
+/// function's argument points.
 #[inline(always)]
 pub fn on_the_stack<T: Copy>(given: &T) -> T {
-    // SAFETY: a reference is valid to read. Volatile: the compiler shall not do without the copy.
+    // SAFETY: a reference is valid to read. Volatile: the compiler must not drop the copy.
     unsafe { from_ref(given).read_volatile() }
 }
 
@@ -102,7 +102,7 @@ pub fn split(address: &Address) -> [u32; 4] {
     unsafe { core::mem::transmute(*address) }
 }
 
-/// Is it an IPv4 address in IPv6 clothes?
+/// Is it an IPv4-mapped address?
 #[inline(always)]
 pub fn is_mapped(address: &Address) -> bool {
     let [a, b, c, _] = split(address);
@@ -134,11 +134,11 @@ pub fn reached(address: Address, bound: &Address) -> Address {
     address
 }
 
-/// Leaves an address as it is, and makes the verifier forget what it knows of it. The verifier follows every way on which an
-/// address may have come about to the end of the program, as long as it can tell the results apart: here they become one.
+/// Leaves an address as it is, but makes the verifier forget what it knows of it. As long as the verifier can tell apart
+/// the results of the paths by which an address came about, it follows each path to the end of the program.
 #[inline(never)]
 pub fn blur(address: &mut Address, epoch: u32) {
-    // A slot that is written at an index which only the map knows could hold anything, to the verifier.
+    // The index comes from a map, so the verifier has to assume that either slot could hold anything.
     let at = (epoch & 1) as usize;
     let mut both = [NOWHERE; 2];
     both[at] = *address;
@@ -147,8 +147,8 @@ pub fn blur(address: &mut Address, epoch: u32) {
     *address = unsafe { addr_of!(both).cast::<Address>().read_volatile() };
 }
 
-/// Chooses between the two forms in which a context shows one address. Both were read before: a choice between the two
-/// fields to read would become arithmetic on a pointer, which the verifier refuses.
+/// Chooses between the two forms in which a context shows one address. Both have to be read beforehand: choosing which
+/// field to read would become arithmetic on a pointer, which the verifier refuses.
 #[inline(always)]
 pub fn choose(family: u32, four: u32, six: Address) -> Address {
     if family == AF_INET { mapped(four) } else { six }
@@ -209,7 +209,7 @@ pub fn task() -> Task {
     }
 }
 
-/// Who is running, for programs that have no helper which tells. All zero where the layout of a task is not known.
+/// Who is running, for programs that have no helper for that. All zero where the layout of a task is not known.
 #[inline(always)]
 pub fn running() -> Task {
     let mut found = NOBODY;
@@ -232,7 +232,7 @@ pub extern "C" fn facts_running(found: *mut Task) -> u32 {
         found.uid = number(credentials, layout.uid);
         found.gid = number(credentials, layout.gid);
         found.cgroup = pointer(node, layout.id);
-        // Last: a task without a number is nobody.
+        // Set last: a task without a tgid counts as not known.
         if found.cgroup != 0 && credentials != 0 {
             found.tgid = number(task, layout.tgid);
         }
@@ -241,15 +241,15 @@ pub extern "C" fn facts_running(found: *mut Task) -> u32 {
     1
 }
 
-/// The cookie of the network namespace of a socket, for programs that have no helper which tells (`cgroup_skb`, before Linux
+/// The cookie of the network namespace of a socket, for programs that have no helper for that (`cgroup_skb`, before Linux
 /// 6.12). 0 where it is not known.
 #[inline(always)]
 pub fn namespace_of(sk: *mut bpf_sock, layout: &TaskLayout) -> u64 {
     if layout.net_cookie == 0 {
         return 0;
     }
-    // SAFETY: memory of the kernel is read by a helper that checks what it reads. The verifier forbids to calculate with the
-    // socket's address, but not to read it as a number from where it lies.
+    // SAFETY: memory of the kernel is read by a helper that checks what it reads. The verifier forbids arithmetic on the
+    // socket's address, but not reading it as a number from where it is stored.
     unsafe {
         let socket = bpf_probe_read_kernel(addr_of!(sk).cast::<u64>()).unwrap_or(0);
         pointer(pointer(socket, layout.skc_net), layout.net_cookie)
@@ -287,8 +287,8 @@ pub const ASK: u32 = u32::MAX;
 /// The agent has not looked at the cgroup yet, and an entry could match.
 pub const UNKNOWN: u32 = u32::MAX - 1;
 
-/// Levels of the hierarchy at which an unknown cgroup's ancestors are looked for. In a deeper one the nearest ancestor may
-/// be missed, but not that something below a farther one is not settled: that one is open.
+/// Levels of the hierarchy at which an unknown cgroup's ancestors are looked for. In a deeper cgroup the nearest known
+/// ancestor may be missed. That is safe: a farther one is marked open if any cgroup below it could match more entries.
 const LEVELS: i32 = 16;
 
 /// Who is a task?
@@ -297,8 +297,8 @@ const LEVELS: i32 = 16;
 pub struct Who {
     /// Number of the workload, or [`NOT_ENROLLED`] or [`ASK`].
     pub workload: u32,
-    /// 1 where the cgroup is not known yet and an entry could match there; `workload` is then what its nearest known
-    /// ancestor's tasks with this uid and gid would be.
+    /// 1 where the cgroup is not known yet and an entry could match there; `workload` is then what a task with this uid and
+    /// gid would be in its nearest known ancestor.
     pub undecided: u32,
     /// Number of the identity, and of the patterns that match it; for [`verdict`].
     pub source: u64,
@@ -313,7 +313,7 @@ impl Who {
     }
 }
 
-/// Which workload is the task that is running, if these are its facts? An unknown cgroup inherits.
+/// Which workload is the running task, with these ids and cgroup? An unknown cgroup counts as its nearest known ancestor.
 #[inline(always)]
 pub fn workload(config: &Config, uid: u32, gid: u32, cgroup: u64) -> Who {
     let mut found = NOT_ASKED;
@@ -321,7 +321,7 @@ pub fn workload(config: &Config, uid: u32, gid: u32, cgroup: u64) -> Who {
     found
 }
 
-/// Which workload was a task that had these facts, and need not be the one that is running?
+/// Which workload is a task with these ids and this cgroup, if it need not be the running one? Ancestors are not looked up.
 #[inline(always)]
 pub fn recorded(config: &Config, uid: u32, gid: u32, cgroup: u64) -> Who {
     let mut found = NOT_ASKED;
@@ -337,8 +337,8 @@ fn in_force(config: &Config) -> u64 {
     (config.epoch as u64) << 32 | config.flags as u64
 }
 
-/// [`workload`], as a function of its own to the verifier. `ids`: gid and uid. Not one with [`facts_recorded`]: not every
-/// program has the helper that tells the ancestors of a cgroup.
+/// [`workload`], as a function that the verifier checks on its own. `ids`: gid and uid. Separate from [`facts_recorded`],
+/// because not every program has the helper for a cgroup's ancestors.
 #[inline(never)]
 #[unsafe(no_mangle)]
 pub extern "C" fn facts_workload(in_force: u64, ids: u64, cgroup: u64, found: *mut Who) -> u32 {
@@ -477,8 +477,8 @@ pub extern "C" fn facts_candidates(epoch: u32, class: u32, ids: u64, shapes: u32
     1
 }
 
-/// What policy says about a source and a target: first their identities, then the patterns that match either, then both; for
-/// every port before the port dialled. [`VerdictKey`] says what the numbers are. `action` 0: denied.
+/// What policy says about a source and a target: rows for both identities come first, then for one and the patterns that
+/// match the other, then for both's patterns; every port before the dialled one. `action` 0: denied.
 #[inline(always)]
 pub fn verdict(config: &Config, who: &Who, target: u64, group: u64, port: u16, protocol: u32) -> Verdict {
     let mut what = port as u32 | protocol << 16;
@@ -489,7 +489,7 @@ pub fn verdict(config: &Config, who: &Who, target: u64, group: u64, port: u16, p
     Verdict { action: (found >> 32) as u32, rule: found as u32 }
 }
 
-/// In what [`verdicts`] is asked: also look for rows of the port.
+/// Bit of `what` in [`verdicts`]: also look for rows of the port.
 const BY_PORT: u32 = 1 << 31;
 
 #[inline(never)]
@@ -557,7 +557,7 @@ fn covering(key: &Prefixed) -> Option<&'static Destination> {
     DESTINATIONS.get(unsafe { &*from_ref(key).cast::<Key<DestinationKey>>() })
 }
 
-/// Which of the agent's outbound listeners takes the connections of this socket? The same one whenever it is asked.
+/// Which of the agent's outbound listeners takes the connections of this socket? Always the same one.
 #[inline(always)]
 pub fn outbound_listener(config: &Config, cookie: u64, ipv6: bool) -> u32 {
     // Cookies are consecutive numbers, often with a stride: multiplicative hashing spreads them.
@@ -568,7 +568,7 @@ pub fn outbound_listener(config: &Config, cookie: u64, ipv6: bool) -> u32 {
 /// Index of a listener of the agent in a socket map.
 #[inline(always)]
 pub fn slot(config: &Config, hash: u32, ipv6: bool) -> u32 {
-    // `config()` has seen that there is a shard, but the compiler would rather panic than believe it.
+    // `config()` has checked that there is a shard, but the compiler does not know that and would emit a panic.
     hash.checked_rem(config.shards).unwrap_or(0) * 2 + ipv6 as u32
 }
 

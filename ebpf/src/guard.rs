@@ -1,10 +1,11 @@
 //! The egress guard: what slipped past the hooks of `connect()` and `sendmsg()` does not leave the host.
 //!
-//! What counts is where a packet goes next, as its header says, beside what its socket is connected to: the two differ
-//! where it is routed by its source, or its destination is translated.
+//! A packet is judged by the destination in its header as well as by the one that its socket is connected to: the two
+//! differ where the packet is source-routed, or its destination is translated.
 //!
-//! *Invariant:* a SYN to a mesh destination leaves only from a socket of the agent, none goes to a socket that waits for the
-//! agent or for a workload, and what is not TCP leaves an enrolled workload for a mesh destination only as UDP, by a rule.
+//! *Invariant:* a SYN to a mesh destination leaves only from a socket of the agent. No SYN of anybody else reaches a socket
+//! that has itself sent one to the agent, or from the agent to a workload. What is not TCP leaves an enrolled workload for
+//! a mesh destination only as UDP that a rule allows.
 
 use crate::{
     ALLOW, REFUSE,
@@ -25,8 +26,9 @@ const ROOT_CGROUP: u64 = 1;
 const ETH_P_IP: u16 = 0x0800;
 const ETH_P_IPV6: u16 = 0x86dd;
 
-/// The last line: a SYN to a mesh destination leaves only from a socket of the agent. It catches what the connect hooks
-/// cannot see: sockets from before they were attached, from a cgroup outside the covered tree, made by the kernel.
+/// The last line of defence: a SYN to a mesh destination leaves only from a socket of the agent. It catches what the
+/// connect hooks cannot see: sockets that are older than the hooks, belong to a cgroup outside the covered tree, or were
+/// made by the kernel.
 ///
 /// Every packet of the host comes by, so the first thing asked is the state of its socket: only a TCP socket in `SYN_SENT`
 /// sends a SYN of its own, whatever options or extension headers the packet has. Other protocols have [`beside_tcp`].
@@ -37,7 +39,7 @@ pub fn guard(skb: *mut __sk_buff) -> i32 {
     if sk.is_null() {
         return ALLOW;
     }
-    // SAFETY: as above. What is no whole socket (a handshake, the end of a connection) is TCP.
+    // SAFETY: as above. What is not a full socket (a handshake, the end of a connection) is TCP.
     unsafe {
         let state = word(addr_of!((*sk).state));
         if state == TCP_SYN_RECV {
@@ -54,7 +56,7 @@ pub fn guard(skb: *mut __sk_buff) -> i32 {
     syn(skb)
 }
 
-/// The answer of a socket that has sent a SYN and met another, or of one that was opened by a SYN with data.
+/// The answer to a SYN, from a socket that has sent a SYN itself, or from one that was opened by a SYN with data.
 #[inline(never)]
 fn answer(skb: *mut __sk_buff) -> i32 {
     let Some(config) = config() else { return ALLOW };
@@ -65,7 +67,7 @@ fn answer(skb: *mut __sk_buff) -> i32 {
     REFUSE
 }
 
-/// A SYN: not inlined, so that what it needs of the stack is not taken from [`beside_tcp`].
+/// A SYN. Not inlined, so that [`beside_tcp`] has more of the stack.
 #[inline(never)]
 fn syn(skb: *mut __sk_buff) -> i32 {
     let Some(config) = config() else { return ALLOW };
@@ -96,21 +98,21 @@ fn syn(skb: *mut __sk_buff) -> i32 {
     if unsafe { OWN.get(&cookie).is_some() || OTHER_NETNS.get(&cookie).is_some() } {
         return ALLOW;
     }
-    // A policy may name the agent's own address, as in 127.0.0.1 with any port.
+    // Redirected connections pass, even if a policy names the agent's own address (as in 127.0.0.1 with any port).
     if redirected_to(cookie, &event.destination, event.destination_port).is_some() {
         return ALLOW;
     }
     count(counter::GUARD_DROPPED);
     event.cookie = cookie;
     event.destination_id = found as u32;
-    // Whoever has the socket: no task may be on its way here with the packet.
+    // The user of the socket, since a packet need not be sent in the context of a task.
     // SAFETY: the helper takes the context.
     event.task.uid = unsafe { bpf_get_socket_uid(skb) };
     events::refused(&mut event);
     REFUSE
 }
 
-/// The number of the mesh destination there, below a bit that says that there is one; or 0.
+/// The number of the mesh destination there, with the bit [`IS_MESH`] above it; or 0 where there is none.
 #[inline(always)]
 fn mesh(config: &Config, address: &Address, port: u16) -> u64 {
     match destination(config, address, port) {
@@ -121,8 +123,8 @@ fn mesh(config: &Config, address: &Address, port: u16) -> u64 {
 
 const IS_MESH: u64 = 1 << 32;
 
-/// Where a packet goes next, if that is not what its socket is connected to. Where its port cannot be told, any port of a mesh
-/// destination may be meant.
+/// [`mesh`] for where a packet goes next, if that is not what its socket is connected to. Where its port cannot be read, it
+/// is taken for a mesh destination if any port of the address is one.
 #[inline(never)]
 fn next_hop(skb: *mut __sk_buff, config: &Config, event: &mut Event) -> u64 {
     let mut next = NOWHERE;
@@ -143,7 +145,8 @@ fn next_hop(skb: *mut __sk_buff, config: &Config, event: &mut Event) -> u64 {
 }
 
 /// Would this packet come to a socket that has sent a SYN itself, to the agent or from it to a workload? The kernel joins
-/// two that have to one connection, and asks nobody who listens (RFC 9293, 3.5: simultaneous open).
+/// two sockets that have sent SYNs to each other to one connection, without a look-up of listeners (RFC 9293, 3.5:
+/// simultaneous open).
 #[inline(never)]
 fn crosses(skb: *mut __sk_buff, config: &Config) -> bool {
     // SAFETY: fields of the context that this hook may read; the verifier insists on the null checks.
@@ -158,14 +161,13 @@ fn crosses(skb: *mut __sk_buff, config: &Config) -> bool {
         if UPSTREAMS.get(&waiting).is_none() && ORIGINS.get(&waiting).is_none() {
             return false;
         }
-        // The same addresses in another network namespace are others.
+        // In another network namespace the same addresses belong to other sockets.
         let namespace = LAYOUT.get(0).map_or(0, |layout| namespace_of(sk, layout));
         namespace == 0 || namespace == config.netns_cookie
     }
 }
 
-/// A packet of a socket that is not TCP: of an enrolled workload, it reaches a mesh destination as UDP by a rule, and in no
-/// other way.
+/// A packet of a socket that is not TCP. An enrolled workload's reaches a mesh destination only as UDP that a rule allows.
 #[inline(never)]
 fn beside_tcp(skb: *mut __sk_buff, protocol: u32) -> i32 {
     let Some(config) = config() else { return ALLOW };
@@ -173,7 +175,7 @@ fn beside_tcp(skb: *mut __sk_buff, protocol: u32) -> i32 {
     let Some(ipv6) = header(skb, &mut event.destination) else { return ALLOW };
     let mut routed = false;
     if !is_mesh_address(config, &event.destination) {
-        // It may go there by another host.
+        // The socket may still be connected to a mesh destination that is reached by way of another host.
         routed = connected(skb, &mut event.destination);
         if !routed || !is_mesh_address(config, &event.destination) {
             return ALLOW;
@@ -193,8 +195,9 @@ fn beside_tcp(skb: *mut __sk_buff, protocol: u32) -> i32 {
     }
     let mut subject = recorded(config, event.task.uid, event.task.gid, event.task.cgroup);
     if subject.known() == NOT_ENROLLED {
-        // Nobody has made the socket, and somebody else may write to it: a datagram leaves in the context of whoever writes.
-        // What the kernel itself sends (sockets of root, in the root of the tree) leaves in anybody's.
+        // Whoever made the socket is not enrolled, but another task may write to it: a datagram leaves in the context of
+        // the task that writes. What the kernel itself sends (sockets of root, in the root cgroup) may leave in any task's
+        // context.
         if event.task.uid == 0 && event.task.cgroup == ROOT_CGROUP {
             return ALLOW;
         }
@@ -211,7 +214,7 @@ fn beside_tcp(skb: *mut __sk_buff, protocol: u32) -> i32 {
         event.reason = REASON_UDP;
         event.protocol = IPPROTO_UDP;
         event.destination_port = port_of(skb, ipv6, protocol);
-        // Where the port is not told, it may be any: no rule allows that.
+        // Where the port cannot be read, no rule can allow it.
         if event.destination_port != 0 {
             let Some(found) = destination(config, &event.destination, event.destination_port) else { return ALLOW };
             event.destination_id = found.target as u32;

@@ -1,11 +1,12 @@
 //! The life of sockets, and connections that come to this host.
 //!
-//! Who binds and listens is in the [`registry`]; a SYN for a protected listener lands on the agent's listener
-//! ([`redirect_inbound`]), unless it is the agent's own upstream connection. Which connections those are the kernel itself
-//! has written down, from sockets that only the agent could have registered, under addresses that only they can have while
-//! the row is there: no local program can imitate one.
+//! Who binds and listens is in the [`registry`]. A SYN for a protected listener lands on the agent's listener
+//! ([`redirect_inbound`]), unless it is the agent's own upstream connection. That is recognised by its 4-tuple, which these
+//! programs recorded when a socket that only the agent can register dialled. No other socket can have the 4-tuple while the
+//! row is there, so no local program can imitate one.
 //!
-//! *Invariant:* a SYN passes by itself to a listener of which it was found that it concerns nobody enrolled, and to no other.
+//! *Invariant:* where the registry is complete, a SYN reaches a listener without the agent only if the listener was found
+//! to concern nobody enrolled.
 
 use crate::{
     egress::{self, redirected_to},
@@ -70,7 +71,7 @@ pub fn event(ops: *mut bpf_sock_ops) {
                 let (cookie, sk) = unsafe { (bpf_get_socket_cookie(ops.cast()), (*ops).__bindgen_anon_2.sk) };
                 registry::listens_no_more(cookie, sk);
             } else if state == TCP_CLOSE {
-                // Before the port is given back, so that nobody else can have these addresses while the row is there.
+                // The port is still taken at this moment, so nobody else can have this 4-tuple while the row is there.
                 let _ = UPSTREAMS.remove(&tuple(ops));
             }
         }
@@ -78,7 +79,7 @@ pub fn event(ops: *mut bpf_sock_ops) {
     }
 }
 
-/// Asks to be told when the socket changes its state, and keeps what others have asked for.
+/// Asks to be told when the socket changes its state, and keeps the flags that other programs have set.
 #[inline(always)]
 fn watch_states(ops: *mut bpf_sock_ops) {
     // SAFETY: the helper takes the context and flags.
@@ -88,7 +89,7 @@ fn watch_states(ops: *mut bpf_sock_ops) {
     }
 }
 
-/// A socket is about to send its SYN: all four parts of its address are known.
+/// A socket is about to send its SYN: both its addresses and ports are known.
 #[inline(always)]
 fn connecting(ops: *mut bpf_sock_ops) {
     let Some(config) = config() else { return };
@@ -121,13 +122,13 @@ fn connecting(ops: *mut bpf_sock_ops) {
     if let Some(origin) = redirected_to(cookie, &tuple.destination, tuple.destination_port) {
         let _ = ORIGINS.insert(&tuple, origin, 0);
     } else {
-        // A connection from before may have had these addresses, and nobody shall come in under its name.
+        // An earlier connection may have had this 4-tuple, and this one must not be taken for it.
         let _ = ORIGINS.remove(&tuple);
     }
 }
 
-/// A connection stands, at the end that was dialled. Where it is one that was redirected to the agent, its origin goes to
-/// the socket that the agent will accept: from here on the addresses may be somebody else's.
+/// A connection is established, at the end that was dialled. If it was redirected to the agent, its origin is moved to the
+/// cookie of the socket that the agent will accept: from here on another connection may have the 4-tuple.
 #[inline(always)]
 fn accepting(ops: *mut bpf_sock_ops) {
     let own = tuple(ops);
@@ -207,7 +208,7 @@ pub fn redirect_inbound(ctx: &SkLookupContext) -> u32 {
     let upstream =
         TupleKey { source: remote, destination: local, source_port: remote_port, destination_port: local_port, pad: 0 };
     if is_loopback(&local) {
-        // What was redirected to the agent is for the agent that is there now, whoever has the port of the one before.
+        // A redirected connection goes to the agent that is there now, whoever has the port of the agent before it.
         // SAFETY: nobody changes the row while its connection is there.
         if let Some(origin) = unsafe { ORIGINS.get(&upstream) } {
             let index = outbound_listener(config, origin.cookie, ipv6);
@@ -222,8 +223,8 @@ pub fn redirect_inbound(ctx: &SkLookupContext) -> u32 {
     let (mode, listeners) = protection(config, &local, local_port, ipv6, device);
     // SAFETY: rows are never changed in place.
     if let Some(upstream) = unsafe { UPSTREAMS.get(&upstream) } {
-        // The upstream connection is for those who were found to listen, and for nobody who came after them or may in this
-        // moment.
+        // The upstream connection may reach only the sockets that were found to listen: none that came after them, and none
+        // that may begin to listen at this moment.
         let bound = bound_only(config, &local, local_port, ipv6);
         if upstream.listeners != 0 && upstream.listeners == listeners.wrapping_add(bound) {
             count(counter::UPSTREAMS_ADMITTED);
@@ -239,7 +240,7 @@ pub fn redirect_inbound(ctx: &SkLookupContext) -> u32 {
         return SK_PASS;
     }
     if mode == 0 {
-        // Nobody listens there; or nobody knows who, and that is nobody to whom plaintext may go.
+        // Nobody listens there, or somebody who is not recorded and may therefore get no plaintext.
         count(counter::NO_LISTENER);
         return if config.flags & FLAG_REGISTRY_COMPLETE != 0 { SK_DROP } else { SK_PASS };
     }
@@ -248,7 +249,7 @@ pub fn redirect_inbound(ctx: &SkLookupContext) -> u32 {
         refused(REASON_UNDECIDED, &upstream);
         return SK_DROP;
     }
-    // The same listener each time: what a retransmission, or the answer to a SYN cookie, needs.
+    // The same listener each time: a retransmission, or the answer to a SYN cookie, has to come to it too.
     let [a, b, c, d] = split(&remote);
     let mixed = (a ^ b ^ c ^ d).wrapping_add((remote_port as u32) << 16 | local_port as u32);
     let hash = mixed.wrapping_mul(0x9e37_79b1) >> 8;
@@ -262,7 +263,8 @@ pub fn redirect_inbound(ctx: &SkLookupContext) -> u32 {
     SK_DROP
 }
 
-/// Is this the address of one of the agent's own listeners? What the programs turn to them does not come by their addresses.
+/// Is this the address of one of the agent's own listeners? Connections that the programs redirect to them are handled
+/// before this is asked.
 #[inline(always)]
 fn is_the_agents(config: &Config, local: &Address, port: u16) -> bool {
     let key = ListenerKey { address: *local, netns: config.netns_cookie, device: 0, port, ipv6_only: 0 };
@@ -271,7 +273,7 @@ fn is_the_agents(config: &Config, local: &Address, port: u16) -> bool {
     unsafe { OWN.get(&cookie) }.is_some_and(|own| own.kind == OWN_LISTENER)
 }
 
-/// Tells of a connection from the network that was refused.
+/// Sends the event of an inbound connection that was refused.
 #[inline(always)]
 fn refused(reason: u32, tuple: &TupleKey) {
     ingress_refused(reason, tuple);
@@ -291,8 +293,8 @@ pub extern "C" fn ingress_refused(reason: u32, tuple: *const TupleKey) -> u32 {
     1
 }
 
-/// The strictest of what is bound where the kernel would look, on the device that the segment came in by and on any; 0 where
-/// nobody is. With it comes the sum of [`who_listens`].
+/// The strictest mode of the sockets that the kernel would consider, bound to the device that the segment came in by or to
+/// none; 0 where there are none. With it comes the sum of [`who_listens`].
 #[inline(always)]
 fn protection(config: &Config, local: &Address, port: u16, ipv6: bool, device: u32) -> (u32, u64) {
     let found = places(config, local, port, ipv6, 0, device);
@@ -302,14 +304,14 @@ fn protection(config: &Config, local: &Address, port: u16, ipv6: bool, device: u
     (strictest(found.counts), found.listeners)
 }
 
-/// Who is bound where the kernel would look and may begin to listen there: the sum of [`who_listens`].
+/// The sum of [`who_listens`] of the sockets that are bound where the kernel would look and may begin to listen there.
 #[inline(always)]
 fn bound_only(config: &Config, local: &Address, port: u16, ipv6: bool) -> u64 {
     places(config, local, port, ipv6, BOUND_ONLY, 0).listeners
 }
 
-/// The rows of the address itself, of the IPv4 wildcard and of the IPv6 one, under a device and, if it is not 0, under
-/// another one.
+/// The rows of the address itself, of the IPv4 wildcard and of the IPv6 one, under `device` and, if it is not 0, under
+/// `and_device` too.
 #[inline(always)]
 fn places(config: &Config, local: &Address, port: u16, ipv6: bool, device: u32, and_device: u32) -> Found {
     let mut key = ListenerKey { address: *local, netns: config.netns_cookie, device, port, ipv6_only: 0 };
@@ -331,7 +333,7 @@ fn places(config: &Config, local: &Address, port: u16, ipv6: bool, device: u32, 
 /// Who is bound where the kernel would look.
 #[repr(C)]
 pub struct Found {
-    /// The counts of all places, one over the other: whether there is somebody of a kind.
+    /// The counts of all places, combined by a bitwise or: they tell only whether there are sockets of a kind.
     counts: u64,
     /// The sum of [`who_listens`].
     listeners: u64,

@@ -1,7 +1,7 @@
-//! The maps, as `wimsey_common::map` names and types them. All but the shared words lives and dies with them.
+//! The maps, with the names and types that `wimsey_common::map` gives them.
 //!
-//! All are pinned by name, so that they outlive the agent. Hash maps are allocated as they fill: an idle host pays for
-//! what it uses, and the sizes can be generous.
+//! All are pinned by name, so that they outlive the agent. Hash maps, but for the LRU ones, are allocated as they fill: an
+//! idle host pays only for what it uses, so the sizes can be generous.
 
 use aya_ebpf::{
     bindings::BPF_F_NO_PREALLOC,
@@ -11,7 +11,7 @@ use aya_ebpf::{
 };
 use wimsey_common::*;
 
-/// Flag of an insertion: only where there is no row.
+/// Flag of an insertion: insert only where there is no row yet.
 pub const NO_EXIST: u64 = 1;
 
 #[map]
@@ -40,7 +40,7 @@ pub static UPSTREAMS: HashMap<TupleKey, Upstream> = HashMap::pinned(131_072, BPF
 pub static LISTENERS: HashMap<ListenerKey, Listeners> = HashMap::pinned(131_072, BPF_F_NO_PREALLOC);
 #[map]
 pub static SOCKETS: HashMap<u64, Socket> = HashMap::pinned(131_072, BPF_F_NO_PREALLOC);
-/// Lives and goes with the socket: nobody can fill it with sockets that are gone, whatever hook these pass by.
+/// The kernel frees the value together with the socket, so this map cannot fill up with sockets whose end no hook has seen.
 #[btf_map(pin_by_name)]
 pub static BINDERS: SkStorage<Task> = SkStorage::new();
 #[map]
@@ -59,9 +59,9 @@ pub static COUNTERS: PerCpuArray<u64> = PerCpuArray::pinned(counter::COUNT, 0);
 pub static QUOTAS: HashMap<QuotaKey, u64> = HashMap::pinned(65_536, BPF_F_NO_PREALLOC);
 #[map]
 pub static REFUSALS: HashMap<RefusalKey, Refusal> = HashMap::pinned(4_096, BPF_F_NO_PREALLOC);
-/// What falls out of it is only a user whose allowance begins anew.
+/// Where a row is evicted, that user's allowance merely begins anew.
 #[map]
 pub static ALLOWANCES: LruHashMap<u32, Allowance> = LruHashMap::pinned(4_096, 0);
-/// Room for 1,927 events. An agent maps it twice over, so that it weighs twice as much in the memory of the agent.
+/// Room for 1,927 events. An agent maps its pages twice in a row, so it counts twice in the agent's memory.
 #[map]
 pub static EVENTS: RingBuf = RingBuf::pinned(1 << 18, 0);

@@ -3,7 +3,8 @@
 //! A program whose connection was redirected to the agent sees the address that it dialled and the source address that it would
 //! have had. A workload that accepts the agent's upstream connection sees the true client.
 //!
-//! *Invariant:* nothing is decided by what is shown here. That a listening socket is asked for its name tells who holds it.
+//! *Invariant:* nothing is decided by what is shown here. But a task that asks for the name of a listening socket holds it,
+//! and the registry is told.
 
 use crate::{egress::redirected_to, facts::*, maps::UPSTREAMS, registry};
 use aya_ebpf::{bindings::bpf_sock_addr, helpers::bpf_get_socket_cookie};
@@ -42,7 +43,7 @@ pub fn getsockname6(ctx: *mut bpf_sock_addr) {
     }
 }
 
-/// Who is on the other end, if it is the agent who stands for somebody.
+/// The true peer, where the other end is the agent's.
 #[inline(always)]
 fn true_peer(ctx: *mut bpf_sock_addr, peer: Address) -> Option<(Address, u16)> {
     config()?;
@@ -72,10 +73,10 @@ fn true_self(ctx: *mut bpf_sock_addr) -> Option<(Address, u16)> {
     unsafe {
         let sk = (*ctx).__bindgen_anon_1.sk;
         if word(addr_of!((*sk).state)) == TCP_LISTEN {
-            // Whoever is given a listening socket asks for its name.
+            // A process that is given a listening socket by another usually asks for its name.
             registry::held(bpf_get_socket_cookie(ctx.cast()));
             if word(addr_of!((*sk).protocol)) == IPPROTO_MPTCP {
-                // What the kernel looks up is a socket inside of this one, with a cookie of its own.
+                // What the kernel looks up for a SYN is a socket inside this multipath socket, with a cookie of its own.
                 let (address, port) = near_end(ctx);
                 registry::held_at(address, port, word(addr_of!((*sk).bound_dev_if)));
             }

@@ -1,10 +1,10 @@
 //! How much of a table one user may take: a quarter, so that nobody fills it alone.
 //!
-//! The programs count under the user's number, in one step each time, so that no count is lost. What the agent takes away it
-//! counts in a row of its own, to which nobody else writes. Where there is no room for another user, those that come then
-//! share one row.
+//! The programs count under the user's id, with atomic operations, so that no count is lost. Table rows that the agent
+//! removes are counted in a row of its own, which nobody else writes. Where there is no room for the count of another user,
+//! all further users share one.
 //!
-//! *Invariant:* whatever is taken is given back under the same user, once.
+//! *Invariant:* every table row that is taken is given back exactly once, under the same user.
 
 use crate::{
     atomic::plus,
@@ -12,11 +12,11 @@ use crate::{
 };
 use wimsey_common::*;
 
-/// Rows of `FLOWS` that one user may have. The agent puts in the number that fits the map.
+/// Rows of `FLOWS` that one user may have. The agent replaces this by a quarter of the rows that the map really has.
 #[unsafe(no_mangle)]
 static FLOWS_PER_UID: u32 = 131_072 / QUOTA_SHARE;
 
-/// The same of `SOCKETS`.
+/// The same for `SOCKETS`.
 #[unsafe(no_mangle)]
 static SOCKETS_PER_UID: u32 = 131_072 / QUOTA_SHARE;
 
@@ -31,10 +31,11 @@ pub fn take(uid: u32, what: u32) -> bool {
 pub extern "C" fn quota_take(uid: u32, what: u32) -> u32 {
     let Some((row, by_agent)) = row(uid, what) else { return 0 };
     let most = if what == QUOTA_FLOWS { &raw const FLOWS_PER_UID } else { &raw const SOCKETS_PER_UID };
-    // SAFETY: the loader writes other bytes into the shares, so that the compiler shall not know them; and a row that the
-    // verifier has seen to be there.
+    // SAFETY: the loader overwrites the shares, so they are read in a way that keeps the compiler from assuming their
+    // values; and a row that the verifier has seen to be there.
     unsafe {
-        // Less than nothing is nothing: the agent may have counted first what it takes away.
+        // Compared as a signed number: the agent may count what it takes away before the programs have counted it, and then
+        // the difference is negative.
         if (row.read_volatile().wrapping_sub(by_agent) as i64) >= most.read_volatile() as i64 {
             return 0;
         }

@@ -1,12 +1,14 @@
-//! The registry of listening sockets: one row a socket, under its cookie, and how many there are at each address, by what
-//! they are.
+//! The registry of bound and listening sockets: one row for each socket, under its cookie, and for each address the number
+//! of sockets there by protection.
 //!
-//! A row is written when a socket is bound, before it can be found by a SYN, or where nobody's workload bound it, when it
-//! listens; it goes when the socket leaves LISTEN or is closed. Who bound it is noted on the socket itself. The binder is
-//! judged at the bind, whoever listens when it begins to; the agent judges who holds the socket and says so by [`command`].
-//! At an address the strictest socket counts, so that nobody lowers what another has raised.
+//! A row is written when a socket is bound, before a SYN can find it; where the binder is left alone, it is written when
+//! the socket begins to listen. It is removed when the socket is closed. Who bound a socket is noted on the socket itself.
+//! The binder is judged at the bind, and the task that calls `listen()` at that call; the agent judges who holds the
+//! socket, and says so by [`command`]. At each address the strictest socket decides, so that no process can lower the
+//! protection of another's socket.
 //!
-//! *Invariant:* left alone is a finding about the binder and the listener. What could not be found out is undecided.
+//! *Invariant:* a listening socket is left alone only where its binder and its listener were both found not to be enrolled.
+//! Where that could not be found out, it is undecided.
 
 use crate::{
     ALLOW, REFUSE,
@@ -38,7 +40,7 @@ pub fn bound(sock: *mut bpf_sock, address: Address) -> i32 {
         let key = ListenerKey {
             address,
             netns: config.netns_cookie,
-            // Not shown to this hook. Until it listens the socket counts on every device.
+            // This hook is not shown the device, so until it listens the socket counts on every device.
             device: 0,
             port: word(addr_of!((*sock).src_port)) as u16,
             ipv6_only: (address == [0; 16] && flags(sock) & NO_IPV4 != 0) as u16,
@@ -51,16 +53,17 @@ pub fn bound(sock: *mut bpf_sock, address: Address) -> i32 {
         Some(_) => return ALLOW,
         None => false,
     };
-    // It may have been bound before, and disconnected.
+    // The socket may have been bound before and disconnected since.
     forget(cookie);
     let mut binder = task();
     let who = workload(config, binder.uid, binder.gid, binder.cgroup);
     let found = if own { LISTENER_LEFT_ALONE } else { protection(config, &mut binder, who) };
     let noted = remember(sock, binder);
-    // Whoever is left alone has a row when they listen: until then they are nobody to be found, but for those whom the kernel
-    // may choose in the place of somebody else. Where there is no memory for the note (nor ever is, on an x86 processor
-    // without `cmpxchg16b`, since Linux 7.0), the row is all that tells, and it counts among those who may share or nowhere: a
-    // workload may be who listens.
+    // A socket whose binder is left alone gets its row when it listens, since no SYN finds it before. There are two
+    // exceptions. Where it may share its address, the kernel may choose it in the place of another socket. And where there
+    // was no memory to note the binder on the socket (as always on an x86 processor without `cmpxchg16b`, since Linux 7.0),
+    // only the row tells who bound it. Such a row counts under `BOUND_ONLY` or nowhere, because a workload may be the one
+    // that listens.
     let nobody = found == LISTENER_LEFT_ALONE && !own;
     let shares = nobody && flags(sock) & MAY_SHARE != 0;
     if nobody && noted && !shares {
@@ -72,14 +75,14 @@ pub fn bound(sock: *mut bpf_sock, address: Address) -> i32 {
     let counted = if key.port == 0 || (nobody && !shares) { 0 } else { found };
     let charged = if own { UNCHARGED } else { binder.uid };
     let row = Socket { binder, owner: binder, key, mode: 0, bound: found, listens: 0, charged, asked: 0 };
-    // Whoever dials an address finds there whose it is.
+    // The row of the address shows this cookie: it tells the agent's own listeners, and goes into [`who_listens`].
     let shown = if own || shares { cookie } else { 0 };
     if enter(cookie, &row) && shift(cookie, counted, shown) {
         return ALLOW;
     }
     forget(cookie);
     count(counter::UNRECORDED);
-    // Nobody's socket without note and row is undecided once it listens.
+    // A socket without note and row, whose binder is left alone, may be bound: it is undecided once it listens.
     if own || (nobody && !shares) { ALLOW } else { REFUSE }
 }
 
@@ -88,8 +91,8 @@ const NO_IPV4: u32 = 1;
 /// It may share its address with others.
 const MAY_SHARE: u32 = 2;
 
-/// What a socket was told before it was bound. Where the layout is not known: that it may share its address; whether it takes
-/// IPv4 is then found out by the agent.
+/// The options that a socket had when it was bound. Where the kernel's layout is not known, it is taken to share its
+/// address, and the agent finds out whether it takes IPv4.
 #[inline(never)]
 fn flags(sk: *mut bpf_sock) -> u32 {
     let Some(layout) = LAYOUT.get(0).filter(|layout| layout.ipv6_only != 0) else { return MAY_SHARE };
@@ -98,7 +101,7 @@ fn flags(sk: *mut bpf_sock) -> u32 {
     (byte >> bit & 1) * NO_IPV4 + shares as u32 * MAY_SHARE
 }
 
-/// The map as the helpers take it: aya's own functions know no other context than that of a connect.
+/// The map as the helpers take it: aya's own functions take no other context than that of a connect hook.
 #[inline(always)]
 fn binders() -> *mut c_void {
     (&raw const BINDERS).cast_mut().cast()
@@ -117,8 +120,8 @@ fn remember(sock: *mut bpf_sock, mut binder: Task) -> bool {
     true
 }
 
-/// A socket begins to listen. The kernel has it in its table already: until its row is here it is found as what it was bound
-/// as, or not at all. Says whether it is to be watched.
+/// A socket begins to listen. It is in the kernel's table already: until its row is written here, a SYN finds the row from
+/// its bind, or none. Says whether the changes of its state are to be watched.
 #[inline(always)]
 pub fn listening(ops: *mut bpf_sock_ops, address: Address, port: u16) -> bool {
     let Some(config) = recording() else { return false };
@@ -141,7 +144,8 @@ pub fn listening(ops: *mut bpf_sock_ops, address: Address, port: u16) -> bool {
     let who = recorded(config, row.owner.uid, row.owner.gid, row.owner.cgroup);
     let who = if row.owner.tgid == 0 { LISTENER_UNDECIDED } else { protection(config, &mut row.owner, who) };
     bound_by(config, cookie, sk, &mut row);
-    // The socket belongs to whoever bound it, unless they are nobody and whoever listens is somebody.
+    // The owner is the binder where that is a workload, or where the listener is not enrolled or not known; else the
+    // listener.
     let nobody_listens = who == LISTENER_LEFT_ALONE || row.owner.tgid == 0;
     if row.binder.tgid != 0 && (row.bound == LISTENER_PROTECTED || nobody_listens) {
         row.owner = row.binder;
@@ -158,9 +162,9 @@ pub fn listening(ops: *mut bpf_sock_ops, address: Address, port: u16) -> bool {
     true
 }
 
-/// Says in its row who bound a socket that begins to listen, and what they are: nobody, and undecided, where it was not
-/// recorded. Whoever had no row, since they were nobody's workload or since the socket has listened before, is judged anew:
-/// another policy may be in force.
+/// Writes into the row who bound a socket that begins to listen, and what that task is. Where no binder was recorded, the
+/// row says nobody and undecided, as it came. A binder who was left alone, or had no row, is judged anew: another policy
+/// may be in force.
 #[inline(always)]
 fn bound_by(config: &Config, cookie: u64, sk: *mut bpf_sock, row: &mut Socket) {
     // SAFETY: fields that do not change before the socket listens.
@@ -182,8 +186,8 @@ fn bound_by(config: &Config, cookie: u64, sk: *mut bpf_sock, row: &mut Socket) {
     row.bound = protection(config, &mut row.binder, who);
 }
 
-/// Makes a row for a socket that has none, where its user may have one more. It counts nowhere yet. False where there is no
-/// row: nobody is found then, and everybody refused.
+/// Makes a row for a socket that has none, where its user may have one more. It counts at no address yet. False where there
+/// is no row afterwards: then a SYN finds no listener and is refused.
 #[inline(always)]
 fn enter(cookie: u64, row: &Socket) -> bool {
     // SAFETY: only asked whether it is there.
@@ -219,7 +223,7 @@ pub extern "C" fn registry_told(cookie: u64, kind: u32) -> u32 {
     1
 }
 
-/// Puts a row in the place of what is there, so that the socket is counted under the new address before it leaves the old.
+/// Replaces the row of a socket, which is counted under its new address before it is taken from the count of the old one.
 #[inline(always)]
 fn place(cookie: u64, row: &mut Socket, mode: u32) -> bool {
     registry_place(cookie, row, mode) != 0
@@ -263,11 +267,11 @@ pub fn closed(cookie: u64) {
     forget(cookie);
 }
 
-/// A socket has left LISTEN. It may have been shut down and be bound still: then it may listen again without a bind, and counts
-/// until it is closed as it did from the bind on.
+/// A socket has left LISTEN. If it was only shut down it is still bound, and may listen again without another bind. Then it
+/// counts as a bound socket until it is closed.
 #[inline(always)]
 pub fn listens_no_more(cookie: u64, sk: *mut bpf_sock) {
-    // In a close, the mark that nothing more is received or sent comes first (`__tcp_close` in net/ipv4/tcp.c).
+    // A close marks both directions as shut down before it changes the state (`__tcp_close` in net/ipv4/tcp.c).
     let layout = LAYOUT.get(0).filter(|layout| layout.shutdown != 0);
     let closing =
         sk.is_null() || layout.is_none_or(|layout| byte_of(sk, layout.shutdown) & SHUTDOWN_MASK == SHUTDOWN_MASK);
@@ -321,7 +325,7 @@ pub extern "C" fn registry_forget(cookie: u64) -> u32 {
     1
 }
 
-/// Says what a socket is from here on. `shown`: its cookie, if it is to be found by its address, or 0.
+/// Sets the mode of a socket. `shown`: its cookie, if the row of its address is to show it, or 0.
 #[inline(always)]
 fn shift(cookie: u64, mode: u32, shown: u64) -> bool {
     registry_shift(cookie, mode, shown) != 0
@@ -342,7 +346,7 @@ pub extern "C" fn registry_shift(cookie: u64, mode: u32, shown: u64) -> u32 {
     }
     // SAFETY: as above.
     let done = unsafe { exchange(addr_of_mut!((*row).mode), before, mode as u64) };
-    // Somebody else has changed it meanwhile, or it is being closed.
+    // If it was not done, the mode was changed meanwhile or the socket is being closed: the new count is taken back.
     take(&key, unit(if done { before as u32 } else { mode }));
     done as u32
 }
@@ -406,8 +410,8 @@ fn record(said: &Command) -> u32 {
     if enter(said.cookie, &row) && place(said.cookie, &mut row, said.mode) { COMMAND_DONE } else { COMMAND_FULL }
 }
 
-/// Whoever may be enrolled asks for the name of a socket: if it listens and was left alone, it is left alone no more; and what
-/// the agent has found out about it before this moment counts no more.
+/// A task asks for the name of a socket. If the task may be enrolled and the socket listens and is not protected, the
+/// socket is undecided from now on, and what the agent has found out about it before does not count any more.
 #[inline(always)]
 pub fn held(cookie: u64) {
     let Some(row) = SOCKETS.get_ptr_mut(&cookie) else { return };
@@ -431,7 +435,7 @@ pub fn held(cookie: u64) {
     }
 }
 
-/// The same of the socket that has begun to listen last at an address.
+/// The same for the socket that was the last to begin listening at an address.
 #[inline(always)]
 pub fn held_at(address: Address, port: u16, device: u32) {
     let Some(config) = recording() else { return };
@@ -456,7 +460,7 @@ fn protection(config: &Config, task: &mut Task, who: Who) -> u32 {
     match who.known() {
         NOT_ENROLLED => LISTENER_LEFT_ALONE,
         UNKNOWN => LISTENER_UNDECIDED,
-        // What only the agent can tell apart is refused by it.
+        // Only the agent can tell whether the task is a workload: it takes the connections, and refuses them if it is not.
         ASK => LISTENER_PROTECTED,
         known => {
             task.workload = known;
@@ -465,7 +469,7 @@ fn protection(config: &Config, task: &mut Task, who: Who) -> u32 {
     }
 }
 
-/// Adds to the counts of an address. `cookie`: who listens there last, or 0.
+/// Adds to the counts of an address. `cookie`: the socket that the row is to show, or 0.
 #[inline(always)]
 fn add(key: &ListenerKey, amount: u64, cookie: u64) -> bool {
     registry_add(key, amount, cookie) != 0
@@ -522,7 +526,7 @@ pub extern "C" fn registry_take(key: *const ListenerKey, amount: u64) -> u32 {
         return 0;
     }
     let Some(row) = LISTENERS.get_ptr_mut(key) else { return 0 };
-    // SAFETY: a row that the verifier has seen to be there, and that what is taken now has kept there.
+    // SAFETY: a row that the verifier has seen to be there, and that the count which is taken now has kept there.
     unsafe {
         let counts = addr_of_mut!((*row).counts);
         if minus(counts, amount) == amount && exchange(counts, 0, DYING) {

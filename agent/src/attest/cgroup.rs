@@ -1,7 +1,7 @@
 //! The unified cgroup hierarchy: from a cgroup's id to its path and back.
 //!
 //! A cgroup's id is the inode number of its directory. Ids are not used again and cgroups of version 2 cannot be renamed,
-//! so what an id was called once can be remembered.
+//! so the path of an id can be remembered.
 //!
 //! *Invariant:* nothing here looks at a hierarchy of version 1; where no unified one is mounted, there is an error.
 
@@ -63,7 +63,7 @@ impl Hierarchy {
         }
     }
 
-    /// Path of the cgroup with this id. `None`: it is gone and was never asked for, or its name is no text.
+    /// Path of the cgroup with this id. `None`: it is gone and was never asked for, or its name is not UTF-8.
     pub(crate) fn path_of(&self, id: u64) -> io::Result<Option<Arc<str>>> {
         if let Some(path) = self.paths.read().unwrap_or_else(PoisonError::into_inner).get(&id) {
             return Ok(Some(path.clone()));
@@ -72,7 +72,7 @@ impl Hierarchy {
         let link = format!("/proc/self/fd/{}", std::os::fd::AsRawFd::as_raw_fd(&directory));
         let full = readlinkat(rustix::fs::CWD, link, Vec::new())?;
         let Some(path) = below(&self.mount, full.to_bytes()) else { return Ok(None) };
-        // Removed since it was opened, it reads `... (deleted)`, which is no path of it.
+        // If the cgroup was removed since it was opened, the link reads `... (deleted)`, which is not its path.
         if self.id_of(&path)? != Some(id) {
             return Ok(None);
         }

@@ -1,7 +1,8 @@
 //! SHA-256 of executables, each read once.
 //!
-//! A digest is remembered under everything that changes when a file does. Only one file is read at a time, on a thread
-//! for blocking work, so that a workload with a huge executable delays nobody but itself and its like.
+//! A digest is remembered under everything that changes when a file does. Only one file is read at a time, on a thread for
+//! blocking work, so that a workload with a huge executable delays only itself and others whose executables have to be
+//! read.
 //!
 //! *Invariant:* a file that changed while it was read, or so shortly before that its times could not show it, is never
 //! remembered.
@@ -60,7 +61,8 @@ pub(crate) enum NoDigest {
 }
 
 impl Digests {
-    /// The digest of an executable that is already open, so that it is the file that runs and not one of its name.
+    /// The digest of an executable that is already open, so that it is the file that runs and not another one of the same
+    /// name.
     pub(crate) async fn of(&self, executable: &Executable) -> Result<[u8; 32], NoDigest> {
         let version = Version::of(&executable.file.metadata()?);
         if version.size > SIZE_LIMIT {

@@ -86,7 +86,7 @@ pub enum AttestError {
 }
 
 impl AttestError {
-    /// May it be over in a moment? What was looked for had just ended, and something may be about to take its place.
+    /// May it be different in a moment? What was looked for had just ended, and something may be about to take its place.
     pub fn is_passing(&self) -> bool {
         matches!(self, Self::NoListener | Self::NoOwner { .. } | Self::Died(_) | Self::Reused(_) | Self::Exec(_))
     }

@@ -44,8 +44,8 @@ impl Gathered {
         Self { uid, gid, cgroup, path: Known::NotYet, sha256: Known::NotYet, asked: Cell::new(None) }
     }
 
-    /// Asks the entries. An answer that depends on what is not known yet is none, also when it is that entries are
-    /// ambiguous: one with more selectors may still win.
+    /// Asks the entries. An answer that depends on evidence that is not known yet is not final, even if it is that entries
+    /// are ambiguous: one with more selectors may still win.
     pub fn decide(&self, entries: &dyn EntrySource, facts: &Facts) -> Result<Decision, AttestError> {
         self.asked.set(None);
         let answer = entries.workload(self);

@@ -1,8 +1,8 @@
 //! Who is behind a socket: what the kernel recorded about a task in, a registration entry out.
 //!
 //! uid, gid and cgroup are facts that the kernel recorded in the task's own context. What only user space can see, the
-//! executable, is read from the process while it is pinned, and only if an entry asks for it. It narrows an entry; the
-//! border between workloads are the kernel's facts, since a process that shares them can make another one run any code.
+//! executable, is read from the process while it is pinned, and only if an entry asks for it. It narrows an entry, but what
+//! separates workloads are the kernel's facts: a process with the same ids and cgroup can make another one run any code.
 //!
 //! *Invariant:* what was read counts only if the process is still there and still the same at the end. Nothing that a
 //! process says about itself is looked at.
@@ -40,7 +40,7 @@ use wimsey_common::Task;
 pub struct Attestor {
     hierarchy: Hierarchy,
     digests: Digests,
-    /// Owners of listening sockets that no program recorded, by socket cookie, for a moment.
+    /// Owners that were found for listening sockets without a record, by socket cookie, remembered for a moment.
     found: Mutex<HashMap<u64, (u32, StartTime, Instant)>>,
     /// Processes that dialled a moment ago, by their number.
     verified: Mutex<HashMap<u32, Verified>>,
@@ -48,9 +48,9 @@ pub struct Attestor {
 
 /// How long what was found out about a process that dials holds without another look at it.
 const HOLDS: Duration = Duration::from_millis(100);
-/// How long the owner of a listening socket does.
+/// How long the owner that was found for a listening socket holds.
 const OWNER_HOLDS: Duration = Duration::from_secs(1);
-/// Processes of which that is remembered. Each holds two descriptors.
+/// Most dialling processes that are remembered. Each holds two descriptors.
 const VERIFIED: usize = 256;
 
 /// A process whose ids and cgroup were seen to be those that the kernel had recorded.
@@ -100,7 +100,7 @@ impl Attestor {
         let facts = self.recorded(task);
         match self.recall(task, &facts, entries)? {
             Some(attested) => Ok(attested),
-            // Seldom, and it takes room.
+            // Boxed, since it is rarely needed and its future is large.
             None => Box::pin(self.look_at(task, facts, entries)).await,
         }
     }
@@ -129,7 +129,7 @@ impl Attestor {
             return Ok(None);
         };
         if !known.process.is_alive().map_err(|error| failed(error, facts))? {
-            // Its number may belong to another by now, whom nobody has looked at.
+            // Another process may have its number by now, and that one has not been looked at.
             lock(&self.verified).remove(&task.tgid);
             return Ok(None);
         }
@@ -154,10 +154,10 @@ impl Attestor {
 
     /// The owner of a listening socket: whoever bound it.
     ///
-    /// What the kernel recorded at the bind is enough where no entry that could match asks for more, also when that
-    /// process is gone: the fast path, without a look at `/proc`. Otherwise the executable is that of the binder, or
-    /// where it has ended, of the oldest process in its cgroup that holds the socket. uid and gid stay those of the bind:
-    /// a server that gives up its rights afterwards is still the same workload.
+    /// What the kernel recorded at the bind is enough where no entry that could match asks for more, also when that process
+    /// is gone: the fast path, without a look at `/proc`. Otherwise the executable is that of the binder, or where it has
+    /// ended, of the oldest process in its cgroup that holds the socket. uid and gid stay those of the bind: a server that
+    /// drops its privileges afterwards is still the same workload.
     ///
     /// Without a record (the socket is older than the programs), the oldest process that holds it is the owner, as it is
     /// now.
@@ -176,12 +176,11 @@ impl Attestor {
         if let Decision::Final(workload) = gathered.decide(entries, &facts)? {
             return Ok(Attested { workload, facts });
         }
-        // Seldom, and it takes room.
+        // Boxed, since it is rarely needed and its future is large.
         Box::pin(self.look_at_owner(task, facts, cookie, entries)).await
     }
 
-    /// Do the facts that the kernel recorded of a task suffice for an entry that asks for more besides? In a cgroup that is not
-    /// found they may.
+    /// Could an entry match a task, by what the kernel recorded of it? In a cgroup that is not found, yes.
     pub fn may_be_enrolled(&self, task: &Task, policy: &Policy) -> bool {
         let Ok(Some(path)) = self.hierarchy.path_of(task.cgroup) else { return true };
         let set = policy.cgroup_set(&path);
@@ -189,8 +188,9 @@ impl Attestor {
         rows.iter().flatten().any(|row| row.fits(task.uid, task.gid))
     }
 
-    /// Was a recorded task nobody's, as far as can be said now that its cgroup is gone? It was not known as a workload when it
-    /// was recorded, and no entry names its user or group: one that asks for the cgroup alone is about others.
+    /// Was a recorded task not enrolled, as far as can be said now that its cgroup is gone? It was not known as a workload
+    /// when it was recorded, and no entry names its user or group. Entries that ask for a cgroup alone are about tasks in
+    /// other cgroups.
     pub fn was_nobody(&self, task: &Task, policy: &Policy) -> bool {
         task.workload == 0
             && self.hierarchy.is_gone(task.cgroup).unwrap_or(false)
@@ -279,7 +279,7 @@ impl Attestor {
 
     async fn fill(&self, need: Need, gathered: &mut Gathered, executable: Option<&Executable>, facts: &mut Facts) {
         if need == Need::Cgroup {
-            // Known before this point; asked for again, it has none.
+            // The cgroup was filled in before this point; if it is asked for all the same, there is none.
             gathered.cgroup = Known::Is(None);
             return;
         }

@@ -1,8 +1,8 @@
 //! A process, pinned: what the kernel says about it, and proof that it is the one that was meant.
 //!
-//! Two descriptors pin it. A directory of `/proc` stops answering when its process is gone, whoever has the number then;
-//! a pidfd says whether that has happened. The parsers take the text as hostile: a process names itself as it likes, with
-//! parentheses, spaces and newlines.
+//! Two descriptors pin it. A directory of `/proc` stops answering when its process is gone, even if another process has the
+//! number by then; a pidfd says whether that has happened. The parsers take the text as hostile: a process names itself as
+//! it likes, with parentheses, spaces and newlines.
 //!
 //! *Invariant:* nothing is read through a path with a process number in it after the process has been pinned.
 
@@ -56,7 +56,7 @@ pub(crate) struct Executable {
     pub(crate) file: File,
     /// As the kernel tells it.
     pub(crate) path: PathBuf,
-    /// The same path, as this host sees it, is this file.
+    /// On this host, the same path leads to this very file.
     pub(crate) is_at_path: bool,
     pub(crate) device: u64,
     pub(crate) inode: u64,
@@ -157,7 +157,7 @@ impl Process {
             let Some(number) = entry.file_name().to_str().ok().and_then(|name| name.parse::<i32>().ok()) else {
                 continue;
             };
-            // Whatever closes between two looks is not the one that is looked for.
+            // A descriptor that is closed meanwhile is not the one that is looked for.
             let Ok(target) = readlinkat(&directory, entry.file_name(), Vec::new()) else { continue };
             if !target.to_bytes().starts_with(b"socket:[") {
                 continue;
@@ -183,9 +183,9 @@ impl Process {
 }
 
 impl StartTime {
-    /// Did it start after this moment of `CLOCK_BOOTTIME`, in nanoseconds? The start is cut to whole ticks, so one that
-    /// began in the same tick passes: a number cannot be used again within a hundredth of a second, since numbers go
-    /// round.
+    /// Did it start after this moment of `CLOCK_BOOTTIME`, in nanoseconds? The start is rounded down to whole ticks, so a
+    /// process that began in the same tick passes. That is safe: numbers are given out in turn, so one cannot be used again
+    /// within a hundredth of a second.
     pub(crate) fn is_after(self, boottime: u64) -> bool {
         self.0.saturating_mul(TICK) > boottime
     }
@@ -215,7 +215,7 @@ fn parse_start(stat: &[u8]) -> Option<StartTime> {
 }
 
 /// `Uid:` and `Gid:` of `/proc/PID/status`: real, effective, saved and file system id. The kernel escapes newlines in the
-/// name, which comes first; a second line of the same name makes the text unreadable all the same.
+/// name, which comes first; should there be a second line with the same label all the same, the text is refused.
 fn parse_ids(status: &[u8]) -> Option<Ids> {
     let line = |label: &[u8]| -> Option<(u32, u32)> {
         let mut lines = status.split(|byte| *byte == b'\n').filter_map(|line| line.strip_prefix(label));

@@ -199,7 +199,7 @@ async fn a_number_that_was_used_again_is_noticed() {
     let Some(attestor) = attestor() else { return };
     let process = Waiting::new();
     let mut task = task(&attestor, process.0.id());
-    // Recorded a second before this process, who has the number now, began.
+    // Recorded a second before the process began that has the number now.
     task.at = task.at.saturating_sub(1_000_000_000);
     let error = attestor.dialler(&task, &Ask(|_: &dyn Evidence| true)).await.unwrap_err();
     assert_eq!(error.code(), "pid-reused");
@@ -235,7 +235,7 @@ async fn a_process_that_moves_to_another_cgroup_is_refused_by_the_kernels_own_id
     let inside = Ask(|evidence: &dyn Evidence| evidence.cgroup() == Some(&first.path));
     assert!(attestor.dialler(&task, &inside).await.unwrap().workload.is_some());
     second.take(&process);
-    // What it dials from there is recorded so, and refused at once; what was recorded before, a moment later.
+    // A connect from there is recorded with that cgroup and refused at once; one recorded before, a moment later.
     let record = Task { cgroup: attestor.hierarchy.id_of(&second.path).unwrap().unwrap(), at: boottime(), ..task };
     assert!(attestor.dialler(&record, &inside).await.unwrap().workload.is_none());
     tokio::time::sleep(HOLDS).await;

@@ -40,7 +40,8 @@ pub struct Config {
     pub busy_poll: bool,
     /// Who issues the identities of this host.
     pub identity: Provider,
-    /// Bundles of further trust domains; or, while an authority is replaced, the other one of the host's own.
+    /// Bundles of further trust domains; or, while an authority is being replaced, of the other authority of the host's own
+    /// domain.
     pub trust: Vec<Trust>,
     /// Where audit records go.
     pub audit: Audit,
@@ -55,7 +56,7 @@ pub struct Config {
 /// Which engine carries records.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EngineChoice {
-    /// What was measured to be the cheaper: this process (docs/adr/0012).
+    /// The one that was measured to be cheaper: this process (docs/adr/0012).
     Auto,
     /// The kernel, or the agent does not start.
     Kernel,
@@ -122,7 +123,8 @@ pub struct Timeouts {
     pub handshake: Duration,
     /// From SIGTERM until the connections that are left are closed.
     pub drain: Duration,
-    /// Until a connection is given up whose kernel has room for its bytes and takes none of them.
+    /// How long a connection may have bytes to deliver to a socket that has room for them and takes none, before it is
+    /// given up.
     pub stall: Duration,
 }
 

@@ -1,11 +1,11 @@
 //! The embedded provider: an authority in a directory, SVIDs issued when a workload first needs one.
 //!
 //! A credential is replaced at half its life, a tenth more or less so that not all are due at once. Connections keep the
-//! certificate that they were made with. What nobody used since it was made is dropped instead of replaced, so that no
-//! key lies around for a workload that is gone.
+//! certificate that they were made with. A credential that nobody has used since it was made is dropped instead of
+//! replaced, so that no key lies around for a workload that is gone.
 //!
-//! *Invariant:* one registration entry, one key; a credential is handed out only within its validity, also when the
-//! clock was set back.
+//! *Invariant:* one registration entry, one key; a credential is handed out only within its validity, even if the clock was
+//! set back.
 
 use super::{
     AnchorStatus, Credential, CredentialStatus, FailingStatus, ListStatus, NotReloaded, Pending, Provider,
@@ -114,7 +114,7 @@ struct Source {
     trust: Arc<Trust>,
 }
 
-/// Authority, bundles and revocation lists that were read and checked, and are not in force.
+/// Authority, bundles and revocation lists that were read and checked, and are not in force yet.
 pub struct Prepared {
     source: Source,
 }
@@ -134,7 +134,7 @@ struct Slot {
 struct Making {
     /// When to try again after a failure.
     retry: Option<Instant>,
-    /// Why there is no new one, and since when, as long as that lasts.
+    /// When the last attempt failed, and why, as long as there is no new one.
     error: Option<String>,
 }
 
@@ -145,7 +145,7 @@ struct Held {
 
 /// How long a failed replacement waits while the old credential is still good.
 const RETRY: Duration = Duration::from_secs(5);
-/// The longest sleep of the maintenance: so late is a clock that was set noticed.
+/// The longest sleep of the maintenance, and so the longest time until a clock that was set is noticed.
 const TICK: Duration = Duration::from_secs(30);
 
 impl Embedded {
@@ -186,7 +186,7 @@ impl Embedded {
             let _registering = lock(&self.registering);
             self.slots.store(Arc::default());
         }
-        // What was read now may have mended it; what has not fails again, and says so.
+        // What was read now may have ended earlier failures; one that goes on fails again, and is recorded again.
         self.slots.load().values().for_each(|slot| lock(&slot.making).error = None);
         self.drop_revoked();
         self.changes.send_modify(|generation| *generation += 1);
@@ -223,8 +223,8 @@ impl Embedded {
         slot
     }
 
-    /// Signing takes about a tenth of a millisecond, so it is done where it is needed; whoever comes meanwhile waits for
-    /// the same one.
+    /// Signing takes about a tenth of a millisecond, so it is done where it is needed; callers that come meanwhile wait for
+    /// the same credential.
     fn make(&self, id: &SpiffeId, slot: &Slot) -> Result<Arc<Credential>, ProviderError> {
         let mut making = lock(&slot.making);
         let now = (self.clock)();
@@ -414,7 +414,7 @@ impl Source {
             trust = trust.with(trust_domain.clone(), Anchors::load(trust_domain, path, now)?);
         }
         let own = settings.ca_dir.join(LIST_FILE);
-        // One that is there and cannot be read is no reason to go without.
+        // Only a list that does not exist is left out; one that cannot be read is an error.
         if !std::fs::symlink_metadata(&own).is_err_and(|error| error.kind() == ErrorKind::NotFound) {
             trust = trust.with_lists(&settings.trust_domain, &own, now)?;
         }

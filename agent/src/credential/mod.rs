@@ -1,6 +1,6 @@
 //! The SVID of a workload, and where it comes from.
 //!
-//! *Invariant:* a credential is of the workload that it was asked for, and is never used outside its time.
+//! *Invariant:* a credential belongs to the workload for which it was asked for, and is never used outside its validity.
 
 pub mod embedded;
 mod provider;
@@ -19,7 +19,7 @@ pub struct Credential {
     pub id: SpiffeId,
     /// Chain, leaf first, and the signing key.
     pub certified: Arc<rustls::sign::CertifiedKey>,
-    /// Before that it is not valid yet.
+    /// When it begins to be valid.
     pub not_before: SystemTime,
     /// When it must no longer be used (R41).
     pub not_after: SystemTime,

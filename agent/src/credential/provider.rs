@@ -48,7 +48,7 @@ pub trait Provider: fmt::Debug + Send + Sync + 'static {
     fn status(&self) -> ProviderStatus;
 }
 
-/// What a source has read anew and found sound, and is not in force.
+/// What a source has read again and found valid, and has not put in force yet.
 pub struct Reloaded(Box<dyn FnOnce() + Send>);
 
 impl Reloaded {
@@ -110,7 +110,7 @@ pub enum ProviderError {
         /// Who has to act.
         culprit: Culprit,
     },
-    /// The one that was got is not valid at this time.
+    /// The one that was obtained is not valid at this time.
     #[error(
         "the credential of {id} is valid from {not_before} to {not_after}, and the clock says {now}: set the clock"
     )]
@@ -160,7 +160,7 @@ pub struct ProviderStatus {
     pub issued: u64,
     /// Failed attempts since the start.
     pub failed: u64,
-    /// Those of which there is no new one, as long as that lasts.
+    /// Credentials that could not be made or renewed, as long as that lasts.
     pub failing: Vec<FailingStatus>,
 }
 
@@ -218,6 +218,6 @@ pub struct ListStatus {
     pub revoked: usize,
     /// When it must have been replaced.
     pub next_update: String,
-    /// It is not replaced yet: peers of this authority are refused.
+    /// It has expired and was not replaced: peers of this authority are refused.
     pub expired: bool,
 }

@@ -122,14 +122,14 @@ impl Cgroups {
         made
     }
 
-    /// Learns a directory and everything below it. What has gone meanwhile is nobody's error.
+    /// Learns a directory and everything below it. What is gone by then is skipped.
     fn learn(&mut self, path: &Path, made: &mut Vec<Cgroup>) {
         let Ok(metadata) = fs::symlink_metadata(path) else { return };
         if !metadata.is_dir() {
             return;
         }
         if !self.known.contains_key(path) {
-            // The watch comes before the listing: what is made in between is told, or listed, or both.
+            // The watch comes before the listing: what is made in between is reported by inotify, or listed, or both.
             let flags = WatchFlags::CREATE | WatchFlags::DELETE | WatchFlags::ONLYDIR;
             match inotify::add_watch(&self.inotify, path, flags) {
                 Ok(watch) => {

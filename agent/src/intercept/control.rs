@@ -1,7 +1,7 @@
-//! The control side: one value that owns what is attached, installs policies, and tells what the kernel has to tell.
+//! The control side: one value that owns what is attached, installs policies, and passes on the events of the kernel
+//! programs.
 //!
-//! It lives on the control runtime, in the network namespace that it was made in. Nothing on the way of a connection waits
-//! for it.
+//! It lives on the control runtime, in the network namespace that it was made in. No connection waits for it.
 //!
 //! *Invariant:* a policy is in force whole or not at all.
 
@@ -54,7 +54,7 @@ pub struct Programs {
     pub(super) cgroups: Cgroups,
     pub(super) commands: Commands,
     unbound: Vec<UnboundListeners>,
-    /// Something has just failed: it is not tried again in the same breath.
+    /// Something has just failed: it is tried again only after `REST`.
     resting: bool,
     shards: u32,
     pub(super) facts: Option<Arc<dyn KernelFacts>>,
@@ -78,7 +78,7 @@ pub struct Programs {
     _locks: [OwnedFd; 2],
 }
 
-/// How long what has failed is left alone.
+/// How long to wait before what has failed is tried again.
 const REST: Duration = Duration::from_millis(100);
 
 /// Something that the daemon should know.
@@ -88,7 +88,8 @@ pub enum KernelEvent {
     Refused(Refused),
     /// Something passed by a named bypass.
     Bypassed(Event),
-    /// Somebody listens, or holds what was left alone. It is to be judged, and [`Programs::set_listener_mode`] called.
+    /// A socket has begun to listen, or a process that may be enrolled holds one that was not protected. It is to be
+    /// judged, and [`Programs::set_listener_mode`] called.
     Listening(Listening),
     /// The socket with this cookie listens no more.
     Closed(u64),
@@ -140,7 +141,7 @@ impl Programs {
                 tables.quotas.put(&row, &0, bpf::NEW).map_err(map_error(map::QUOTAS))?;
             }
         }
-        // What an agent that was killed in the middle has left.
+        // Remove what an agent that was killed in the middle of an installation has left.
         install::sweep(&tables, |of| of == epoch)?;
         let rows = Arc::new(Self::adopt_verdicts(&tables)?);
         let before = config.unwrap_or(Config {
@@ -199,7 +200,7 @@ impl Programs {
         Ok(programs)
     }
 
-    /// The listeners of the shards, to be sent to their threads. They are there once.
+    /// The listeners of the shards, to be sent to their threads. They can be taken once.
     pub fn take_listeners(&mut self) -> Vec<UnboundListeners> {
         std::mem::take(&mut self.unbound)
     }
@@ -246,7 +247,8 @@ impl Programs {
     /// When [`Programs::events_lost`] has risen, something was not told: [`Programs::listeners`] then finds what listens.
     pub async fn next_event(&mut self) -> KernelEvent {
         loop {
-            // Only then is more read: in a flood the ring buffer fills and events are counted as lost, not hoarded here.
+            // More is read only when these have been passed on: in a flood the ring buffer fills and events are counted as
+            // lost, not hoarded here.
             if let Some(notice) = self.pending_events.pop_front() {
                 return notice;
             }
@@ -280,7 +282,7 @@ impl Programs {
         Ok(())
     }
 
-    /// Makes a notice of what has failed.
+    /// Queues a [`KernelEvent::Trouble`] for what has failed.
     pub(super) fn observe(&mut self, work: Work, outcome: Result<(), Error>) {
         if let Err(error) = outcome {
             self.resting = true;
@@ -288,13 +290,13 @@ impl Programs {
         }
     }
 
-    /// A notice that is here already.
+    /// An event that has been read already, if there is one.
     pub fn waiting(&mut self) -> Option<KernelEvent> {
         self.pending_events.pop_front()
     }
 
-    /// Passes on what the kernel has refused and not told one by one, as events; to be called now and then. `last`: this agent
-    /// ends, and the next shall not pass on the same again.
+    /// Passes on, as events, the refusals that the kernel programs have counted without an event for each; to be called now
+    /// and then. `last`: this agent ends, and the next one must not pass on the same refusals again.
     pub fn collect_refusals(&mut self, last: bool) -> Result<(), Error> {
         self.read_events();
         let found = self.refusals.collect(last)?;
@@ -328,8 +330,8 @@ impl Programs {
         diagnostics::destroy(&connection.socket)
     }
 
-    /// Forgets rows of sockets that went without a word (multipath TCP closes its own inner sockets). To be called now and
-    /// then; says how many there were.
+    /// Removes rows of sockets whose end no hook has seen (multipath TCP closes its own inner sockets). To be called now
+    /// and then; gives the number of rows removed.
     pub fn tidy(&self) -> Result<usize, Error> {
         let mut gone = 0;
         let full = map_error(map::FLOWS);
@@ -337,7 +339,7 @@ impl Programs {
         let alive: HashSet<u64> =
             diagnostics::sockets(diagnostics::ALIVE)?.into_iter().map(|socket| socket.cookie).collect();
         for cookie in before {
-            // A socket between `connect()` and its SYN is on no list yet, so the young are left alone.
+            // A socket between `connect()` and its SYN is on no list yet, so rows that are young are kept.
             let young = |origin: &Origin| owners::now().saturating_sub(origin.task.at) < 60_000_000_000;
             if !alive.contains(&cookie)
                 && self.tables.flows.get(&cookie).map_err(&full)?.is_some_and(|origin| !young(&origin))
@@ -406,7 +408,7 @@ impl std::fmt::Debug for Programs {
     }
 }
 
-/// Pins that belong to a namespace that is gone: inode numbers are used again, cookies are not.
+/// Removes pins that belong to a namespace that is gone: inode numbers are used again, cookies are not.
 fn discard_foreign(host: &Host) -> Result<(), Error> {
     let Ok(config) = bpf::Table::<u32, Config>::open(&host.pins.join(map::CONFIG)) else { return Ok(()) };
     match config.get(&0).map_err(map_error(map::CONFIG))? {

@@ -30,8 +30,8 @@ const INET_DIAG_SKV6ONLY: u16 = 11;
 pub(super) const LISTENING: u32 = 1 << 10;
 /// Established, or on the way there, or half closed.
 pub(super) const CONNECTED: u32 = 1 << 1 | 1 << 2 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 8;
-/// Every state that a program's socket may be in. Of one that waits for stray segments (`TCP_TIME_WAIT`) only the ports are
-/// left, and where connections come and go there are tens of thousands.
+/// Every state that a program's socket may be in. `TCP_TIME_WAIT` is none: only the ports are left of such a socket, and
+/// where connections come and go there are tens of thousands of them.
 pub(super) const ALIVE: u32 = !(1 << 6);
 /// Every state.
 const ALL: u32 = u32::MAX;
@@ -87,12 +87,12 @@ pub(super) fn destroy(socket: &Socket) -> Result<bool, Error> {
     }
 }
 
-/// The user whose socket is the far end of a connection that both ends of which are this host's. `None`: it is gone, or the
+/// The user of the socket at the far end of a connection both ends of which are on this host. `None`: it is gone, or the
 /// kernel does not say.
 pub fn user_of(far: SocketAddr, near: SocketAddr) -> Option<u32> {
     let (far, near) = (canonical(far), canonical(near));
     let family = if far.is_ipv4() { AF_INET } else { AF_INET6 };
-    // No cookie is known, which is all ones.
+    // All ones stands for a cookie that is not known.
     let ends =
         Socket { local: far, remote: near, cookie: u64::MAX, inode: 0, uid: 0, ipv6_only: false, family, interface: 0 };
     let netlink = open().ok()?;
@@ -101,7 +101,7 @@ pub fn user_of(far: SocketAddr, near: SocketAddr) -> Option<u32> {
     let length = receive(&netlink, &mut buffer).ok()?;
     let answers = messages(buffer.get(..length)?);
     let (_, body) = answers.into_iter().find(|(kind, _)| *kind == SOCK_DIAG_BY_FAMILY)?;
-    // Where the connection is gone the kernel finds whoever listens on its port.
+    // Where the connection is gone, the kernel gives the socket that listens on its port.
     socket(body).filter(|found| (found.local, found.remote) == (far, near)).map(|found| found.uid)
 }
 

@@ -29,7 +29,7 @@ pub enum Error {
         /// Where it was looked for.
         path: PathBuf,
     },
-    /// This host cannot be held against process 1.
+    /// The agent's view of the host cannot be compared with that of process 1.
     #[error(
         "cannot read what process 1 has mounted ({path}: {error}), by which the agent's own view of the host is judged: run it \
          as root, in a container with `--pid=host`"
@@ -80,7 +80,7 @@ pub enum Error {
         /// The mount point.
         path: PathBuf,
     },
-    /// Whoever can write there can take the pins away.
+    /// Users other than root can write to the BPF file system, and so remove the pins.
     #[error(
         "others than root can write to {path} (mode {mode:04o}), and so could take the agent's programs away: run \
          `chmod 0700 {path}`"
@@ -91,7 +91,7 @@ pub enum Error {
         /// Its permissions.
         mode: u32,
     },
-    /// Somebody has made what only the agent makes.
+    /// A file or directory that only the agent makes belongs to another user.
     #[error("{path}, where the agent's programs are pinned, belongs to user {owner} and not to root: {advice}")]
     NotRoots {
         /// The file or directory.
@@ -107,7 +107,7 @@ pub enum Error {
         /// What is there.
         path: PathBuf,
     },
-    /// A lock that keeps the agent from starting, and whoever has it is no agent.
+    /// A lock that keeps the agent from starting is held by a process that is no agent.
     #[error(
         "process {process} of user {user}, which can be no agent, holds the lock on {lock}: end that process; from the next start \
          on only root can open the directory"
@@ -120,7 +120,7 @@ pub enum Error {
         /// Whose process that is.
         user: u32,
     },
-    /// Somebody else is here.
+    /// Another agent runs in this network namespace.
     #[error("a second agent on the same network namespace: {lock} is held by {holder}; stop that one first")]
     SecondAgent {
         /// The lock file.

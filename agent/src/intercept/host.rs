@@ -51,16 +51,16 @@ impl Host {
         Ok(Self { cgroup2, pins, netns, netns_inode, netns_cookie })
     }
 
-    /// Closes to others what is there of the pins.
+    /// Takes the permissions of other users from those pins that exist.
     pub fn close_pins(&self) -> Result<(), Error> {
         facts::narrow(Path::new(BPFFS), &self.pins)
     }
 
-    /// Makes the directory of the pins and locks it, for an agent that has been given another `run_dir`.
+    /// Makes the directory of the pins and locks it, to keep out an agent with another `run_dir`.
     pub fn make_pins(&self) -> Result<OwnedFd, Error> {
         let what = || format!("making {}", self.pins.display());
         fs::DirBuilder::new().recursive(true).mode(0o700).create(&self.pins).during(what)?;
-        // Where others can write to the root, one of them may have been quicker.
+        // Where other users can write to the root of the file system, one of them may have made the directory first.
         self.close_pins()?;
         let directory = fs::File::open(&self.pins).during(what)?;
         exclusively(directory.into(), &self.pins)
@@ -86,7 +86,7 @@ pub struct Finding {
     pub outcome: Result<String, Error>,
 }
 
-/// Does the agent see the host, or only a box in it? Says the first reason not to start.
+/// Does the agent see the host itself, or only a part of it, as in a container? Gives the first reason not to start.
 pub fn hold_against_host() -> Result<(), Error> {
     capable()?;
     Facts::gather(&pins(netns()?.1))?.judge().map(drop)
@@ -152,7 +152,7 @@ pub(super) fn netns() -> Result<(OwnedFd, u64), Error> {
     Ok((netns.into(), inode))
 }
 
-/// Takes the lock that says: one agent for this namespace. It is held until the descriptor is closed.
+/// Takes the lock by which there is only one agent for this namespace. It is held until the descriptor is closed.
 pub(super) fn lock(run_dir: &Path, netns_inode: u64) -> Result<OwnedFd, Error> {
     fs::create_dir_all(run_dir).during(|| format!("making {}", run_dir.display()))?;
     let path = run_dir.join(format!("netns-{netns_inode}.lock"));
@@ -176,7 +176,7 @@ fn exclusively(file: OwnedFd, path: &Path) -> Result<OwnedFd, Error> {
         Ok(()) => Ok(file),
         Err(Errno::WOULDBLOCK) => {
             let (lock, holder) = (path.into(), holder(&file));
-            // An agent is root's.
+            // An agent runs as root: a process of another user is none.
             let user =
                 |process: u32| Some(fs::metadata(format!("/proc/{process}")).ok()?.uid()).filter(|user| *user != 0);
             match holder.and_then(|process| Some((process, user(process)?))) {
@@ -195,8 +195,8 @@ fn holder(file: &OwnedFd) -> Option<u32> {
     holder_of(&format!("{major:02x}:{minor:02x}:{}", found.st_ino), &fs::read_to_string("/proc/locks").ok()?)
 }
 
-/// The process behind the lock of a file in proc_locks(5). Those who wait for it have an arrow in front; one of another
-/// process namespace is 0 or less.
+/// The process behind the lock of a file in proc_locks(5). The lines of processes that wait for the lock have an arrow; a
+/// process of another process namespace is shown as 0 or less.
 fn holder_of(file: &str, locks: &str) -> Option<u32> {
     let holder = |line: &str| {
         let mut fields = line.split_whitespace().skip(1);

@@ -1,9 +1,9 @@
 //! A policy on its way into the kernel's maps.
 //!
-//! What a policy says is worked out beside the control thread ([`Outlook::prepare`]), from a look at what is in force. Then it
-//! is installed in steps ([`Programs::install_prepared`]), each of which can be taken back. Where it changes who is who,
-//! candidates, cgroups and destinations are written under the keys of a new epoch, and one number is flipped; else only the
-//! rows that differ are written, in such an order that no connection ever meets a mixture (`plan` says why).
+//! The rows of a policy are worked out beside the control thread ([`Outlook::prepare`]), against those in force. Then they
+//! are installed in steps ([`Programs::install_prepared`]), each of which can be taken back. Where the registration entries
+//! change, candidates, cgroups and destinations are written under the keys of a new epoch, and one number is flipped; else
+//! only the rows that differ are written, in such an order that no connection ever meets a mixture (`plan` says why).
 //!
 //! *Invariant:* at every moment each connection is decided as by the policy before or by the one after, or is refused. When a
 //! step fails, those before it are taken back.
@@ -38,17 +38,17 @@ use std::{
 use wimsey_common::*;
 use wimsey_sys::bpf;
 
-/// Longer than any kernel program takes, also one that has to wait for the processor.
+/// Longer than any kernel program takes, even one that has to wait for the processor.
 const A_PROGRAM: Duration = Duration::from_millis(50);
 
 /// The number of this network namespace in the keys of destinations. One agent serves one.
 pub(super) const NAMESPACE: u32 = 1;
 
-/// Returns when no kernel program is under way any more that was at the call, and may have read the number of an epoch that is
-/// over: to it, rows that are gone would say that nobody is enrolled.
+/// Returns when every kernel program that was running at the call has ended. One that still goes by the number of an old
+/// epoch would conclude from rows that were removed that nobody is enrolled.
 fn let_programs_end() {
-    // Programs run in read-side sections of RCU (`bpf_prog_run_array_cg` in kernel/bpf/cgroup.c), and this waits for them all
-    // (`synchronize_rcu` in kernel/sched/membarrier.c), but where processors have no clock tick, or there is one only.
+    // Programs run in read-side sections of RCU (`bpf_prog_run_array_cg` in kernel/bpf/cgroup.c). membarrier waits for them
+    // all (`synchronize_rcu` in kernel/sched/membarrier.c), unless a processor has no clock tick or there is only one.
     let waits = std::thread::available_parallelism().is_ok_and(|processors| processors.get() > 1);
     if membarrier(MembarrierCommand::Global).is_err() || !waits {
         std::thread::sleep(A_PROGRAM);
@@ -59,8 +59,8 @@ fn let_programs_end() {
 pub trait KernelFacts: Send + Sync {
     /// Destinations, verdicts and protected addresses.
     fn kernel(&self) -> Arc<KernelPolicy>;
-    /// A number of all registration entries: facts with the same have the same candidates, but for the numbers of their
-    /// patterns, and classes.
+    /// A number for all registration entries: facts with the same number have the same classes, and the same candidates but
+    /// for the numbers of their patterns.
     fn who(&self) -> u64;
     /// The cgroup selectors that a cgroup satisfies: cgroups with equal sets share a class.
     fn cgroup_set(&self, cgroup: &str) -> Vec<u32>;
@@ -245,7 +245,7 @@ pub struct Prepared {
     /// What was in force when the differences were worked out.
     against: (Arc<Rows>, u32),
     differing: [Step; 5],
-    /// For a new epoch, where people change.
+    /// For a new epoch, where the registration entries change.
     anew: Option<Anew>,
 }
 
@@ -280,8 +280,8 @@ impl Prepared {
 }
 
 impl Outlook {
-    /// Works out what a policy says to the kernel programs. It takes time, in the network namespace that the policy is for, and
-    /// changes nothing.
+    /// Works out what a policy says to the kernel programs. To be called in the network namespace that the policy is for.
+    /// It takes time and changes nothing.
     pub fn prepare(self, facts: Arc<dyn KernelFacts>) -> Prepared {
         let mut sources = Sources::default();
         let rows = Arc::new(Rows::of(facts.as_ref(), |to| sources.source_for(to)));
@@ -318,10 +318,10 @@ impl Programs {
         self.install_prepared(prepared)
     }
 
-    /// What a policy is prepared by.
+    /// What is in force, for a policy to be prepared against.
     pub fn outlook(&mut self) -> Result<Outlook, Error> {
         self.watch();
-        // The root first: what is above has a row before what is below, should there be room for some only.
+        // The root first: if there is not room for all, a cgroup has a row before those below it.
         let mut cgroups = self.cgroups.all();
         cgroups.sort_unstable_by(|one, other| one.path.cmp(&other.path));
         Ok(Outlook {
@@ -360,7 +360,7 @@ impl Programs {
         });
         let plan = Plan::new(before, after, differing, changes.clone(), anew);
 
-        // Listeners from before, and those that the new policy may see with other eyes, are refused until they are judged.
+        // Listeners from before, and those that the new policy may judge differently, are refused until they are judged.
         let protected: HashSet<ProtectedKey> = rows.protected.iter().copied().collect();
         let done = self.protect(&protected).and_then(|new| {
             let looked = cleared.map_or(Ok(()), |cleared| self.raise(before, &cleared));
@@ -389,8 +389,8 @@ impl Programs {
         Ok(generation)
     }
 
-    /// Before it changes who is who: every listener that was left alone is undecided until it is judged anew, but for those
-    /// that are `cleared`; and so is whoever begins to listen from here on.
+    /// Before the registration entries change: every listener that was left alone is undecided until it is judged anew, but
+    /// for those that are `cleared`; and so is every socket that begins to listen from here on.
     fn raise(&mut self, before: Option<Config>, cleared: &Cleared) -> Result<(), Error> {
         self.leave_undecided(before, true);
         self.listeners()?;
@@ -400,7 +400,7 @@ impl Programs {
         Ok(())
     }
 
-    /// Has the programs leave alone nobody who begins to listen, or ends that. What is in force stays so otherwise.
+    /// Makes the programs treat as undecided every socket that would be left alone when it begins to listen, or ends that.
     fn leave_undecided(&self, in_force: Option<Config>, on: bool) {
         let Some(config) = in_force else { return };
         let flags = config.flags & !FLAG_ALL_UNDECIDED | if on { FLAG_ALL_UNDECIDED } else { 0 };
@@ -447,7 +447,7 @@ impl Programs {
         }
     }
 
-    /// Removes what an epoch had: what is known of it, and after a start all that is there.
+    /// Removes the rows of an epoch: those that are known, or after a start all that are found in the maps.
     fn remove_epoch(&self, epoch: u32, rows: &Rows, classes: &Classes) -> Result<(), Error> {
         let_programs_end();
         if rows.destinations.is_empty() && rows.candidates.is_empty() {
@@ -476,7 +476,7 @@ impl Programs {
         Ok(Rows { verdicts, ..Rows::default() })
     }
 
-    /// What cannot be told of the policy before is told of the one to come, or refuses it.
+    /// Classifies new cgroups. Those that get no row now get one with the policy to come, or it fails.
     fn watch(&mut self) {
         let watched = self.watch_cgroups();
         self.observe(Work::Cgroups, watched);
@@ -494,7 +494,7 @@ impl Programs {
         self.classify(&changes.made)
     }
 
-    /// Tries again to tell the kernel programs of the cgroups for which there was no room. Until then nobody knows them.
+    /// Tries again to write the rows of cgroups for which there was no room. Until then the programs do not know them.
     pub fn retry(&mut self) -> Result<(), Error> {
         let placed = &self.classes.placed;
         let again: Vec<Cgroup> = self.cgroups.all().into_iter().filter(|cgroup| !placed.contains(&cgroup.id)).collect();
@@ -512,7 +512,7 @@ impl Programs {
         self.classify(&known)
     }
 
-    /// Writes the rows of new cgroups. What does not fit is counted and refused, and ends nothing.
+    /// Writes the rows of new cgroups. A cgroup that does not fit is counted; the others are written all the same.
     fn classify(&mut self, cgroups: &[Cgroup]) -> Result<(), Error> {
         let Some(facts) = self.facts.clone() else { return Ok(()) };
         let mut outcome = Ok(());
@@ -581,7 +581,7 @@ impl Sources {
         let socket = socket.as_ref()?;
         socket.connect((to, 9)).ok()?;
         let source = socket.local_addr().ok()?.ip();
-        // Else the next destination would be asked for from this address.
+        // Else the next destination would be looked up with this source address.
         rustix::net::connect_unspec(socket).ok()?;
         (!source.is_unspecified()).then_some(source)
     }

@@ -1,7 +1,7 @@
 //! intercept: sockets in, a [`Flow`](crate::flow::Flow) out.
 //!
-//! The kernel programs of `ebpf/` redirect connections to the agent. [`Programs`] loads and attaches them, puts policies into
-//! their maps and tells what they have to tell, on the control runtime. Each shard has a [`ShardListeners`]: accepted
+//! The kernel programs of `ebpf/` redirect connections to the agent. [`Programs`] loads and attaches them, puts policies
+//! into their maps and passes on their events, on the control runtime. Each shard has a [`ShardListeners`]: accepted
 //! connections come in with what the kernel recorded about them, the agent's own connections go out.
 //!
 //! ```text
@@ -9,8 +9,8 @@
 //! shard:    UnboundListeners::open ▶ ShardListeners ▶ accept_outbound / accept_inbound ▶ Flow ... Dialler: dial / upstream
 //! ```
 //!
-//! In this order at start: `load`, `install`, then `listeners` and `set_listener_mode` for each, then `preexisting`. After a
-//! reload: `install`, and the listeners again, since the new policy may see their owners with other eyes.
+//! In this order at start: `load`, `install`, then `listeners` and `set_listener_mode` for each, then `preexisting`. After
+//! a reload: `install`, and the listeners again, since the new policy may judge their owners differently.
 //!
 //! *Invariant:* a flow's destination is what the kernel recorded under the connection's own addresses, never a guess.
 

@@ -1,8 +1,8 @@
 //! Who has a socket, read from `/proc`.
 //!
-//! Threads may have descriptors, ids and a cgroup of their own, and outlive the one that their process began with: each is
-//! looked at, and each table of descriptors once. Names and paths are bytes: whoever has a name that is no text has sockets
-//! as well.
+//! Threads may have descriptors, ids and a cgroup of their own, and outlive the first thread of their process: each thread
+//! is looked at, and each table of descriptors once. Names and paths are read as bytes: a process whose name is not UTF-8
+//! has sockets as well.
 //!
 //! *Invariant:* what is found here starts an attestation and proves nothing.
 
@@ -34,7 +34,7 @@ pub struct Held {
     pub holders: Vec<Task>,
     /// It does not take IPv4.
     pub ipv6_only: bool,
-    /// Why there may be others.
+    /// Why there may be other holders.
     pub unread: Option<String>,
 }
 
@@ -70,7 +70,8 @@ impl Walk {
         Some(Held { holders, ipv6_only: socket.ipv6_only, unread: self.search.unread.clone() })
     }
 
-    /// Those of these sockets that somebody holds who does not matter, as far as they are found within about this time.
+    /// Those of these sockets that are held by tasks other than those that `may` matter, as far as they are found within
+    /// about this time.
     pub fn held_by_others(&mut self, cookies: &HashSet<u64>, time: Duration) -> HashSet<u64> {
         let inodes: HashMap<u64, u32> =
             cookies.iter().filter_map(|cookie| Some((*cookie, self.listed.get(cookie)?.inode))).collect();
@@ -90,7 +91,7 @@ pub fn holders(
     Ok(walk.listed.keys().filter_map(|cookie| Some((*cookie, walk.held(*cookie)?))).collect())
 }
 
-/// For each of these sockets, the process that has it; of several the one that has run longest, which made the others.
+/// For each of these sockets, the process that has it; of several the oldest, which started the others.
 pub(super) fn owners(inodes: &HashSet<u32>, cgroup2: &Path) -> HashMap<u32, Task> {
     let mut search = Search::new(inodes.clone(), cgroup2, &|_| true);
     while !search.go_on(Duration::MAX) {}
@@ -98,17 +99,17 @@ pub(super) fn owners(inodes: &HashSet<u32>, cgroup2: &Path) -> HashMap<u32, Task
     search.found.into_iter().filter_map(|(inode, holders)| Some((inode, oldest(holders)?.task))).collect()
 }
 
-/// A search for those who hold sockets. It goes on for as long as it is told to, from those who have few descriptors to
-/// those who have many: whoever has millions makes nobody wait for what is found with others.
+/// A search for those who hold sockets. It goes on for as long as it is told to, from small tables of descriptors to large
+/// ones: a process with millions of descriptors does not delay what is found in others.
 #[derive(Debug, Default)]
 struct Search {
     wanted: HashSet<u32>,
     found: HashMap<u32, Vec<Holder>>,
-    /// What is to be looked into, the smallest last: first that of those who may matter.
+    /// Tables still to be looked into, the smallest last, since it is taken first: those of tasks that may matter.
     tables: Vec<Table>,
-    /// The same of everybody else, for sockets of which nobody is known.
+    /// Those of all other tasks, for sockets of which no holder is known.
     others: Vec<Table>,
-    /// Why it cannot be said of some process what it has.
+    /// Why it is not known which sockets some process has.
     unread: Option<String>,
 }
 
@@ -142,8 +143,8 @@ struct Thread {
 }
 
 impl Search {
-    /// Begins one for these sockets. Only those that `may` matter are looked into: whoever cannot has descriptors as many
-    /// as they like, and costs no time.
+    /// Begins one for these sockets. Only tables of tasks that `may` matter are looked into: others cost no time, however
+    /// many descriptors they have.
     fn new(wanted: HashSet<u32>, cgroup2: &Path, may: &dyn Fn(&Task) -> bool) -> Self {
         let mut search = Self { wanted, ..Self::default() };
         if search.wanted.is_empty() {
@@ -190,7 +191,8 @@ impl Search {
         self.tables.is_empty()
     }
 
-    /// Those of these sockets that somebody has who does not matter, as far as they are found within about this time.
+    /// Those of these sockets that are held by tasks outside of those that may matter, as far as they are found within
+    /// about this time.
     fn others(&mut self, inodes: &HashSet<u32>, time: Duration) -> HashSet<u32> {
         let wanted = std::mem::replace(&mut self.wanted, inodes.clone());
         let found = std::mem::take(&mut self.found);
@@ -220,8 +222,8 @@ impl Search {
                 }
             });
             match read {
-                // With its last thread the table is gone. A thread that ends while its table is read shows less than there
-                // is, and the next one that has the table shows all.
+                // A thread that ends while its table is read shows only a part of it: then the next thread that has the
+                // table is read. With the last thread the table is gone.
                 Ok(()) if table.threads.len() == 1 || !has_ended(table.pid, *thread) => break,
                 Ok(()) => {}
                 Err(error) if is_gone(&error) => {}
@@ -284,8 +286,8 @@ impl Reader<'_> {
             if found.ended {
                 continue;
             }
-            // Sorted as the kernel orders them: anybody may have a table for each of very many threads. Where it cannot be said
-            // whether two are one, each is read.
+            // Kept sorted by the kernel's order of tables, to be searched quickly: a process may have very many threads
+            // with a table each. Where the kernel does not say whether two tables are one, each is read.
             let order = |table: &Table| {
                 let known = table.threads.last().map(|other| sys::compare_descriptors(*other, thread));
                 known.and_then(Result::ok).unwrap_or(Ordering::Less)
@@ -309,9 +311,9 @@ impl Reader<'_> {
         let read = |file: &str| fs::read(format!("/proc/{pid}/task/{thread}/{file}"));
         let status = Status::parse(&read("status")?)
             .ok_or_else(|| io::Error::new(io::ErrorKind::InvalidData, "its status does not read as documented"))?;
-        // In a cgroup that is not found it may be anybody, so that what it holds is refused. One that it has just left may
-        // be gone already. A name that is too long to be told is one that is not found: whoever makes such a one must not
-        // have what others hold refused.
+        // A task in a cgroup that is not found may be any workload, so what it holds is refused. It may just have left a
+        // cgroup that is gone by now: look again. A path that is too long for the kernel to show counts as not found. It
+        // must not be an error, because then what others hold would be refused as well.
         let mut cgroup = 0;
         for _ in 0..3 {
             cgroup = match read("cgroup") {
@@ -352,7 +354,7 @@ struct Status {
 }
 
 impl Status {
-    /// The kernel escapes newlines in the name, and nothing else that is no text.
+    /// The kernel escapes newlines in the name, but not bytes that are no UTF-8.
     fn parse(status: &[u8]) -> Option<Self> {
         let field = |name: &[u8]| {
             let line = status.split(|byte| *byte == b'\n').find_map(|line| line.strip_prefix(name))?;
@@ -367,7 +369,7 @@ impl Status {
         comm.iter_mut().zip(field(b"Name:")?.iter().take(15)).for_each(|(to, from)| *to = *from);
         let ended = matches!(field(b"State:")?.first(), Some(b'Z' | b'X'));
         let (uid, gid) = (id(b"Uid:")?, id(b"Gid:")?);
-        // Of one that has ended there is no more to tell.
+        // These fields are missing for a thread that has ended.
         let (size, threads) = (number(b"FDSize:").unwrap_or(0), number(b"Threads:").unwrap_or(1));
         Some(Self { comm, uid, gid, size, threads, ended })
     }
@@ -380,7 +382,7 @@ pub(super) fn sockets_of(pid: u32) -> Vec<u32> {
     found
 }
 
-/// Tells of each socket in a thread's table of descriptors. What closes meanwhile is left out.
+/// Calls `each` for each socket in a thread's table of descriptors. What closes meanwhile is left out.
 fn read_table(pid: u32, thread: u32, each: &mut dyn FnMut(u32)) -> io::Result<()> {
     let flags = OFlags::RDONLY | OFlags::DIRECTORY | OFlags::CLOEXEC;
     let directory = openat(CWD, format!("/proc/{pid}/task/{thread}/fd"), flags, Mode::empty())?;
@@ -457,7 +459,6 @@ mod tests {
 
     #[test]
     fn a_socket_in_a_threads_own_table_is_found_whatever_the_thread_is_called() {
-        let (socket, inode) = socket_of_ones_own();
         let (ready, is_ready) = mpsc::channel();
         let (end, ended) = mpsc::channel::<()>();
         let thread = std::thread::spawn(move || {
@@ -467,11 +468,12 @@ mod tests {
             assert_eq!(sys::refused_call(libc::SYS_unshare, [files, 0, 0, 0]), None);
             let own = rustix::thread::gettid().as_raw_nonzero().get().cast_unsigned();
             let order = sys::compare_descriptors(own, std::process::id());
-            // What the others have of it is closed: this is the only one.
-            ready.send((order.unwrap().is_eq(), socket.as_raw_fd())).unwrap();
+            // Made here, so that the table of the other threads has no descriptor of it.
+            let (_socket, inode) = socket_of_ones_own();
+            ready.send((order.unwrap().is_eq(), inode)).unwrap();
             let _ = ended.recv();
         });
-        let (shared, _) = is_ready.recv().unwrap();
+        let (shared, inode) = is_ready.recv().unwrap();
         assert!(!shared);
         assert!(!holders(inode).is_empty());
         end.send(()).unwrap();
@@ -489,7 +491,7 @@ mod tests {
             for _ in 0..tables {
                 let thread = std::thread::Builder::new().stack_size(64 * 1024);
                 let stay = || {
-                    // A table of its own with nothing in it: what other tests close shall be closed.
+                    // An empty table of its own: a copied descriptor would keep open what other tests close.
                     let own = libc::CLOSE_RANGE_UNSHARE as usize;
                     assert_eq!(sys::refused_call(libc::SYS_close_range, [0, u32::MAX as usize, own, 0]), None);
                     begin.wait();

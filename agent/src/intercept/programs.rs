@@ -30,10 +30,11 @@ use wimsey_sys::bpf::Table;
 /// The kernel programs, compiled. Empty where they were not built.
 static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/wimsey-ebpf"));
 
-/// What the programs log: a warning now and then, which need not wait for long. aya's own size is eight times this.
+/// The buffer for what the programs log, in bytes: it holds a warning now and then, which is read soon. aya's default is
+/// eight times as large.
 const LOG: (&str, u32) = ("AYA_LOGS", 16 << 10);
 
-/// Maps of which a user may take a share, and what the programs call it.
+/// Maps of which one user may have only a share, and the name of that share in the programs.
 const SHARES: [(&str, &str); 2] = [(map::FLOWS, "FLOWS_PER_UID"), (map::SOCKETS, "SOCKETS_PER_UID")];
 
 /// Where a program is attached.
@@ -41,7 +42,7 @@ const SHARES: [(&str, &str); 2] = [(map::FLOWS, "FLOWS_PER_UID"), (map::SOCKETS,
 enum At {
     /// The cgroup that the configuration names.
     Covered,
-    /// The root of the hierarchy: what has to be known of every socket.
+    /// The root of the hierarchy, for programs that have to see every socket.
     Everywhere,
     /// The network namespace.
     Namespace,
@@ -103,7 +104,7 @@ impl Loaded {
         if OBJECT.is_empty() {
             return Err(Error::NoObject);
         }
-        // What is pinned is adopted as it is, and else there are as many rows as are asked for, or built in.
+        // A pinned map is adopted with the rows that it has; a new one gets as many as are asked for, or as are built in.
         let mut shares = Vec::new();
         for (map, share) in SHARES {
             let asked = sizes.iter().find(|(asked, _)| *asked == map).map(|(_, rows)| *rows);
@@ -116,12 +117,13 @@ impl Loaded {
         }
         loader.default_map_pin_directory(&host.pins);
         loader.map_max_entries(LOG.0, LOG.1);
-        // Which namespaces have an agent is known to all agents of the host.
+        // All agents of the host share the map that says which namespaces have an agent.
         loader.map_pin_path(map::SERVED, host::shared_pin(map::SERVED));
         for (map, rows) in sizes {
             loader.map_max_entries(map, *rows);
         }
-        // How much they hold is no part of the layout: what an agent with other sizes has made is adopted as it is.
+        // The number of rows is not part of the layout: maps that an agent with other sizes has made are adopted as they
+        // are.
         for map in sizes.iter().map(|(map, _)| *map).chain([map::EVENTS]) {
             if let Some(rows) = rows_of(&host.pins.join(map))? {
                 loader.map_max_entries(map, rows);
@@ -168,7 +170,7 @@ impl Loaded {
         let registry = self.object.program("registry").ok_or(Error::NoObject)?;
         let registry = registry.fd().map_err(unusable_program)?.as_fd().try_clone_to_owned();
         let registry = registry.during(|| "using the program registry".into())?;
-        // The programs of the agent before have a log of their own, which nobody reads any more.
+        // The programs of the agent before log to a map of their own, which nobody reads any more.
         let log = EbpfLogger::init_with_logger(&mut self.object, ToTracing).ok();
         Ok(Readers {
             events: RingBuf::try_from(events).map_err(unusable(map::EVENTS))?,
@@ -190,7 +192,8 @@ pub fn release(run_dir: &Path) -> Result<bool, Error> {
     };
     let _lock = host::lock(run_dir, inode).map_err(in_use)?;
     let _pins_lock = host::lock_pins(&pins).map_err(in_use)?;
-    // First of all, so that other agents of the host refuse whom nobody protects from here on.
+    // First of all, so that other agents of the host refuse enrolled processes of this namespace, which are no longer
+    // protected.
     is_served_no_more()?;
     remove_pins(&pins)
 }
@@ -318,7 +321,7 @@ fn refused(program: &'static str, hook: &'static str, since: &'static str, error
     Error::Rejected { program, error, log: end.join(" | ") }
 }
 
-/// The object does not load at all: most likely over maps that another version has left.
+/// The object does not load at all: most likely because of maps that another version has left.
 fn not_adopted(pins: &Path, error: EbpfError) -> Error {
     match error {
         EbpfError::MapError(MapError::CreateError { name, io_error }) => {
@@ -335,7 +338,7 @@ mod tests {
     use aya_obj::{Object, generated::bpf_insn};
     use std::collections::{BTreeMap, HashSet};
 
-    /// The frame pointer, of which a function's variables lie below.
+    /// The frame pointer, below which a function's variables lie.
     const FRAME: u8 = 10;
     /// `BPF_JMP | BPF_CALL`, with `BPF_PSEUDO_CALL` as its source: a call of another function of the program.
     const CALL: u8 = 0x85;

@@ -3,8 +3,8 @@
 //! The programs count refusals by kind in `REFUSALS` and tell one of a kind in a second. Their totals only rise, and this
 //! side remembers up to where it has passed them on: an event that was lost, came late or twice changes no sum.
 //!
-//! *Invariant:* every refusal in a total is in exactly one [`Refused`], as long as one agent runs. One that is killed may
-//! leave what it has passed on since its last event to be passed on again.
+//! *Invariant:* as long as one agent runs, every refusal in a total is in exactly one [`Refused`]. If it is killed, the
+//! next agent may pass on again what it has passed on since its last event.
 
 use super::{Error, owners, tables::map_error};
 use std::collections::HashMap;
@@ -39,8 +39,8 @@ pub(super) struct Refusals {
 struct Passed {
     total: u64,
     at: u64,
-    /// Up to there an agent before may have been told, and has passed on what it has read. What it has not read comes as
-    /// events.
+    /// The total up to which events were sent to the agent before. It has passed on those that it read; the others come to
+    /// this agent as events.
     told: u64,
 }
 
@@ -49,13 +49,13 @@ impl Refusals {
     pub fn adopt(table: &Table<RefusalKey, Refusal>) -> Result<Self, Error> {
         let mut refusals = Self { table: table.clone(), passed: HashMap::new() };
         for (key, row) in refusals.rows()? {
-            // What it has not read of the ring buffer comes to this agent, and is passed on then.
+            // What that agent has not read of the ring buffer comes to this one, and is passed on then.
             refusals.passed.insert(key, Passed { total: row.told, at: row.told_at, told: row.told });
         }
         Ok(refusals)
     }
 
-    /// An event came: of how many has nobody heard?
+    /// An event came: how many of the refusals that it stands for have not been passed on?
     pub fn told(&mut self, event: &Event) -> Option<Refused> {
         let key = RefusalKey {
             destination: event.destination,
@@ -67,7 +67,7 @@ impl Refusals {
         let now = owners::now();
         let at = if event.task.at == 0 { now } else { event.task.at };
         if self.passed.get(&key).is_some_and(|passed| event.total <= passed.told) {
-            // It was told to the agent before, which has not read it.
+            // It was sent to the agent before, which has not read it.
             let ago = now.saturating_sub(at);
             return Some(Refused { event: *event, count: event.repeats.into(), age: ago, last_age: ago });
         }
@@ -76,8 +76,8 @@ impl Refusals {
         })
     }
 
-    /// What was counted and not told. To be called when all events were read; forgets kinds that are over. `all`: forgets
-    /// every kind, since another agent may read on.
+    /// The refusals that were counted and not passed on yet. To be called when all events were read; forgets kinds of which
+    /// there was none for a while. `all`: forgets every kind, since another agent may go on from here.
     pub fn collect(&mut self, all: bool) -> Result<Vec<Refused>, Error> {
         let now = owners::now();
         let mut found = Vec::new();

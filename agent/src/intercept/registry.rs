@@ -1,8 +1,9 @@
-//! The registry of listening sockets: who bound them, who holds them, and what they are.
+//! The agent's side of the registry of bound and listening sockets: who bound them, who holds them, and whether they are
+//! protected.
 //!
-//! The kernel programs write a row when a socket is bound, judge binder and listener, and say so. What they could not see is
-//! found here: sockets from before, sockets that were never bound by hand, processes that were given a socket. What the agent
-//! finds out it says by [`Commands`]: rows and counts change in the kernel only.
+//! The kernel programs write a row when a socket is bound, judge binder and listener, and send events. What they could not
+//! see is found here: sockets that are older than the programs, sockets that were never bound explicitly, processes that
+//! were given a socket. The agent says what it finds by [`Commands`], since rows and counts change in the kernel only.
 //!
 //! *Invariant:* the protection of a listener is lowered here only, and only for the socket that was looked at.
 
@@ -59,8 +60,8 @@ pub(super) fn left_alone(tables: &Tables) -> Result<Vec<Listening>, Error> {
     Ok(found)
 }
 
-/// Listening sockets that were left alone, and of whose binder, listener and holders no entry of a policy to come matches
-/// any. It takes as long as a walk through all processes.
+/// Listening sockets that were left alone and stay so under a policy to come: none of its entries can match their binder,
+/// listener or a holder. Finding them takes a walk through all processes.
 #[derive(Debug, Default)]
 pub(super) struct Cleared(HashMap<u64, u32>);
 
@@ -81,13 +82,13 @@ impl Cleared {
             let held = holders(&cookies, cgroup2, &may_match)?;
             let nobodies = left_alone.iter().filter(|listening| {
                 let tasks = [listening.row.binder, listening.row.owner];
-                // One that the kernel has not told of may be anybody's.
+                // A socket that the kernel did not list may be held by anybody.
                 let held = held.get(&listening.cookie);
                 held.is_some_and(|held| held.unread.is_none() && !tasks.iter().chain(&held.holders).any(may_match))
             });
             Ok(nobodies.map(|listening| (listening.cookie, listening.row.asked)).collect())
         });
-        // Without it, all are undecided for a moment.
+        // Where this fails, none is cleared: all are undecided for a moment.
         Self(
             looked
                 .inspect_err(|error| tracing::warn!(%error, "all listeners are to be judged anew"))
@@ -110,7 +111,8 @@ impl Commands {
         Self(Arc::new(program))
     }
 
-    /// Carries a command out. Says whether there was such a socket (or, to be recorded, none).
+    /// Carries a command out. False where it was stale: there is no such socket, or it is recorded already, or it has to be
+    /// judged anew.
     pub fn run(&self, command: &Command) -> Result<bool, Error> {
         match bpf::run(self.0.as_fd(), command) {
             Ok(COMMAND_DONE) => Ok(true),
@@ -154,7 +156,7 @@ impl Programs {
             let said = Command { kind, mode, cookie: socket.cookie, key, owner, asked: 0, generation: 0 };
             match self.commands.run(&said) {
                 Ok(_) => {}
-                // Whoever has more than their share: the socket stays without a row, and so refused.
+                // The user has used up their share: the socket stays without a row, so connections to it are refused.
                 Err(Error::MapFull { .. }) => *full_of.entry(owner.uid).or_default() += 1,
                 Err(error) => return Err(error),
             }
@@ -177,7 +179,7 @@ impl Programs {
             }
         }
         if !missing.is_empty() {
-            // Rows that were there before the second look, for sockets that are in neither.
+            // Forget only sockets that a second listing lacks as well: one may have begun to listen after the first.
             let alive: HashSet<u64> = self.listening_sockets()?.into_iter().map(|socket| socket.cookie).collect();
             for cookie in missing.into_iter().filter(|cookie| !alive.contains(cookie)) {
                 self.forget(cookie)?;
@@ -192,8 +194,8 @@ impl Programs {
         self.set(listening.cookie, &listening.row, mode, owner, listening.row.key.ipv6_only != 0)
     }
 
-    /// The same, if the policy of that generation is in force still, and nobody who may be enrolled has asked for the socket's
-    /// name since it was read: who has it may be another by now.
+    /// The same, if the policy of that generation is in force still, and nobody who may be enrolled has asked for the
+    /// socket's name since the row was read: another process may hold the socket by now.
     pub fn judged(
         &self,
         listening: &Listening,
@@ -263,7 +265,7 @@ impl Programs {
         Ok(())
     }
 
-    /// Takes protection back from addresses of a policy that is not to be.
+    /// Takes protection back from addresses of a policy that was not installed.
     pub(super) fn unprotect_again(&self, addresses: &[ProtectedKey]) {
         if let Err(error) = self.unprotect(addresses) {
             tracing::warn!(%error, "addresses of a policy that was refused stay protected");
@@ -279,11 +281,11 @@ impl Programs {
     }
 }
 
-/// The sockets behind addresses that several share, as they were when the counts were these.
+/// The sockets at addresses that several share, remembered with the row under which they were found.
 #[derive(Clone, Debug, Default)]
 pub(super) struct SharedAddresses(Arc<Mutex<HashMap<ListenerKey, AtOnce>>>);
 
-/// The counts of an address, and who listened there then.
+/// The row of an address, and the sockets that listened there at that time.
 type AtOnce = (Listeners, Vec<Listening>);
 
 /// Most shared addresses that are remembered.
@@ -324,8 +326,8 @@ impl SharedAddresses {
     /// fits (`inet6_lhash2_lookup` in net/ipv6/inet6_hashtables.c), and one hash bucket holds the wildcards of both families.
     /// So all of a bucket count, not only those that fit best.
     ///
-    /// With them comes who was there at these places before they were looked at, by [`who_listens`]. Sockets on the loopback
-    /// device are seldom, and count only where they are all there is, or where `everywhere` asks for them.
+    /// With them comes the sum of [`who_listens`] over these places, read before the sockets were looked at. Sockets on the
+    /// loopback device are rare, and are given only where there are no others, or where `everywhere` asks for them.
     pub fn reached(
         &self,
         tables: &Tables,
@@ -347,7 +349,7 @@ impl SharedAddresses {
                 break;
             }
         }
-        // Whoever begins to listen at the address itself is preferred to all wildcards.
+        // A socket that begins to listen at the address itself is preferred to all wildcards.
         let (mut found, may_be_preferred) = match exact.is_empty() {
             true => (wildcard, &places[..]),
             false => (exact, &places[..1]),

@@ -1,10 +1,10 @@
 //! The listeners of a shard: connections that the kernel has redirected to the agent come in, the agent's own connections
 //! go out.
 //!
-//! A [`UnboundListeners`] is made with the programs and sent to the shard's thread, which opens it into a
+//! An [`UnboundListeners`] is made with the programs and sent to the shard's thread, which opens it into a
 //! [`ShardListeners`] on its own runtime. A connection costs one or two map calls, on descriptors that nobody locks.
 //!
-//! *Invariant:* a destination is never guessed. What the kernel has no record of is reset.
+//! *Invariant:* a destination is never guessed. A connection of which the kernel has no record is reset.
 
 use super::{
     Error, host, owners,
@@ -31,8 +31,9 @@ use tokio::net::{TcpListener, TcpStream};
 use wimsey_common::*;
 use wimsey_sys::{self as sys, bpf};
 
-/// Nanoseconds after which what was recorded at a `connect()` is not about the connection that comes. On loopback they are one
-/// step, unless the agent does not accept: then the kernel sends the first segment again for two minutes (tcp_syn_retries).
+/// Nanoseconds after which the record of a `connect()` is too old to be about the connection that arrives. On loopback a
+/// connection arrives at once, unless the agent does not accept: then the kernel repeats the SYN for two minutes
+/// (tcp_syn_retries).
 const OLDEST: u64 = 200_000_000_000;
 
 /// Connections that may wait to be accepted, as far as `net.core.somaxconn` allows.
@@ -62,9 +63,9 @@ struct Pair<T> {
 pub struct ShardListeners {
     outbound: Pair<TcpListener>,
     inbound: Pair<TcpListener>,
-    /// Addresses of the outbound listeners: each connection that comes to one has it as its own.
+    /// Addresses of the outbound listeners: each connection that is accepted there has it as its local address.
     redirected_to: Pair<SocketAddr>,
-    /// Addresses of the inbound listeners: nobody has any business there.
+    /// Addresses of the inbound listeners: a connection to one of them was not redirected, and is reset.
     forbidden: Pair<SocketAddr>,
     dialler: Dialler,
 }
@@ -78,12 +79,12 @@ enum Side {
     Network,
 }
 
-/// What the first bytes for a workload wait for.
+/// Whether there are bytes for a workload before it is dialled.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Opening {
     /// They are here, and go out as soon as there is a connection.
     EarlyData,
-    /// Nobody knows whose they will be.
+    /// There are none yet, and either end may be the first to send.
     NoData,
 }
 
@@ -145,7 +146,7 @@ impl ShardListeners {
             Some(six) => six,
             None => self.redirected_to.four,
         };
-        // By the socket itself: its addresses may be those of another connection by now, if its other end is gone.
+        // By the cookie of the socket: if its other end is gone, another connection may have the same addresses by now.
         let cookie = socket_cookie(&socket);
         let taken = |cookie| self.dialler.tables.accepted.take(&cookie).map_err(map_error(map::ACCEPTED));
         let origin = cookie.and_then(taken);
@@ -202,8 +203,8 @@ impl Dialler {
         }
     }
 
-    /// Asks again who listens where an inbound flow goes: a socket may have taken the place of another. Says whether it is
-    /// somebody else, or more is known.
+    /// Asks again who listens where an inbound flow goes: a socket may have taken the place of another. True where others
+    /// listen now, or more is known about them.
     pub fn look_again(&self, flow: &mut Flow) -> Result<bool, Error> {
         let now = self.look(flow.destination, false)?;
         let is_as_before = flow.listens().is_some_and(|before| before.is_the_same(&now));
@@ -243,9 +244,9 @@ impl Dialler {
     }
 
     /// Connects to the local workload's own socket, which is shown `client` as its peer. No other program can make a
-    /// connection that passes as this one. Closing it is a reset, until that is taken back. `opening`: what its first bytes
-    /// wait for. `listeners`: who may be reached, of [`Origin::Inbound`](crate::flow::Origin). It comes to them, or it is
-    /// refused.
+    /// connection that passes as this one. Closing it is a reset, until that is switched off. `opening`: whether its first
+    /// bytes are there. `listeners`: the sockets that may be reached, from [`Origin::Inbound`](crate::flow::Origin). Where
+    /// others listen, it is refused.
     pub async fn upstream(
         &self,
         to: OriginalDst,
@@ -260,9 +261,9 @@ impl Dialler {
         let socket = self.own_socket(to, own, failed)?;
         prepare(&socket, self.congestion).map_err(failed)?;
         if opening == Opening::EarlyData {
-            // The last segment of the handshake goes with the first bytes, and the workload is woken up once for both. It
-            // holds for that segment only (net/ipv4/tcp_input.c, `tcp_rcv_synsent_state_process`), and if no bytes come after
-            // all, the segment goes by itself after 0.2 s.
+            // The last ACK of the handshake goes with the first bytes, so that the workload is woken up once for both. This
+            // holds for that ACK only (net/ipv4/tcp_input.c, `tcp_rcv_synsent_state_process`), and if no bytes come after
+            // all, it goes by itself after 0.2 s.
             rustix::net::sockopt::set_tcp_quickack(&socket, false).map_err(|error| failed(error.into()))?;
         }
         connect(socket, to).await.map_err(failed)
@@ -340,14 +341,16 @@ fn listen(tables: &Tables, side: Side, ip: IpAddr) -> Result<std::net::TcpListen
     register(tables, &socket, &Own { kind: OWN_LISTENER, pad: 0, client_port: 0, client: [0; 16], listeners: 0 })?;
     socket.bind(&at.into()).map_err(failed)?;
     socket.listen(BACKLOG).map_err(failed)?;
-    // Accepted sockets inherit it, and those of an inbound listener are bound to the workload's own address and port: without
-    // it a workload could not listen there again after a restart. Not before the bind, which chooses a free port.
+    // Accepted sockets inherit this option too, and those of an inbound listener are bound to the workload's own address
+    // and port: without it a workload could not listen there again after a restart. It is set after the bind, which has to
+    // choose a free port.
     socket.set_reuse_address(true).map_err(failed)?;
     Ok(socket.into())
 }
 
-/// Tells the kernel programs that an agent has left in this network namespace, if there are any, that a socket is a listener
-/// which the agent will dial itself: before it is bound. Where that cannot be told, it is a listener like any other.
+/// To be called before a socket is bound that will be a listener which the agent dials itself: registers it as such with
+/// the kernel programs that an agent has left in this network namespace, if there are any. Where that fails, it is a
+/// listener like any other.
 pub fn claim_listener(socket: &impl AsFd) {
     let own = Own { kind: OWN_TRIAL, pad: 0, client_port: 0, client: [0; 16], listeners: 0 };
     let claimed = host::netns().and_then(|(_, inode)| {
@@ -389,8 +392,8 @@ fn bind(socket: &Socket, from: SocketAddr) -> io::Result<()> {
     allow_gone(socket.bind(&SocketAddr::new(from.ip(), 0).into()))
 }
 
-/// Connects. The loopback device delivers at once, so that on this host it is done when the call returns: then there is
-/// nothing to wait for.
+/// Connects. The loopback device delivers at once, so a connection on this host is established when the call returns, and
+/// there is nothing to wait for.
 async fn connect(socket: Socket, to: SocketAddr) -> io::Result<TcpStream> {
     match socket.connect(&to.into()) {
         Err(error) if error.raw_os_error() != Some(Errno::INPROGRESS.raw_os_error()) => return Err(error),
@@ -416,17 +419,17 @@ fn allow_gone(bound: io::Result<()>) -> io::Result<()> {
     }
 }
 
-/// How the host's default deals with congestion.
+/// The kind of congestion control that the host uses by default.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Congestion {
-    /// By what is lost, or how long the queues are.
+    /// It goes by losses, or by the length of queues.
     Ordinary,
-    /// By pacing what is sent, as BBR does.
+    /// It paces what is sent, as BBR does.
     Paced,
 }
 
 impl Congestion {
-    /// That of a socket on which it has not been chosen.
+    /// That of a socket on which none has been chosen.
     fn of(socket: &impl AsFd) -> Self {
         match rustix::net::sockopt::tcp_congestion(socket) {
             Ok(name) if name.starts_with("bbr") => Self::Paced,
@@ -435,17 +438,17 @@ impl Congestion {
     }
 }
 
-/// Sets up a socket whose other end is a program of this host, so that its bytes go on at once and all of them. Closing it is
-/// a reset from now on, also when it is the kernel that closes it because the agent was killed: no stream looks complete
-/// unless somebody says that it is.
+/// Sets up a socket whose other end is a program of this host, so that all its bytes are passed on, and at once. Closing it
+/// is a reset from now on, even if the kernel closes it because the agent was killed: no stream looks complete unless it
+/// was ended in order.
 pub(crate) fn prepare(socket: &impl AsFd, congestion: Congestion) -> io::Result<()> {
     rustix::net::sockopt::set_tcp_nodelay(socket, true)?;
-    // An urgent byte is a byte: without this it would be missing from the stream.
+    // Without this, urgent bytes would be missing from the stream.
     rustix::net::sockopt::set_socket_oobinline(socket, true)?;
     rustix::net::sockopt::set_socket_linger(socket, Some(Duration::ZERO))?;
     if congestion == Congestion::Paced {
         // On the host there is no congestion, and pacing would only cost a timer for each burst. Every kernel has reno, and
-        // everybody may choose it (net/ipv4/tcp_cong.c); without it the bytes arrive all the same.
+        // every process may choose it (net/ipv4/tcp_cong.c); if this fails the bytes arrive all the same.
         let _ = rustix::net::sockopt::set_tcp_congestion(socket, "reno");
     }
     Ok(())

@@ -65,7 +65,7 @@ impl Tables {
         })
     }
 
-    /// Takes away the row of a socket that is gone, and gives it back to its user. Says whether there was one.
+    /// Removes the row of a socket that is gone, and no longer counts it against its user. Says whether there was one.
     pub fn forget_flow(&self, cookie: u64) -> io::Result<bool> {
         let Some(origin) = self.flows.take(&cookie)? else { return Ok(false) };
         let key = |uid, by| QuotaKey { uid, what: QUOTA_FLOWS, by };

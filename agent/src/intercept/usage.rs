@@ -1,6 +1,6 @@
 //! How full the tables of the kernel programs are.
 //!
-//! *Invariant:* what is pinned is what is counted, whatever maps this version of the programs has.
+//! *Invariant:* the maps that are pinned are counted, whether or not this version of the programs has them.
 
 use super::{
     error::{During, Error},
@@ -14,7 +14,8 @@ use std::{
 };
 use wimsey_sys::bpf::Rows;
 
-/// All tables together are counted for no longer: whoever asks for it waits, and so does what else its thread has to do.
+/// The longest time that all tables together are counted for: whoever asks waits for it, and so does all other work of this
+/// thread.
 const PATIENCE: Duration = Duration::from_millis(200);
 
 /// A table and the room in it.
@@ -30,7 +31,7 @@ pub struct TableUsage {
     pub counted: bool,
 }
 
-/// The tables of one network namespace, opened: an agent in its sandbox opens none.
+/// The tables of one network namespace, opened beforehand: an agent in its sandbox cannot open any.
 #[derive(Debug)]
 pub struct PinnedTables {
     tables: Vec<(String, Rows)>,

@@ -1,4 +1,5 @@
-//! What the agent does beside the connections, by name: what fails of it is a state and no end.
+//! The agent's work beside the connections, by name: where some of it fails, that is a state to report and does not end the
+//! agent.
 
 /// Something that may fail and is tried again.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -7,13 +8,13 @@ pub enum Work {
     Cgroups,
     /// Keeping the list of listening sockets.
     Listeners,
-    /// Hearing of events at all.
+    /// Receiving events of the kernel programs.
     Events,
-    /// Reading what was refused and not told.
+    /// Reading refusals that were counted and of which no event tells.
     Refusals,
-    /// Finding and closing connections from before.
+    /// Finding and closing connections from before enrolment.
     OldConnections,
-    /// Forgetting rows of sockets that went without a word.
+    /// Removing rows of sockets whose end no hook has seen.
     Tidying,
     /// Reading the counters.
     Counters,

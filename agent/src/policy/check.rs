@@ -3,7 +3,7 @@
 //! The texts of all files come in, a whole [`Policy`] goes out, or the list of everything that is wrong.
 //!
 //! *Invariant:* a policy is taken whole or not at all, and nothing in it depends on which of two statements is read first,
-//! but the choice of the name among several rules that allow the same thing.
+//! except which rule is named where several allow the same thing.
 
 use super::{
     Accounts, Allow, AllowIndex, Kind, Listeners, MAX_CANDIDATES, MAX_DESTINATIONS, MAX_VERDICTS, MAX_WORKLOADS,
@@ -55,7 +55,7 @@ pub(super) fn check(directory: &str, sources: &[Source], accounts: &Accounts) ->
     }
 }
 
-/// The one value that every file which says it agrees on.
+/// The value on which all files that set this key agree.
 fn agreed<T: Clone + PartialEq>(said: &[At<T>], key: &str, problems: &mut Problems) -> Option<T> {
     let (first, others) = said.split_first()?;
     for other in others.iter().filter(|other| other.value != first.value) {
@@ -251,11 +251,11 @@ impl Map {
         self.table.regions().get(index).copied()
     }
 
-    /// Gives a part of a mesh destination a row of its own, which means what the whole means. It is not needed where a
-    /// row is there already, and changes nothing where something else decides.
+    /// Gives a part of a mesh destination a row of its own, with the meaning of the whole. Does nothing where there is a
+    /// row already, or where something else decides.
     ///
-    /// A row for one port would win over the rows for any port that lie inside it, so each of these that decides for that
-    /// port gets a row for it too, and goes on meaning what it meant.
+    /// A row for one port would win over the rows for any port that lie inside it. So each of these that decides for that
+    /// port so far gets a row for it too, with its own meaning.
     fn split(&mut self, part: Region) {
         let parent = self.table.ancestors(&part).next().filter(|index| self.mesh(*index).is_some());
         let Some(parent) = parent.filter(|_| self.table.position(&part).is_none()) else { return };
@@ -329,7 +329,7 @@ fn crossings(map: &Map, problems: &mut Problems) {
     }
 }
 
-/// Which bypasses hold in each plaintext region: those that cover it, but not across a mesh destination in between.
+/// Which bypasses hold in each plaintext region: those that cover it, unless a mesh destination lies in between.
 fn bypasses(map: &mut Map, rules: &[PlainRule]) {
     for index in 0..map.kinds.len() {
         let Some(region) = map.region(index).filter(|_| map.mesh(index).is_none()) else { continue };

@@ -1,6 +1,6 @@
 //! Which patterns match an ID, among many: found segment by segment, not pattern by pattern.
 //!
-//! *Invariant:* exactly those for which [`Pattern::matches`] says so.
+//! *Invariant:* the patterns found are exactly those whose [`Pattern::matches`] takes the ID.
 
 use std::collections::HashMap;
 use wimsey_identity::spiffe::{Pattern, SpiffeId};

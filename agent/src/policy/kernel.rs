@@ -29,7 +29,8 @@ pub struct KernelPolicy {
     pub verdicts: Vec<KernelVerdict>,
     /// Some entry has a cgroup or systemd selector.
     pub cgroup_classes: bool,
-    /// Real uid and gid, or any, of every entry that has one: who could be somebody in a cgroup that is not known yet.
+    /// Real uid and gid, or any, of every entry that has a cgroup selector: tasks that could be a workload in a cgroup that
+    /// is not known yet.
     pub unseen: Vec<(Option<u32>, Option<u32>)>,
     /// Ports that are protected whether or not a listener of the workload has been seen: from `[[inbound]]`.
     pub protected: Vec<(IpAddr, u16)>,
@@ -76,8 +77,8 @@ pub struct KernelCandidate {
     pub uid: Option<u32>,
     /// Real gid, or any.
     pub gid: Option<u32>,
-    /// The workload of the entry with the most selectors that the kernel can check to the end, or 0 where several have as
-    /// many.
+    /// The workload of the entry with the most selectors, among those that the kernel can check completely; 0 where there
+    /// is none, or where several workloads have as many.
     pub workload: u32,
     /// Number of its identity.
     pub source: u64,
@@ -85,12 +86,12 @@ pub struct KernelCandidate {
     pub group: u64,
     /// How many selectors that are, or 0.
     pub certain: u16,
-    /// Selectors of the entry with the most that the agent has to attest, or 0.
+    /// How many selectors the longest entry has that the agent has to attest, or 0.
     pub attested: u16,
 }
 
 impl KernelCandidate {
-    /// Is it a row for whoever has these ids?
+    /// Does the row fit a task with these ids?
     pub fn fits(&self, uid: u32, gid: u32) -> bool {
         self.uid.is_none_or(|wanted| wanted == uid) && self.gid.is_none_or(|wanted| wanted == gid)
     }
@@ -124,7 +125,7 @@ impl Policy {
         Arc::clone(&self.kernel)
     }
 
-    /// A number of all registration entries: two policies that have the same say of every process that it is the same workload.
+    /// A number for all registration entries: two policies with the same number take every process for the same workload.
     pub fn who(&self) -> u64 {
         let mut hasher = DefaultHasher::new();
         for (workload, selectors) in self.workloads.iter().zip(&self.selectors) {
@@ -133,8 +134,8 @@ impl Policy {
         hasher.finish()
     }
 
-    /// May an entry match somebody with these ids, in a cgroup that nobody can be in any more? Not one that asks for the cgroup
-    /// alone.
+    /// Could an entry match a task with these ids whose cgroup is gone? An entry that asks for a cgroup alone does not
+    /// count.
     pub fn names_ids(&self, uid: u32, gid: u32) -> bool {
         let fits = |seen: &Seen| seen.uid.is_none_or(|it| it == uid) && seen.gid.is_none_or(|it| it == gid);
         let asks = |seen: &Seen| seen.cgroups.is_empty() || seen.uid.is_some() || seen.gid.is_some();
@@ -245,10 +246,11 @@ enum Named<'p> {
     Datagrams(Vec<(&'p str, &'p Matcher)>),
 }
 
-/// Makes numbers of what they name. Two names that get one number make the policy unusable, which no policy will ever see.
+/// Makes numbers by hashing what they name. A policy in which two names get one number is refused, which is so unlikely
+/// that it should never happen.
 #[derive(Default)]
 struct Numbers {
-    /// Of each number, a second one made in another way.
+    /// For each number, a second hash of the same name: where it differs, two names have one number.
     given: HashMap<u64, u64>,
     twice: bool,
 }
@@ -269,7 +271,8 @@ impl Numbers {
     }
 }
 
-/// Ids, each with the number of its own and that of the patterns that match it; and for each pattern the latter numbers.
+/// Ids, each with its own number and that of all the patterns that match it; and for each pattern, the numbers of the sets
+/// of patterns to which it belongs.
 #[derive(Default)]
 struct Side<'p> {
     numbers: HashMap<&'p SpiffeId, (u64, u64)>,

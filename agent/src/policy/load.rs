@@ -46,7 +46,7 @@ pub(super) fn load(directory: &Path, accounts: &Accounts, purpose: Purpose) -> R
     if problems.is_empty() {
         return check::check(&shown, &sources, accounts);
     }
-    // Some file could not be read; what is wrong with the others is worth saying in the same breath.
+    // Some file could not be read; what is wrong with the others is reported at the same time.
     let mut statements = language::Statements::default();
     for source in &sources {
         statements.read(&source.file, &source.text, accounts, &mut problems);
@@ -95,9 +95,9 @@ fn read(directory: &Path, shown: &str, purpose: Purpose, problems: &mut Problems
     sources
 }
 
-/// The `*.toml` files by name. Hidden files are an editor's or a package manager's business.
+/// The `*.toml` files by name. Hidden files are left out: they belong to editors and package managers.
 ///
-/// A name that somebody may have meant for one of them is a problem: its rules would be missing without a word.
+/// A name that was probably meant to be one of them is a problem: the rules in that file would be missing unnoticed.
 fn names(directory: &Path, problems: &mut Problems) -> std::io::Result<Vec<String>> {
     let mut names = Vec::new();
     for entry in std::fs::read_dir(directory)? {

@@ -39,7 +39,7 @@ pub const MAX_WORKLOADS: usize = 65_535;
 /// Most rows of [`KernelPolicy::destinations`]. Half of what the map of the kernel programs holds: during a reload it holds
 /// two policies.
 pub const MAX_DESTINATIONS: usize = 65_535;
-/// Most rows of [`KernelPolicy::verdicts`]. As many as the map holds: what goes is removed before what comes is written.
+/// Most rows of [`KernelPolicy::verdicts`]. As many as the map holds: rows that go are removed before new ones are written.
 pub const MAX_VERDICTS: usize = 262_144;
 /// Most rows that every process is looked up in: [`Policy::candidates`] without a cgroup, and [`KernelPolicy::unseen`]. A
 /// quarter of what the map holds: during a reload it holds two policies, and half is for classes of cgroups.
@@ -360,7 +360,7 @@ impl Policy {
         Inbound { peers: Peers(peers), permissive }
     }
 
-    /// What happens to connections from before.
+    /// What happens to connections that are older than their workload's enrolment.
     pub fn preexisting(&self) -> Preexisting {
         self.preexisting
     }

@@ -138,7 +138,7 @@ pub(super) fn selectors_of(cgroup: &str) -> impl Iterator<Item = Selector> {
 /// The units of the system manager that a cgroup is in: its slices, outermost first, and the one unit in them.
 ///
 /// systemd puts units into slices and nowhere else, and hands what is below a unit to whoever runs there: a user's own
-/// manager, a container. Names down there are theirs to choose, so they name no unit of the system.
+/// manager, a container. Names below a unit are chosen by what runs there, so they name no unit of the system.
 fn units(cgroup: &str) -> impl Iterator<Item = &str> {
     let mut in_slices = true;
     cgroup

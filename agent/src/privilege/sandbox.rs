@@ -1,10 +1,10 @@
-//! The sandbox: a seccomp filter that refuses what an agent that is up never asks for, and an intruder in it would.
+//! The sandbox: a seccomp filter that refuses system calls which a running agent never makes, and an intruder in it would.
 //!
-//! It is a list of what is refused, not of what is allowed, and system calls younger than the oldest kernel that Wimsey
-//! runs on do not exist (docs/adr/0008-a-sandbox-that-lists-what-is-refused.md). A refused call gets EPERM; the agent
-//! lives on, and says so where it matters.
+//! It is a list of what is refused, not of what is allowed, and system calls younger than Linux 6.1 are answered as if they
+//! did not exist (docs/adr/0008-a-sandbox-that-lists-what-is-refused.md). A refused call gets EPERM; the agent lives on,
+//! and says so where it matters.
 //!
-//! *Invariant:* what is said to be on was seen to refuse something.
+//! *Invariant:* the sandbox is reported to be on only after it was seen to refuse a call.
 
 use rustix::fs::{MemfdFlags, memfd_create};
 use seccompiler::{
@@ -40,7 +40,7 @@ pub(super) fn close() -> Sandbox {
     close_by(seccompiler::apply_filter_all_threads)
 }
 
-/// Would this kernel close it? Tried on a thread that ends with the question.
+/// Would this kernel close it? Tried on a thread that ends afterwards.
 pub fn probe() -> Sandbox {
     let thread = std::thread::Builder::new().spawn(|| close_by(seccompiler::apply_filter));
     match thread.map(std::thread::JoinHandle::join) {
@@ -76,7 +76,7 @@ fn explain(error: &seccompiler::Error) -> String {
 fn programs() -> Result<[BpfProgram; 2], BackendError> {
     let machine: TargetArch = std::env::consts::ARCH.try_into()?;
     let refuse = SeccompAction::Errno(libc::EPERM.cast_unsigned());
-    // For another machine's calls (32-bit ones on x86) this one ends the process.
+    // At system calls of another architecture (32-bit ones on x86) this filter ends the process.
     let refused = SeccompFilter::new(refused()?, SeccompAction::Allow, refuse, machine)?;
     Ok([refused.try_into()?, unknown()])
 }
@@ -215,7 +215,7 @@ const ALWAYS: &[&[libc::c_long]] = &[
     OF_THIS_MACHINE,
 ];
 
-/// What newer machines do not have any more.
+/// System calls that newer architectures do not have.
 #[cfg(target_arch = "x86_64")]
 const OF_THIS_MACHINE: &[libc::c_long] = &[
     libc::SYS_fork,
@@ -253,23 +253,24 @@ fn refused() -> Result<BTreeMap<i64, Vec<SeccompRule>>, BackendError> {
     let (mask, family) = SOCKET_REQUESTS;
     let own = u64::from(std::process::id());
     refused.extend([
-        // A process of its own; threads may be made.
+        // New processes; threads may be made.
         (libc::SYS_clone, vec![rule([masked(0, libc::CLONE_THREAD, 0)])?]),
         // Code that was not in the program when it started.
         (libc::SYS_mmap, vec![executable(2)?]),
         (libc::SYS_mprotect, vec![executable(2)?]),
         (libc::SYS_pkey_mprotect, vec![executable(2)?]),
-        // Packets, virtual machines, devices; routes, addresses and packet filters, for which the agent has the capability.
+        // Sockets for packets, virtual machines and devices; routes, addresses and packet filters, which the agent's
+        // capabilities would allow it to change.
         (libc::SYS_socket, vec![other_domains?, other_netlink?]),
         (
             libc::SYS_ioctl,
             vec![rule([(1, SeccompCmpOp::MaskedEq(mask), family)])?, rule([(1, SeccompCmpOp::Eq, libc::TIOCSTI)])?],
         ),
         (libc::SYS_setsockopt, vec![firewall(libc::IPPROTO_IP)?, firewall(libc::IPPROTO_IPV6)?]),
-        // Programs and maps are there, and attached.
+        // The programs and maps are loaded and attached already.
         (libc::SYS_bpf, vec![rule(ON_ELEMENTS.map(|command| (0, SeccompCmpOp::Ne, command)))?]),
         (libc::SYS_open_by_handle_at, vec![rule([(2, SeccompCmpOp::Ne, number(DIRECTORY_ALONE))])?]),
-        // Whether threads share their descriptors is asked where somebody may hold a socket, and nothing else is compared.
+        // The agent compares only tables of descriptors, to find who holds a socket.
         (libc::SYS_kcmp, vec![rule([(2, SeccompCmpOp::Ne, number(wimsey_sys::KCMP_FILES))])?]),
         // abort() sends a signal, to this process.
         (libc::SYS_tgkill, vec![rule([(0, SeccompCmpOp::Ne, own)])?]),
@@ -376,7 +377,7 @@ mod tests {
             ] {
                 assert_eq!(refused_call(call, arguments), Some(libc::EPERM), "{what}");
             }
-            // What the arguments do not reach with their upper halves is compared without them.
+            // The kernel ignores the upper half of this argument, and so does the comparison.
             let beyond = 1 << 40 | libc::AF_PACKET as usize;
             assert_eq!(refused_call(libc::SYS_socket, [beyond, libc::SOCK_RAW as usize, 0, 0]), Some(libc::EPERM));
             assert_eq!(Command::new("true").spawn().unwrap_err().raw_os_error(), Some(libc::EPERM));

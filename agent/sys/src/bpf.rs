@@ -1,4 +1,5 @@
-//! Maps, one element or many at a time, from any thread: what aya's typed maps ask `&mut` or a whole program for.
+//! Maps, one element or many at a time, from any thread: aya's typed maps allow that only with `&mut`, or with the whole
+//! loaded object.
 
 use aya::{
     Pod,
@@ -148,7 +149,7 @@ impl<K: Pod, V: Pod> Table<K, V> {
         Ok(())
     }
 
-    /// Removes many rows, in this order; those that are not there are nobody's error. When it fails, some are removed.
+    /// Removes many rows, in this order; those that are not there are skipped. When it fails, some are removed.
     pub fn remove_all(&self, keys: &[K]) -> io::Result<()> {
         for keys in keys.chunks(BATCH) {
             let done = self.batch(MAP_DELETE_BATCH, keys, &[]);
@@ -296,7 +297,7 @@ impl Rows {
             if rows == 0 {
                 first.clone_from(&last);
             }
-            // Behind a row that has gone meanwhile the kernel begins again with the first.
+            // After a row that was removed meanwhile, the kernel begins again with the first.
             rows = if last == first { 1 } else { rows + 1 };
             steps = steps.wrapping_add(1);
         }

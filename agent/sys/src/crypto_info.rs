@@ -67,7 +67,7 @@ impl CryptoInfo {
         set_tls_keys(socket, half, self.bytes())
     }
 
-    /// Reads back what the kernel has. It wants to be asked for exactly the structure that it has.
+    /// Reads back what the kernel has. The kernel answers only if it is asked for exactly the structure that it has.
     pub fn read(socket: BorrowedFd<'_>, half: TlsHalf) -> io::Result<Self> {
         let mut kind = [0; size_of::<tls_crypto_info>()];
         tls_keys(socket, half, &mut kind)?;

@@ -1,4 +1,4 @@
-//! Every system call that std, rustix and tokio lack. The agent itself forbids `unsafe`; this crate is where it stands.
+//! Every system call that std, rustix and tokio lack. The agent itself forbids `unsafe`; this crate contains all of it.
 //!
 //! Functions take `BorrowedFd` and give `OwnedFd` or plain values; each `unsafe` block says why it is sound (SAFETY) and
 //! why it is there at all (JUSTIFICATION).
@@ -50,8 +50,9 @@ pub fn compare_descriptors(one: u32, other: u32) -> io::Result<Ordering> {
 /// From include/uapi/linux/kcmp.h: are the tables of descriptors the same?
 pub const KCMP_FILES: libc::c_int = 2;
 
-/// Gives the pages of this program's own code and constants back to the page cache, and says how many bytes they span. What
-/// is needed again is mapped again when it is: a start runs through several megabytes that an agent never needs later.
+/// Gives the pages of this program's own code and constants back to the page cache, and says how many bytes they span.
+/// Pages that are needed again are mapped again at the next access. A start runs through several megabytes that an agent
+/// never needs later.
 pub fn forget_code() -> io::Result<usize> {
     let program = std::fs::read_link("/proc/self/exe")?;
     let maps = std::fs::read_to_string("/proc/self/maps")?;

@@ -10,8 +10,8 @@ use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 const CGROUP2_MAGIC: u64 = 0x6367_7270;
-/// Inode number of the hierarchy's root. A mount that was made in a cgroup namespace begins further down, and only this tells:
-/// in that namespace its root is called `/` as well.
+/// Inode number of the hierarchy's root. A mount that was made in a cgroup namespace begins further down, which only this
+/// number shows: in that namespace its root is called `/` as well.
 const ROOT_INODE: u64 = 1;
 /// The table as this thread sees it, which may be in a mount namespace of its own.
 pub const MOUNTINFO: &str = "/proc/thread-self/mountinfo";
@@ -26,7 +26,7 @@ pub fn cgroup2() -> io::Result<Option<PathBuf>> {
 /// A mounted file system.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Mount {
-    /// Device number, which no other file system has meanwhile.
+    /// Device number, which no other file system has at the same time.
     pub device: u64,
     /// What of it is mounted; `/` is the whole, unless the mount was made in a cgroup namespace.
     pub root: PathBuf,

@@ -1,6 +1,6 @@
 //! Indices into the per-CPU array `COUNTERS`, all counted in connections or packets since the maps were made.
 
-/// Declares them, each with its number and the name under which people see it.
+/// Declares the counters, each with its number and the name under which people see it.
 macro_rules! counters {
     ($($(#[$doc:meta])* $constant:ident = $number:literal, $name:literal;)*) => {
         $($(#[$doc])* pub const $constant: u32 = $number;)*
@@ -30,7 +30,7 @@ counters! {
     REFUSED_NOT_ALLOWED = 4, "refused-not-allowed";
     /// Connections refused at `connect`: a map was full, or the user's share of it.
     REFUSED_MAP_FULL = 5, "refused-map-full";
-    /// SYN packets that the egress guard dropped.
+    /// SYN packets, and answers to SYNs, that the egress guard dropped.
     GUARD_DROPPED = 6, "guard-dropped";
     /// UDP datagrams or associations allowed to a mesh destination.
     UDP_ALLOWED = 7, "udp-allowed";
@@ -38,7 +38,7 @@ counters! {
     UDP_REFUSED = 8, "udp-refused";
     /// Inbound connections redirected to the agent.
     REDIRECTED_INBOUND = 9, "steered";
-    /// Inbound connections of the agent's own upstream connection, admitted.
+    /// The agent's own upstream connections that were let through to a workload.
     UPSTREAMS_ADMITTED = 10, "legs-admitted";
     /// Connections, outbound or inbound, refused because no agent was there.
     REFUSED_NO_AGENT = 11, "refused-no-agent";
@@ -46,7 +46,7 @@ counters! {
     EVENTS_LOST = 12, "events-lost";
     /// Inbound connections refused because nobody had said yet whose the listener is.
     REFUSED_UNDECIDED = 13, "refused-undecided";
-    /// Inbound segments to a port for which no listener is recorded: nobody listens, or nobody knows who.
+    /// Inbound segments to a port for which no listener is recorded: nobody listens, or the socket is not recorded.
     NO_LISTENER = 14, "no-listener";
     /// Connections of other network namespaces to addresses that are mesh destinations in this one.
     OTHER_NAMESPACES = 15, "other-namespaces";

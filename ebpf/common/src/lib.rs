@@ -1,5 +1,5 @@
-//! The words that both halves of Wimsey speak: the keys and values of the maps that the kernel programs read and the
-//! agent writes, and the events that go the other way.
+//! The types that both halves of Wimsey share: the keys and values of the maps that the kernel programs read and the agent
+//! writes, and the events that go the other way.
 //!
 //! Everything here has one layout in the kernel and in user space: `#[repr(C)]`, every padding byte named, no `bool`,
 //! no `Option`, no Rust enum on the wire (integers, and `TryFrom` on the reading side). Addresses are always sixteen
@@ -31,8 +31,8 @@ pub const ANY: u32 = u32::MAX;
 /// Class of the registration entries that name no cgroup, and of a cgroup that no entry names.
 pub const CLASS_NONE: u32 = 0;
 
-/// Class under which `CANDIDATES` has a row for the uid and gid of every entry that names a cgroup, whichever: what a task in
-/// a cgroup that nobody has looked at yet could turn out to be.
+/// Class under which `CANDIDATES` has a row for the uid and gid of every entry that names a cgroup, whatever cgroup that
+/// is: it tells what a task in a cgroup that the agent has not looked at yet could turn out to be.
 pub const CLASS_UNSEEN: u32 = u32::MAX;
 
 /// An IPv6 address, or an IPv4 address mapped into one (`::ffff:a.b.c.d`), in network byte order.
@@ -52,8 +52,8 @@ pub struct Config {
     pub shards: u32,
     /// `FLAG_` and `SHAPES_` bits.
     pub flags: u32,
-    /// Epoch of the keys in force: keys of another epoch do not exist for the programs. It rises when it changes who is
-    /// who; a reload that changes only what is allowed writes differences.
+    /// Epoch of the keys in force: keys of another epoch do not exist for the programs. It rises with a reload that changes
+    /// the registration entries; one that changes only what is allowed writes the rows that differ.
     pub epoch: u32,
     /// Number of the network namespace in [`DestinationKey`]s.
     pub namespace: u32,
@@ -92,14 +92,15 @@ pub struct TaskLayout {
     pub shutdown: u32,
 }
 
-/// Every listening socket from before is recorded: where no row is found, nobody listens, or somebody whom nobody has
-/// recorded, who is refused.
+/// Every listening socket that is older than the programs is recorded. Where no row is found, nobody listens, or there was
+/// no room to record the socket, and connections to it are refused.
 pub const FLAG_REGISTRY_COMPLETE: u32 = 4;
-/// Who is who is about to change: nobody who begins to listen is left alone before the agent has judged them.
+/// The registration entries are about to change: a socket that would be left alone when it begins to listen is undecided
+/// instead, until the agent has judged it.
 pub const FLAG_ALL_UNDECIDED: u32 = 32;
-/// Policy protects addresses whoever listens there.
+/// Policy protects some addresses, whoever listens there.
 pub const FLAG_PROTECTED_ADDRESSES: u32 = 8;
-/// Some registration entry has no cgroup selector, so that whoever may change their user can become a workload.
+/// Some registration entry has no cgroup selector, so that a process which may change its user can become a workload.
 pub const FLAG_ENTRIES_BY_USER: u32 = 16;
 
 /// Some registration entry names a cgroup or a systemd unit, so a task's cgroup matters.
@@ -163,8 +164,8 @@ pub struct CandidateKey {
     pub gid: u32,
 }
 
-/// Value of `CANDIDATES`. Of all rows that a task matches the one with the most certain selectors wins, if no entry that
-/// has to be attested has as many, and no other workload.
+/// Value of `CANDIDATES`. Of all rows that a task matches, the one with the most certain selectors wins, unless an entry
+/// that has to be attested, or one of another workload, has as many.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Candidate {
@@ -174,15 +175,15 @@ pub struct Candidate {
     pub group: u64,
     /// Number of the workload; 0 where several fit equally well.
     pub workload: u32,
-    /// Selectors of the entry with the most that the kernel can check to the end, or 0.
+    /// The most selectors that an entry has which the kernel can check completely, or 0.
     pub certain: u16,
-    /// Selectors of the entry with the most that has to be attested (by path or content of the program), or 0.
+    /// The most selectors that an entry has which has to be attested (by path or content of the program), or 0.
     pub attested: u16,
 }
 
-/// Key of `DESTINATIONS`, a longest-prefix-match trie over these bytes. All in front of the address is always matched
-/// whole, so prefix lengths run from [`DESTINATION_FIXED_BITS`] (any address) to [`DESTINATION_KEY_BITS`] (one address).
-/// Port 0 stands for any port and is looked up after the port itself.
+/// Key of `DESTINATIONS`, a longest-prefix-match trie over these bytes. Everything in front of the address is always
+/// matched whole, so prefix lengths run from [`DESTINATION_FIXED_BITS`] (any address) to [`DESTINATION_KEY_BITS`] (one
+/// address). Port 0 stands for any port and is looked up after the port itself.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct DestinationKey {
@@ -198,8 +199,8 @@ pub struct DestinationKey {
     pub address: Address,
 }
 
-/// `pad` of a [`DestinationKey`] that says of an address that some port of it is a mesh destination: for packets that have no
-/// ports.
+/// `pad` of a [`DestinationKey`] whose row says that some port of the address is a mesh destination: for packets without a
+/// port.
 pub const DESTINATION_ADDRESS: u16 = 1;
 
 /// Bits of a [`DestinationKey`] in front of the address.
@@ -256,7 +257,7 @@ pub struct Verdict {
     pub rule: u32,
 }
 
-/// TCP: turn the connection to the agent.
+/// TCP: redirect the connection to the agent.
 pub const VERDICT_MESH: u32 = 1;
 /// TCP or UDP: let it pass as it is, and count it under its rule.
 pub const VERDICT_BYPASS: u32 = 2;
@@ -292,7 +293,7 @@ pub struct Origin {
     pub cookie: u64,
     /// Address that the application dialled.
     pub destination: Address,
-    /// Source address to show and to dial from: what the application bound, else the destination's hint, else zero.
+    /// Source address to show and to dial from: what the application bound, else [`Destination::source`], else zero.
     pub source: Address,
     /// Port that the application dialled.
     pub destination_port: u16,
@@ -304,11 +305,11 @@ pub struct Origin {
     pub generation: u32,
     /// 4 or 6: the family of the application's socket call (an IPv4-mapped address on an IPv6 socket is 6).
     pub family: u16,
-    /// Port of the agent's listener that the connection was turned to.
+    /// Port of the agent's listener to which the connection was redirected.
     pub agent_port: u16,
     /// Thread that called `connect`, in the initial pid namespace.
     pub thread: u32,
-    /// 1 once the connection stands.
+    /// 1 once the connection to the agent is established.
     pub arrived: u32,
 }
 
@@ -333,7 +334,7 @@ pub struct TupleKey {
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Own {
-    /// [`OWN_DIAL`] or [`OWN_UPSTREAM`].
+    /// One of the `OWN_` kinds.
     pub kind: u32,
     /// Always zero.
     pub pad: u16,
@@ -349,9 +350,9 @@ pub struct Own {
 pub const OWN_DIAL: u32 = 1;
 /// The agent's upstream connection to a local workload.
 pub const OWN_UPSTREAM: u32 = 2;
-/// One of the agent's listeners: for connections that the programs turn to it, and for nobody who dials it.
+/// One of the agent's listeners: it takes connections that the programs redirect to it; who dials it directly is refused.
 pub const OWN_LISTENER: u32 = 3;
-/// A listener that the agent has made to dial it itself.
+/// A listener that the agent has opened in order to dial it itself.
 pub const OWN_TRIAL: u32 = 4;
 
 /// Value of `UPSTREAMS` (by [`TupleKey`]): the true client behind an upstream connection.
@@ -364,11 +365,11 @@ pub struct Upstream {
     pub client_port: u16,
     /// Always zero.
     pub pad: [u16; 3],
-    /// As in [`Own`]: the upstream connection is for them, and for nobody who listens there after them.
+    /// As in [`Own`]: the upstream connection may reach these sockets, and none that listens there after them.
     pub listeners: u64,
 }
 
-/// What the kernel did by itself, or learnt, on the way to the agent (ring buffer `EVENTS`).
+/// What the kernel programs decided or learnt, sent to the agent (ring buffer `EVENTS`).
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Event {
@@ -410,7 +411,8 @@ pub const EVENT_BYPASSED: u32 = 2;
 pub const EVENT_LISTENING: u32 = 3;
 /// A listening socket was closed, or listens no more.
 pub const EVENT_CLOSED: u32 = 4;
-/// An enrolled process has asked for the name of a listening socket that was left alone. The socket is protected from then on.
+/// A process that may be enrolled has asked for the name of a listening socket that was not protected. The socket is
+/// undecided from then on.
 pub const EVENT_HELD: u32 = 6;
 /// A task acted in a cgroup that has no class yet.
 pub const EVENT_UNKNOWN_CGROUP: u32 = 5;
@@ -429,17 +431,17 @@ pub const REASON_UDP: u32 = 5;
 pub const REASON_NO_AGENT: u32 = 6;
 /// The programs are attached but have no valid configuration.
 pub const REASON_NO_CONFIG: u32 = 7;
-/// A connection to a listener of which nobody has said yet whose it is.
+/// A connection to an undecided listener: the agent has not said yet whose it is.
 pub const REASON_UNDECIDED: u32 = 8;
 /// The socket is bound to a device, so that it cannot reach the agent.
 pub const REASON_DEVICE: u32 = 9;
 /// A connection was redirected to the agent and never arrived there.
 pub const REASON_NEVER_ARRIVED: u32 = 10;
-/// A packet of a protocol that is neither TCP nor UDP, or ICMP, from an enrolled workload to a mesh destination.
+/// A packet of a protocol other than TCP and UDP (ICMP included) from an enrolled workload to a mesh destination.
 pub const REASON_PROTOCOL: u32 = 11;
 /// An enrolled process in a network namespace without an agent dialled a mesh destination of this one.
 pub const REASON_NAMESPACE: u32 = 12;
-/// Somebody dialled the agent itself, or what listens where the agent did.
+/// A listener of the agent itself was dialled.
 pub const REASON_DIRECT: u32 = 13;
 /// The user has as many rows of a map of the kernel programs as one user may have.
 pub const REASON_QUOTA: u32 = 16;

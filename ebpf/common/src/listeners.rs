@@ -20,16 +20,16 @@ pub struct ListenerKey {
     pub ipv6_only: u16,
 }
 
-/// [`ListenerKey::device`] for sockets of nobody's that are bound, do not listen, and may share their address with others
-/// that do (`SO_REUSEADDR`, `SO_REUSEPORT`). The kernel may choose one of them a moment before the programs hear that it
-/// listens.
+/// [`ListenerKey::device`] for sockets that are left alone, are bound, do not listen, and may share their address with
+/// others that do (`SO_REUSEADDR`, `SO_REUSEPORT`). The kernel may choose one of them a moment before the programs hear
+/// that it listens.
 pub const BOUND_ONLY: u32 = u32::MAX;
 
 /// Value of `LISTENERS`: how many sockets are bound to one address, by their protection. The strictest that is there counts.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Listeners {
-    /// Three counts in one word, so that a socket goes from one to another in one step: see [`unit()`]. Bit 63 says that the
+    /// Three counts in one word, so that all three are read and changed in one step: see [`unit()`]. Bit 63 says that the
     /// row is about to be removed.
     pub counts: u64,
     /// Cookie of the socket that has begun to listen here last, or 0.
@@ -84,8 +84,8 @@ pub const fn strictest(counts: u64) -> u32 {
     }
 }
 
-/// A number for who listens at one address, to be added up over all addresses where the kernel looks for the listener of a
-/// connection. The sum is another one as soon as somebody comes, goes or takes another's place. 0: nobody.
+/// A number for the sockets that listen at one address, to be added up over all addresses where the kernel looks for the
+/// listener of a connection. The sum changes as soon as a socket comes, goes or takes another's place. 0: there is none.
 #[must_use]
 pub const fn who_listens(row: &Listeners) -> u64 {
     let all = all_counted(row.counts);
@@ -122,8 +122,8 @@ pub struct Socket {
     pub owner: Task,
     /// Where it is.
     pub key: ListenerKey,
-    /// As what `LISTENERS` counts it: one of the `LISTENER_` modes, or 0 where it does not. In 64 bits, because it changes in
-    /// one step.
+    /// The mode under which `LISTENERS` counts it: one of the `LISTENER_` modes, or 0 where it does not. 64 bits, as the
+    /// atomic operations need.
     pub mode: u64,
     /// What the binder is: one of the `LISTENER_` modes.
     pub bound: u32,
@@ -135,12 +135,12 @@ pub struct Socket {
     pub asked: u32,
 }
 
-/// The row of a listener of the agent itself, which is in nobody's share.
+/// [`Socket::charged`] of the agent's own listeners, which count in no user's share.
 pub const UNCHARGED: u32 = u32::MAX;
 
-/// Nobody concerned is enrolled: left alone. Never the result of a miss.
+/// Nobody concerned is enrolled: left alone. Never the result of a failed look-up.
 pub const LISTENER_LEFT_ALONE: u32 = 1;
-/// Nothing can be said yet: refused until the agent has said what it is.
+/// Not known yet: refused until the agent has said what it is.
 pub const LISTENER_UNDECIDED: u32 = 2;
 /// Protected: through the agent; refused when there is none.
 pub const LISTENER_PROTECTED: u32 = 3;
@@ -158,7 +158,7 @@ pub struct ProtectedKey {
 }
 
 /// What the agent says about a socket: the input of the program `registry`, which the agent runs by itself
-/// (`BPF_PROG_TEST_RUN`). Counts and rows change in the kernel only, so that nobody is between two steps.
+/// (`BPF_PROG_TEST_RUN`). Counts and rows change in the kernel only, so that user space is never in the middle of a change.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Command {
@@ -174,11 +174,11 @@ pub struct Command {
     pub owner: Task,
     /// For [`COMMAND_SET`]: [`Socket::asked`] when it was judged. If somebody has asked since, it is to be judged anew.
     pub asked: u32,
-    /// Under which generation of the policy it was judged, or 0: it is so under any.
+    /// Under which generation of the policy it was judged, or 0: the judgement holds under any.
     pub generation: u32,
 }
 
-/// Says what a socket is.
+/// Sets the mode and the owner of a listening socket.
 pub const COMMAND_SET: u32 = 1;
 /// Records a listening socket that the programs have not seen.
 pub const COMMAND_RECORD: u32 = 2;
@@ -187,7 +187,7 @@ pub const COMMAND_FORGET: u32 = 3;
 
 /// The command was carried out (`XDP_PASS`).
 pub const COMMAND_DONE: u32 = 2;
-/// There is no such socket, or there is one already (`XDP_DROP`).
+/// There is no such socket, or it is recorded already, or it has to be judged anew (`XDP_DROP`).
 pub const COMMAND_STALE: u32 = 1;
 /// A map is full (`XDP_TX`).
 pub const COMMAND_FULL: u32 = 3;

@@ -14,13 +14,14 @@ pub const DESTINATIONS: &str = "DESTINATIONS";
 pub const VERDICTS: &str = "VERDICTS";
 /// `HashMap<u64, Origin>` by socket cookie.
 pub const FLOWS: &str = "FLOWS";
-/// `LruHashMap<TupleKey, Origin>`: connections to the agent that do not stand yet.
+/// `LruHashMap<TupleKey, Origin>`: connections to the agent that are not established yet.
 pub const ORIGINS: &str = "ORIGINS";
-/// `LruHashMap<u64, Origin>` by cookie of the agent's end: those that stand, and that it has not accepted yet.
+/// `LruHashMap<u64, Origin>` by cookie of the agent's end: those that are established, and that the agent has not accepted
+/// yet.
 pub const ACCEPTED: &str = "ACCEPTED";
 /// `HashMap<u64, Own>` by socket cookie.
 pub const OWN: &str = "OWN";
-/// `HashMap<TupleKey, Leg>`.
+/// `HashMap<TupleKey, Upstream>`.
 pub const UPSTREAMS: &str = "UPSTREAMS";
 /// `HashMap<ListenerKey, Listeners>`: how many sockets are bound where, by their protection.
 pub const LISTENERS: &str = "LISTENERS";

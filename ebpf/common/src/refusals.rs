@@ -26,8 +26,8 @@ pub const QUOTA_BY_AGENT: u32 = 1;
 /// One user may have a table's rows divided by this.
 pub const QUOTA_SHARE: u32 = 4;
 
-/// Key of `REFUSALS`: refusals that are one to whoever reads of them. Where a user has had more kinds of refusals in a second
-/// than are told one by one, or the map is full, address and port are zero and stand for all.
+/// Key of `REFUSALS`: refusals with equal keys are reported as one kind. Where a user has had more kinds of refusals in a
+/// second than are told one by one, or the map is full, address and port are zero and stand for all.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct RefusalKey {

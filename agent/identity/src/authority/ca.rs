@@ -161,7 +161,7 @@ pub enum CaError {
         /// What was asked for.
         id: SpiffeId,
     },
-    /// It was asked for a life of no time.
+    /// It was asked for a certificate without any lifetime.
     #[error("a certificate cannot have a life of {0:?}: give it at least a second")]
     NoLife(Duration),
     /// The trust domain has no valid name.
@@ -206,7 +206,7 @@ impl Refusal for CaError {
     }
 }
 
-// By hand: an error that prints what it stands on does not name it as its source as well.
+// Written by hand, since `#[from]` would make it the source as well: its message prints the file error already.
 impl From<FileError> for CaError {
     fn from(error: FileError) -> Self {
         Self::File(error)
@@ -330,7 +330,7 @@ impl Authority {
         Ok(certificate.is_issued_by(&self.parsed()?))
     }
 
-    /// Its certificate's name for its key.
+    /// The subject key identifier of its certificate.
     pub(super) fn key_identifier(&self) -> Result<Option<Vec<u8>>, CaError> {
         let parsed = self.parsed()?;
         let identifier = parsed.key_identifier().map_err(|error| crypto("reading the authority", error))?;

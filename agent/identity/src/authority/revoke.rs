@@ -1,10 +1,10 @@
 //! `wimsey ca revoke`: a certificate of the embedded authority in, a newly signed revocation list beside the authority
 //! out.
 //!
-//! A list is replaced as a whole, under a lock on the directory, and only after it was read back as an agent would read
-//! it. Reasons are not kept: whoever goes by a list does not ask for them.
+//! A list is replaced as a whole, under a lock on the directory, and only after it was read back as an agent would read it.
+//! Reasons are not kept, because readers of a list make no use of them.
 //!
-//! *Invariant:* an entry never leaves a list, and the number of a list only grows, also after the file was removed.
+//! *Invariant:* an entry never leaves a list, and the number of a list only grows, even after the file was removed.
 
 use super::ca::{self, Authority, CaError};
 use crate::{
@@ -52,7 +52,7 @@ pub struct Done {
     pub path: PathBuf,
     /// The serial number that is revoked now, in hexadecimal.
     pub serial: Option<String>,
-    /// The file was written; it was not where the serial number was in it already.
+    /// The file was written. False where the serial number was in it already.
     pub written: bool,
     /// The list as it is now.
     pub list: About,
@@ -101,7 +101,7 @@ pub enum RevokeError {
         "`{0}` is no serial number: write 1 to 20 octets in hexadecimal, such as 4f5a12, with or without colons, not zero"
     )]
     Serial(String),
-    /// Somebody has to wait for somebody else, and could not.
+    /// The lock by which one revocation waits for another cannot be taken.
     #[error("{path}: cannot be locked: {source}")]
     Lock {
         /// The authority's directory.
@@ -137,7 +137,7 @@ impl Refusal for RevokeError {
     }
 }
 
-/// Does it. `life`: for how long the list is good, at most as long as its authority.
+/// Carries out the order. `life`: for how long the list is good, at most as long as its authority.
 pub fn revoke(dir: &Path, order: &Order, life: Duration, now: SystemTime) -> Result<Done, RevokeError> {
     let authority = Authority::load(dir, None, now)?;
     let serial = match order {
@@ -247,8 +247,8 @@ fn entry(serial: &[u8], now: SystemTime) -> RevokedCertParams {
     }
 }
 
-/// The next number of a list: one more, and never less than the seconds since 1970, so that a list that is begun again
-/// does not begin again with its number (RFC 5280 section 5.2.3).
+/// The next number of a list: one more, and never less than the seconds since 1970, so that the numbers go on even where
+/// the list was removed and begun again (RFC 5280 section 5.2.3).
 fn number_after(last: &[u8], now: SystemTime) -> Vec<u8> {
     let mut next = last.to_vec();
     let carry = next.iter_mut().rev().all(|digit| {
@@ -372,7 +372,7 @@ mod tests {
         assert_eq!(entries(&dir), [("05".into(), at), ("00ff01".into(), at), ("07".into(), at + 3600)]);
         let numbers = [first, second, third].map(|done| u64::from_str_radix(&done.list.number, 16).unwrap());
         assert!(numbers.is_sorted_by(|one, two| one < two), "{numbers:?}");
-        // Begun again, its number is not.
+        // The list is begun again, but its numbers go on.
         std::fs::remove_file(dir.join(ca::LIST_FILE)).unwrap();
         let again = serial(&dir, "05", now() + HOUR + Duration::from_secs(1));
         assert!(u64::from_str_radix(&again.list.number, 16).unwrap() > numbers[2]);

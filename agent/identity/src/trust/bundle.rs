@@ -46,7 +46,7 @@ pub struct Anchors {
 pub struct TrustPath {
     /// Its certificate, and those of the authorities between it and the anchor.
     certificates: Box<[IssuerAndSerial]>,
-    /// The anchor's public key: names may come again when an authority is replaced.
+    /// The anchor's public key, since a new authority may have the name of the one that it replaces.
     anchor: Box<[u8]>,
 }
 

@@ -1,8 +1,8 @@
-//! Certificate revocation lists: certificates that no longer count although their time is not over (R39).
+//! Certificate revocation lists: certificates that are no longer good although they have not expired (R39).
 //!
 //! A file of PEM lists comes in with the authorities of one trust domain; checked lists go out, all of them or none. They
-//! belong to the [`Trust`](super::bundle::Trust) snapshot: a handshake asks the path validation, which goes by these
-//! lists, and a connection that is open already is asked for by [`IssuerAndSerial`].
+//! belong to the [`Trust`](super::bundle::Trust) snapshot: a handshake hands them to the path validation, and for a
+//! connection that is open already they are searched by [`IssuerAndSerial`].
 //!
 //! *Invariant:* a list is signed by an anchor of its own trust domain and says all that its authority has revoked, and
 //! there is at most one of each authority, so nobody ever has to choose between two.
@@ -121,7 +121,7 @@ pub enum ListFault {
         /// Whose it says it is.
         issuer: String,
     },
-    /// The signature is not of whom it names.
+    /// The signature is not that of the authority that it names.
     #[error("its signature is not that of {issuer}, whose it says it is: get the list from that authority again")]
     Forged {
         /// Whose it says it is.
@@ -256,7 +256,7 @@ pub(crate) fn parse(
     }
 }
 
-/// Reads a list without doubt; whose it is and whether it is current is another matter.
+/// Reads a list that can be read in one way only; who signed it and whether it is current is not checked here.
 pub(crate) fn read(der: &[u8]) -> Result<Reading<'_>, ListFault> {
     let malformed = |why: &str| ListFault::Malformed(why.into());
     let reading = match Reading::from_der(der) {
@@ -312,7 +312,7 @@ impl List {
         Ok(())
     }
 
-    /// Must it have been replaced by then? Peers whose authority it is of are refused from that second on.
+    /// Has it expired at this time? From the second at which it expires on, peers of its authority are refused.
     pub fn is_expired(&self, now: SystemTime) -> bool {
         unix_time(now) >= unix_time(self.about.next_update)
     }
@@ -329,7 +329,7 @@ impl List {
 
     /// Does it revoke this certificate?
     pub fn revokes(&self, certificate: &IssuerAndSerial) -> bool {
-        // A list that cannot be searched is none that anybody passes.
+        // If the list cannot be searched, every certificate of its authority counts as revoked.
         self.list.issuer() == &*certificate.issuer && !matches!(self.list.find_serial(&certificate.serial), Ok(None))
     }
 
@@ -369,7 +369,7 @@ fn check_signer(
     if signer.key_usage().map_err(malformed)?.is_some_and(|usage| !usage.crl_sign) {
         return Err(ListFault::NotASigner { issuer });
     }
-    // What the path validation does not take would refuse every peer, and say so only then.
+    // A list whose algorithm the path validation does not take would have every peer refused: it is refused here instead.
     let oid = reading.signature_algorithm.oid().as_bytes();
     let is_oid = |known: &[u8]| {
         known

@@ -29,11 +29,11 @@ pub enum Guard {
     Public,
     /// The same, and root's group, or that of whoever runs this, may change it as well.
     Group,
-    /// It is looked at and not gone by: it may be anybody's, but not one that everybody may change.
+    /// It is only inspected, and nothing is done by it: any user may own it, but not everybody may change it.
     Inspected,
 }
 
-/// Who could do with a file or a directory what nobody else may.
+/// Why somebody could read or change a file or a directory who must not.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Exposure {
     /// It belongs to this user, who can change it whatever its mode says.
@@ -145,7 +145,7 @@ impl Refusal for FileError {
     }
 }
 
-/// Reads a whole file after looking at who else could have written it or can read it.
+/// Reads a whole file, after checking that nobody else could have written it or, if it is secret, can read it.
 pub(crate) fn read(path: &Path, guard: Guard) -> Result<Zeroizing<Vec<u8>>, FileError> {
     // Without waiting: a pipe in the place of a file must not hold up a reload.
     let mut open = OpenOptions::new();
@@ -165,7 +165,7 @@ pub(crate) fn read(path: &Path, guard: Guard) -> Result<Zeroizing<Vec<u8>>, File
     let mut bytes = Zeroizing::new(Vec::with_capacity(size.saturating_add(1) as usize));
     (&mut file).take(size.saturating_add(1)).read_to_end(&mut bytes).map_err(|source| unreadable(path, source))?;
     let after = file.metadata().map_err(|source| unreadable(path, source))?;
-    // A piece of a file is a file in which a section is missing.
+    // A part of a file would be taken for a file in which a section is missing.
     if bytes.len() as u64 != size || change_of(&after) != change_of(&metadata) {
         return Err(FileError::Changing { path: path.into() });
     }
@@ -176,7 +176,7 @@ fn change_of(metadata: &Metadata) -> (u64, i64, i64) {
     (metadata.len(), metadata.mtime(), metadata.mtime_nsec())
 }
 
-/// Looks at who can put other files into a directory.
+/// Checks that nobody else can put files into a directory.
 pub(crate) fn check_directory(path: &Path) -> Result<(), FileError> {
     let metadata = std::fs::metadata(path).map_err(|source| unreadable(path, source))?;
     check(path, &metadata, Guard::Public).map_err(|error| match error {

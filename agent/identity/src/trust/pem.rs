@@ -1,8 +1,8 @@
 //! PEM files that trust rests on: text in, every section of it out, or the first line that was not understood.
 //!
-//! RFC 7468 lets a reader pass over what it does not know, and readers do. Here a section that is passed over is an
-//! authority that is missing or a certificate that stays good though it was revoked, so whatever might have been meant as
-//! a boundary, or as the content of a section, has to be one. The decoding itself is the library's.
+//! RFC 7468 lets a reader pass over what it does not know, and readers do. Here a section that was passed over would be an
+//! authority that is missing, or a revoked certificate that stays good. So a line that might have been meant as a boundary,
+//! or as the content of a section, has to be exactly that. The decoding itself is the library's.
 //!
 //! What is taken beside exact sections: explanatory text between them, as `openssl` writes it, blank lines, white space at
 //! the end of a line, and CRLF line ends.
@@ -50,11 +50,12 @@ pub struct Unread {
     pub instead: String,
 }
 
-/// A line outside of sections is taken for a lost piece of one from so many characters of Base64 on. The lines of a section
-/// have 64.
+/// A line outside of sections that consists of at least so many characters of Base64 is taken for a lost piece of a
+/// section. The lines of a section have 64.
 const PIECE: usize = 32;
 
-/// How much of a line is shown. Behind a boundary that lacks its line end comes the content, and that of a key is secret.
+/// How much of a line an error shows. Where a boundary lacks its line end, content follows in the same line, and that of a
+/// key is secret.
 const SHOWN: usize = 40;
 const SHOWN_OF_KEYS: usize = 24;
 

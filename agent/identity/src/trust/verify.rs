@@ -61,7 +61,7 @@ pub enum PeerCertificateError {
     /// It sent very many.
     #[error("the peer's chain has {0} certificates, more than {LONGEST_CHAIN}")]
     TooLong(usize),
-    /// It cannot be read without doubt.
+    /// It cannot be read, or not in one way only.
     #[error("the peer's certificate cannot be read: {0}")]
     Malformed(#[from] Malformed),
     /// None, or more than one, of any scheme (R24).
@@ -193,7 +193,7 @@ pub fn verify_chain(
 /// How revocation lists count: for the whole path, and only while they are current. An authority without a list has
 /// revoked nothing, since lists are optional.
 fn revocation<'a>(lists: &'a [&'a CertRevocationList<'a>]) -> Option<RevocationOptions<'a>> {
-    // Without any list there is nothing to go by, which is all that can be wrong here.
+    // This fails only where there are no lists, and then there is nothing to check.
     let options = RevocationOptionsBuilder::new(lists).ok()?;
     let options = options.with_depth(RevocationCheckDepth::Chain).with_status_policy(UnknownStatusPolicy::Allow);
     Some(options.with_expiration_policy(ExpirationPolicy::Enforce).build())
@@ -263,7 +263,7 @@ fn check_leaf(parsed: &Parsed<'_>, role: Role) -> Result<(), PeerCertificateErro
 }
 
 /// What the path validation leaves out about authorities between leaf and anchor: the key usage (RFC 5280 section 6.1.4
-/// (n)), and that one that names itself is of the same trust domain (R32, R37).
+/// (n)), and that an authority whose certificate carries a URI is of the same trust domain (R32, R37).
 fn check_intermediates(path: &webpki::VerifiedPath<'_>, domain: &TrustDomain) -> Result<(), webpki::Error> {
     let own = format!("spiffe://{domain}");
     for certificate in path.intermediate_certificates() {

@@ -1,6 +1,6 @@
 //! The few things that Wimsey looks at in a certificate by itself, beside what the path validation does.
 //!
-//! *Invariant:* anything that cannot be read without doubt (an extension twice, bytes after the end, a name that is no
+//! *Invariant:* anything that cannot be read in exactly one way (an extension twice, bytes after the end, a name that is no
 //! text) is malformed; nothing is skipped.
 
 use rustls::pki_types::UnixTime;
@@ -124,12 +124,12 @@ impl<'a> Parsed<'a> {
         hex(self.certificate.raw_serial())
     }
 
-    /// INTEGER's content, as it stands there.
+    /// The octets of the INTEGER, as they are encoded.
     pub(crate) fn raw_serial(&self) -> &[u8] {
         self.certificate.raw_serial()
     }
 
-    /// Is it by this authority: its name and its signature?
+    /// Was it issued by this authority, by its name and its signature?
     pub(crate) fn is_issued_by(&self, authority: &Parsed<'_>) -> bool {
         self.certificate.issuer().as_raw() == authority.certificate.subject().as_raw()
             && self.certificate.verify_signature(Some(authority.certificate.public_key())).is_ok()
@@ -140,7 +140,7 @@ impl<'a> Parsed<'a> {
         list.verify_signature(self.certificate.public_key())
     }
 
-    /// Its name for its own key, where it has one.
+    /// Its subject key identifier, where it has one.
     pub(crate) fn key_identifier(&self) -> Result<Option<&[u8]>, Malformed> {
         let extension = self
             .certificate

@@ -141,7 +141,7 @@ async fn with_an_expired_authority_there_is_no_credential_but_a_reason() {
     assert_eq!(status.failed, 1);
     assert_eq!((status.failing.len(), status.failing[0].workload), (1, 1));
     assert!(status.failing[0].error.contains("expired"), "{status:?}");
-    // It is said for as long as it lasts, and of whom it is true.
+    // The status shows it for as long as it lasts, and only for the workload that it is about.
     bench.provider.obtain(&workload(2)).await.unwrap_err();
     assert_eq!(bench.provider.status().failing.len(), 2);
     // The first one's last credential is good again, the second has had none.

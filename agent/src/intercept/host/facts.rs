@@ -1,8 +1,9 @@
-//! Is what the agent sees the host, or a box in it? Facts are gathered first, and judged without looking again.
+//! Does the agent see the host itself, or only a part of it, as in a container? Facts are gathered first, and judged
+//! without looking again.
 //!
 //! Programs that are attached to a part of the cgroup tree cover that part alone, and what is pinned in a file system of a
-//! private mount namespace goes with it: either would be a host that is said to be protected and is not. So the agent's view
-//! is held against that of process 1.
+//! private mount namespace is gone with that namespace: in either case the host would seem to be protected and would not
+//! be. So the agent's view is compared with that of process 1.
 //!
 //! *Invariant:* what could not be looked at counts as not the host's.
 
@@ -22,8 +23,8 @@ pub(super) const BPFFS: &str = "/sys/fs/bpf";
 /// What process 1 has mounted. Neither its namespaces nor its root directory are looked at: a security module may keep those
 /// even from root, and a mount with the same device number is the same file system.
 const ONE: &str = "/proc/1/mountinfo";
-/// Inode numbers of the namespaces that the kernel boots with (`PID_NS_INIT_INO`, `CGROUP_NS_INIT_INO` in linux/nsfs.h). In the
-/// first, process 1 is the host's.
+/// Inode numbers of the namespaces that the kernel boots with (`PID_NS_INIT_INO`, `CGROUP_NS_INIT_INO` in linux/nsfs.h). In
+/// the initial process namespace, process 1 is the host's.
 const FIRST_PROCESSES: u64 = 0xefff_fffc;
 const FIRST_CGROUPS: u64 = 0xefff_fffb;
 
@@ -55,7 +56,7 @@ type Unseen = (PathBuf, Errno);
 /// What a step on the way to the pins is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Place {
-    /// The root of the file system, which is not ours alone.
+    /// The root of the file system, which others may use as well.
     Root,
     /// A directory that the agent makes.
     Directory,
@@ -97,8 +98,8 @@ impl Facts {
         if self.own.processes == FIRST_PROCESSES { Ok(()) } else { Err(Error::PidNamespace) }
     }
 
-    /// Are paths of cgroups here the host's? Where the whole hierarchy is mounted in a namespace of its own they are not
-    /// either: `/proc/PID/cgroup` counts from the namespace's root.
+    /// Are paths of cgroups here the host's? In a cgroup namespace of its own they are not, even where the whole hierarchy
+    /// is mounted: `/proc/PID/cgroup` counts from the namespace's root.
     pub fn cgroups(&self) -> Result<(), Error> {
         if self.own.cgroups == FIRST_CGROUPS { Ok(()) } else { Err(Error::CgroupNamespace) }
     }
@@ -106,7 +107,7 @@ impl Facts {
     /// Where is the hierarchy mounted, as a whole?
     pub fn cgroup2(&self) -> Result<PathBuf, Error> {
         let (path, device) = self.own.cgroup2.clone().ok_or(Error::NoCgroup2)?;
-        // Process 1 may have none mounted: what has the hierarchy's root is the host's nevertheless.
+        // Process 1 may have none mounted: a mount that has the hierarchy's root is the host's nevertheless.
         let hosts = self.one()?.cgroup2;
         if device.is_some() && hosts.is_none_or(|hosts| Some(hosts) == device) {
             Ok(path)
@@ -136,7 +137,7 @@ impl Facts {
         self.way.iter().flatten().filter(|step| step.too_open())
     }
 
-    /// All of it, the first reason not to start.
+    /// Judges all of it, and gives the first reason not to start.
     pub fn judge(&self) -> Result<PathBuf, Error> {
         self.processes()?;
         self.cgroups()?;
@@ -200,7 +201,7 @@ impl Step {
         }
     }
 
-    /// Is there anything for others at what is ours alone?
+    /// Do others have any permission on what is the agent's alone?
     fn too_open(&self) -> bool {
         self.place != Place::Root && self.mode & 0o077 != 0
     }
@@ -217,7 +218,7 @@ impl Step {
         if self.place != Place::Pin && !self.directory {
             return Err(Error::NoDirectory { path });
         }
-        // In a sticky directory nobody can move what is root's, and below it is a directory for root alone.
+        // In a sticky directory only root can move what is root's, and the directory below it is for root alone.
         if self.place == Place::Root && self.mode & 0o022 != 0 && self.mode & 0o1000 == 0 {
             return Err(Error::OpenBpfFs { path, mode: self.mode });
         }
@@ -230,8 +231,9 @@ pub(super) fn judge(way: &[Step]) -> Result<(), Error> {
     way.iter().try_for_each(Step::judge)
 }
 
-/// Narrows what others may look at or change, from the outside inwards: behind a directory that only root can enter, what has
-/// been looked at stays as it is. What is not root's is an error, and so is what cannot be narrowed.
+/// Takes the permissions of others from the pins and their directories, from the outside inwards: behind a directory that
+/// only root can enter, what has been looked at stays as it is. It is an error if anything is not root's, or cannot be
+/// narrowed.
 pub(super) fn narrow(bpffs: &Path, pins: &Path) -> Result<(), Error> {
     // A step is looked at again after the one above was closed, because until then somebody could have changed it.
     let mut closed: Option<PathBuf> = None;

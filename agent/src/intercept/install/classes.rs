@@ -1,6 +1,6 @@
 //! Cgroups and the classes that they are in.
 //!
-//! *Invariant:* a cgroup that has no row and would need one is below an open one that has.
+//! *Invariant:* a cgroup that would need a row and has none is below one that has a row and is open.
 
 use super::{KernelFacts, candidate_rows, change::Change};
 use crate::intercept::cgroups::Cgroup;
@@ -40,9 +40,9 @@ pub(super) struct Placement {
 }
 
 impl Classes {
-    /// Places a cgroup: its row, with the rows of its class where that is new. One that is what its parent is can do without a
-    /// row, and does when the map is half full. One that cannot do without and finds no room is counted: it is below an open
-    /// cgroup, so whoever could be somebody there is refused.
+    /// Places a cgroup: makes its row, and the rows of its class where that is new. A cgroup that is what its parent is
+    /// needs no row, and gets none when the map is half full. One that needs a row and finds no room is counted: it is
+    /// below an open cgroup, so tasks there that could be a workload are undecided.
     pub(super) fn place(
         &mut self,
         facts: &dyn KernelFacts,

@@ -106,20 +106,21 @@ pub(super) fn write<K: Pod, V: Pod>(
 
 /// The steps from what is in force to another policy.
 ///
-/// A verdict is about numbers that mean the same in both policies, so one that both have is right in both. The steps are: the
-/// verdicts that go; who is who and what is where; the verdicts that come. Until the last, the verdicts are those that both
-/// have, so whatever a connection finds of the rest, the policy that it is from agrees, or it is refused. It finds all of one:
-/// where people change, the epoch is flipped for them and for destinations at once. Where only destinations change, a
-/// new row is written when those that the programs prefer to it are there, and an old one goes when those that it is
-/// preferred to are gone: so the first that covers an address is always the old policy's first or the new one's.
+/// A verdict is about numbers that mean the same in both policies, so one that both have is right in both. The steps are:
+/// remove the verdicts that go; change candidates, cgroups and destinations; add the verdicts that come. Until the last
+/// step, the verdicts are those that both policies have. So whichever policy's candidates and destinations a connection
+/// finds, it is decided as by that policy, or refused. It never finds a mixture of these: where registration entries
+/// change, one change of the epoch is for candidates, cgroups and destinations at once. Where only destinations change, a
+/// new row is written when those that the programs prefer to it are there, and an old one is removed when those to which it
+/// is preferred are gone: so the first row that covers an address is always the old policy's first or the new one's.
 #[derive(Default)]
 pub(super) struct Plan {
     pub(super) steps: Vec<Step>,
 }
 
 impl Plan {
-    /// `before` is the configuration in force, if any is. `anew` has the rows of a new epoch; without it the people stay who
-    /// they are, and `classes` are the rows of cgroups that change.
+    /// `before` is the configuration in force, if any is. `anew` has the rows of a new epoch; without it the registration
+    /// entries stay as they are, and `classes` are the rows of classes of cgroups that change.
     pub(super) fn new(
         before: Option<Config>,
         after: Config,
@@ -133,7 +134,8 @@ impl Plan {
             |config: Config| Step::Config(Change { key: 0, before: last.replace(config), after: Some(config) });
         let [verdicts_go, destinations_come, destinations_go, candidates, verdicts_come] = differing;
         let mut steps = Vec::new();
-        // The flags that make the programs ask more come before what needs them, and go after it.
+        // Flags that make the programs look up more are set before the rows that need them come, and cleared after those
+        // are gone.
         steps.extend(before.map(|before| configured(Config { flags, ..before })));
         match anew {
             Some((rows, Placement { candidates, cgroups })) => {
@@ -152,7 +154,7 @@ impl Plan {
         Self { steps }
     }
 
-    /// The people stay who they are: only what differs is written, under the same epoch.
+    /// Where the registration entries stay as they are: only the rows that differ are written, under the same epoch.
     pub(super) fn differing(before: &Rows, after: &Rows, epoch: u32) -> [Step; 5] {
         let [verdicts_go, verdicts_come] = differences(&before.verdicts, &after.verdicts);
         let [mut go, mut come] = differences(&before.destinations, &after.destinations);

@@ -65,7 +65,7 @@ impl Kernel {
         let wanted = u128::from_be_bytes(address(to.ip()));
         let covers = |((key, bits), row): (&(DestinationKey, u32), &Destination)| {
             let kept = u128::MAX.checked_shl(128 + DESTINATION_FIXED_BITS - bits).unwrap_or(0);
-            // The rows that say whether some port of an address is one are asked by nobody who dials.
+            // A connect does not look up the rows that say whether some port of an address is a mesh destination.
             let here = key.epoch == config.epoch
                 && key.pad != DESTINATION_ADDRESS
                 && (key.port == 0 || key.port == to.port())
@@ -392,7 +392,7 @@ fn cgroups_with_the_same_selectors_share_a_class_and_room_is_kept_for_those_that
     assert_eq!(place("/", 1, &mut classes), Some(Placed { class: CLASS_NONE, open: 1 }));
     assert_eq!(place("/c", 2, &mut classes), Some(Placed { class: 1, open: 0 }));
     assert_eq!(place("/c/d", 3, &mut classes), Some(Placed { class: 1, open: 0 }));
-    // Half full: what inherits does without.
+    // Half full: a cgroup that inherits from its parent gets no row.
     assert_eq!(place("/c/e", 4, &mut classes), None);
     assert_eq!(place("/a", 5, &mut classes), Some(Placed { class: CLASS_NONE, open: 0 }));
     assert_eq!(place("/a/b", 6, &mut classes), None);

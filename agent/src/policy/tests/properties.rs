@@ -285,7 +285,7 @@ proptest! {
                 for path in ["/x", "/y", "/z"] {
                     let truth = identified(&policy, cgroup, uid, gid, path);
                     match found {
-                        // No entry can match, and the process keeps being nobody.
+                        // No entry can match, whatever the executable is.
                         Known::Nobody => prop_assert_eq!(truth, Ok(None)),
                         Known::Workload(number) => prop_assert_eq!(truth, Ok(Some(number))),
                         Known::Ask => {}
@@ -293,7 +293,7 @@ proptest! {
                 }
             }
         }
-        // What is not known yet is what its parent is, or something below the parent could still be named.
+        // A cgroup that is not known yet matches the selectors that its parent matches, or the parent is open.
         for (cgroup, parent) in [("/c/d/e", "/c/d"), ("/c/d", "/c"), ("/c", "/"), ("/a.slice/u.service/x", "/a.slice/u.service"),
             ("/a.slice/u.service", "/a.slice"), ("/a.slice", "/"), ("/c/u.service", "/c"), ("/cc", "/")]
         {
@@ -302,7 +302,7 @@ proptest! {
                 "{} below {}", cgroup, parent
             );
             prop_assert!(policy.cgroup_open(parent) || !policy.cgroup_open(cgroup), "{} is open below {}", cgroup, parent);
-            // Whoever becomes somebody by the cgroup alone could have been expected to.
+            // Ids for which a cgroup makes a difference from its parent are in `unseen`.
             for (uid, gid) in [(1, 1), (1, 2), (2, 1), (3, 3)] {
                 let expected = policy.kernel().unseen.iter().any(|(of, with)| {
                     of.is_none_or(|wanted| wanted == uid) && with.is_none_or(|wanted| wanted == gid)

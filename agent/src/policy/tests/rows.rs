@@ -71,7 +71,7 @@ fn a_long_file_is_read_in_parts_and_means_the_same() {
     let whole = policy(&rules);
     assert_eq!(whole.allows.len(), 20_000);
     assert_eq!(&*whole.rule(20_000).unwrap().name, "p.toml:59999");
-    // A line that looks like the beginning of a statement, in a text, wherever the file is cut.
+    // A line inside of a string looks like the beginning of a statement, wherever the file is cut.
     let odd: String = (0..4000).map(|number| format!("{}name = \"\"\"\\\n[[x{number}\"\"\"\n", rule(number))).collect();
     let refused = refusal(&odd);
     assert_eq!(refused.lines().count(), 4000);

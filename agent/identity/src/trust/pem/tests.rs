@@ -334,7 +334,7 @@ impl Mutation {
             ref of_lines => {
                 let mut lines: Vec<Vec<u8>> = file.split_inclusive(|byte| *byte == b'\n').map(<[u8]>::to_vec).collect();
                 let count = lines.len();
-                // Where all is one line by now, a line that goes is the file: nobody could tell.
+                // Where the file is one line by now, losing a line would lose all of it, which nobody could notice.
                 if count < LINES {
                     return;
                 }

@@ -410,7 +410,8 @@ fn garbage_and_an_empty_chain_are_refused() {
         let error = judge.chain(&[bytes.to_vec().into()], Role::Client).unwrap_err();
         assert_eq!(error.code(), "peer-certificate-malformed");
     }
-    // Garbage behind a good leaf is not needed, and so it is not looked at; behind one that needs it, it helps nobody.
+    // Garbage behind a leaf that an anchor signed is not needed, and so not looked at; behind a leaf that needs an
+    // intermediate it does not help.
     let middle = judge.ca.intermediate(ca_params("example.org"));
     let chain = [middle.leaf(leaf_params(WEB)), vec![0x30, 0x00].into()];
     assert!(judge.chain(&chain, Role::Client).is_err());
@@ -457,7 +458,7 @@ fn a_revoked_certificate_is_refused_and_no_other_one() {
         for role in [Role::Server, Role::Client] {
             let verdict = verify_chain(&chain, role, trust, unix_now());
             assert_eq!(verdict.as_ref().map(|_| ()).map_err(Refusal::code), expected, "{what}");
-            // Whoever passed here is asked for in the same words when a list comes later.
+            // A peer that passes is found by its path in a list that comes later.
             if let Ok(peer) = verdict {
                 assert!(trust.still_believes(&peer.id.trust_domain(), &peer.path), "{what}");
                 let taken = own.revokes(&peer.id.trust_domain(), peer.path.certificates());
