@@ -1,4 +1,4 @@
-//! Benchmarks of the hot path; each file under this folder is one. `cargo bench -p wimsey-benches` runs them all in about
+//! Benchmarks of the hot path; each file under this folder is one. `cargo bench -p bunter-benches` runs them all in about
 //! a minute.
 
 use criterion::Criterion;

@@ -1,10 +1,10 @@
 //! The policy decision: once for each connection, and a few times for each process that is attested. Ten rules are a small
 //! host, ten thousand a whole data centre in one directory.
 
+use bunter::policy::{Accounts, Evidence, Policy, Source};
+use bunter_identity::spiffe::SpiffeId;
 use criterion::{Criterion, criterion_group, criterion_main};
 use std::{fmt::Write, hint::black_box, net::SocketAddr, path::Path};
-use wimsey::policy::{Accounts, Evidence, Policy, Source};
-use wimsey_identity::spiffe::SpiffeId;
 
 /// `count` workloads, each the only client of the next one.
 fn text(count: usize) -> String {
@@ -82,5 +82,5 @@ fn decisions(criterion: &mut Criterion) {
     criterion.bench_function("policy/1000 rules/read and check", |bencher| bencher.iter(|| load(black_box(&text))));
 }
 
-criterion_group! { name = benches; config = wimsey_benches::quick(); targets = decisions }
+criterion_group! { name = benches; config = bunter_benches::quick(); targets = decisions }
 criterion_main!(benches);

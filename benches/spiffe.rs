@@ -1,8 +1,8 @@
 //! Parsing, comparing and matching SPIFFE IDs: done for each certificate and each rule.
 
+use bunter_identity::spiffe::{Pattern, SpiffeId};
 use criterion::{criterion_group, criterion_main};
 use std::hint::black_box;
-use wimsey_identity::spiffe::{Pattern, SpiffeId};
 
 fn identifiers(criterion: &mut criterion::Criterion) {
     let usual = "spiffe://example.org/ns/production/sa/orders-api";
@@ -28,5 +28,5 @@ fn identifiers(criterion: &mut criterion::Criterion) {
     });
 }
 
-criterion_group! { name = benches; config = wimsey_benches::quick(); targets = identifiers }
+criterion_group! { name = benches; config = bunter_benches::quick(); targets = identifiers }
 criterion_main!(benches);

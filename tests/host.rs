@@ -148,7 +148,7 @@ fn what_a_killed_run_left_behind_is_removed() {
         skip::Skip::because("the whole cgroup2 hierarchy is mounted nowhere").announce(lab::test_name!());
         return;
     };
-    let name = format!("wimsey-lab-{}-leftover", std::process::id());
+    let name = format!("bunter-lab-{}-leftover", std::process::id());
     let (cgroup, directory) = (mount.join(&name), std::env::temp_dir().join(&name));
     let netns = format!("wl{}-leftover", std::process::id());
     std::fs::create_dir_all(cgroup.join("deep/er")).unwrap();

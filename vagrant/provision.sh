@@ -1,5 +1,5 @@
 #!/bin/sh
-# Prepares a node for Wimsey: `provision.sh [alpha|beta|stranger]`. The Vagrantfile runs it as root on each of its
+# Prepares a node for Bunter: `provision.sh [alpha|beta|stranger]`. The Vagrantfile runs it as root on each of its
 # machines, and the guests of `cargo xtask test vm` run the same file, so it cannot rot. What a machine does not have
 # (apt, systemd, a built agent) is skipped; running it again changes nothing.
 set -eu
@@ -14,12 +14,12 @@ if [ "$role" != guest ]; then
 fi
 
 # Modules: kernel TLS with its ciphers, and the socket diagnosis that closes a connection whose right has ended. A
-# kernel that has them built in, or has none, is no error: `wimsey doctor` says what it found.
+# kernel that has them built in, or has none, is no error: `bunter doctor` says what it found.
 for module in tls gcm aesni_intel ghash_clmulni_intel chacha20poly1305 veth inet_diag tcp_diag sch_netem; do
 	modprobe -q "$module" 2>/dev/null || true
 done
 if [ -d /etc/modules-load.d ]; then
-	printf 'tls\ntcp_diag\n' >/etc/modules-load.d/wimsey.conf
+	printf 'tls\ntcp_diag\n' >/etc/modules-load.d/bunter.conf
 fi
 
 # File systems: the cgroup hierarchy that the programs are attached to, and the place where they are pinned,
@@ -39,7 +39,7 @@ echo "$settings" | while read -r setting; do
 	sysctl -q -w "$setting"
 done
 if [ -d /etc/sysctl.d ]; then
-	echo "$settings" >/etc/sysctl.d/60-wimsey.conf
+	echo "$settings" >/etc/sysctl.d/60-bunter.conf
 fi
 
 # The agent, on the machines that are to have one. Build it on the host first: cargo xtask build
@@ -53,20 +53,20 @@ if [ "$role" = stranger ]; then
 	exit 0
 fi
 target=$here/../target
-if [ ! -x "$target/release/wimsey" ] || [ ! -d "$target/vagrant-ca" ]; then
+if [ ! -x "$target/release/bunter" ] || [ ! -d "$target/vagrant-ca" ]; then
 	echo "no agent or no authority below target/: run 'cargo xtask build' and 'vagrant up' on the host" >&2
 	exit 1
 fi
-install -m 755 "$target/release/wimsey" /usr/local/bin/wimsey
-mkdir -p /etc/wimsey/policies /var/lib/wimsey /var/log/wimsey
-if [ ! -d /etc/wimsey/ca ]; then
-	cp -r "$target/vagrant-ca" /etc/wimsey/ca
-	chown -R root:root /etc/wimsey/ca
-	chmod -R go= /etc/wimsey/ca
+install -m 755 "$target/release/bunter" /usr/local/bin/bunter
+mkdir -p /etc/bunter/policies /var/lib/bunter /var/log/bunter
+if [ ! -d /etc/bunter/ca ]; then
+	cp -r "$target/vagrant-ca" /etc/bunter/ca
+	chown -R root:root /etc/bunter/ca
+	chmod -R go= /etc/bunter/ca
 fi
-cp "$here/policies/lab.toml" /etc/wimsey/policies/lab.toml
-cp "$here/agent.toml" /etc/wimsey/agent.toml
-cp "$here/wimsey.service" /etc/systemd/system/wimsey.service
+cp "$here/policies/lab.toml" /etc/bunter/policies/lab.toml
+cp "$here/agent.toml" /etc/bunter/agent.toml
+cp "$here/bunter.service" /etc/systemd/system/bunter.service
 
 # Debian's Redis listens on loopback alone; here it is the agents that keep strangers out.
 if [ "$role" = beta ]; then
@@ -75,7 +75,7 @@ if [ "$role" = beta ]; then
 		>/etc/systemd/system/redis-server.service.d/lab.conf
 fi
 systemctl daemon-reload
-wimsey check --config /etc/wimsey/agent.toml
-systemctl enable --now wimsey.service
+bunter check --config /etc/bunter/agent.toml
+systemctl enable --now bunter.service
 systemctl restart nginx.service redis-server.service
-wimsey status
+bunter status

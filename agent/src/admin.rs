@@ -1,4 +1,4 @@
-//! The admin socket: what `wimsey status` and `wimsey connections` ask a running agent.
+//! The admin socket: what `bunter status` and `bunter connections` ask a running agent.
 //!
 //! One request line of JSON in, one answer line of JSON out, over a Unix socket that only root can open (mode 0600 in a
 //! directory of root's; the peer's user id is checked as well).
@@ -48,7 +48,7 @@ pub struct Status {
     pub bundles: Vec<BundleStatus>,
     /// Protected listening sockets.
     pub listeners: Vec<ListenerStatus>,
-    /// Connections from before their workload was enrolled, which Wimsey does not carry.
+    /// Connections from before their workload was enrolled, which Bunter does not carry.
     pub preexisting: Vec<PreexistingStatus>,
     /// Attempts that were refused since the start, by code.
     pub refused: BTreeMap<String, RefusedStatus>,
@@ -306,7 +306,7 @@ pub struct ConnectionEnd {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// Nobody listens.
-    #[error("no agent answers on {path}: {source}; start one with 'wimsey agent', or name its configuration by --config",
+    #[error("no agent answers on {path}: {source}; start one with 'bunter agent', or name its configuration by --config",
         path = path.display())]
     NoAgent {
         /// The socket.
@@ -446,6 +446,6 @@ mod tests {
     #[test]
     fn nobody_listening_is_said_with_what_to_do() {
         let error = ask::<serde_json::Value>(Path::new("/nonexistent/admin.sock"), Request::Status).unwrap_err();
-        assert!(error.to_string().contains("wimsey agent"), "{error}");
+        assert!(error.to_string().contains("bunter agent"), "{error}");
     }
 }

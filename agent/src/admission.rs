@@ -11,12 +11,12 @@
 
 use crate::lock::lock;
 use crate::whence::Whence;
+use bunter_identity::refusal::{Culprit, Refusal};
+use bunter_identity::spiffe::SpiffeId;
 use ipnet::IpNet;
 use std::collections::HashMap;
 use std::fmt;
 use std::sync::{Arc, Mutex};
-use wimsey_identity::refusal::{Culprit, Refusal};
-use wimsey_identity::spiffe::SpiffeId;
 
 /// Who answers for a connection.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]

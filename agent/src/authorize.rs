@@ -10,11 +10,11 @@ use crate::{
     identify::Parties,
     policy::{Outbound, Peers, Policy, Rule},
 };
-use std::{net::SocketAddr, sync::Arc, time::Duration};
-use wimsey_identity::{
+use bunter_identity::{
     refusal::{Culprit, Refusal},
     spiffe::SpiffeId,
 };
+use std::{net::SocketAddr, sync::Arc, time::Duration};
 
 /// How the policy allows a connection.
 #[derive(Debug)]
@@ -31,7 +31,7 @@ pub enum Authorized {
 /// It comes from [`authorize`] and goes on by value:
 ///
 /// ```
-/// # use wimsey::{authorize::{Authorized, Permit, authorize}, identify::Parties, policy::Policy};
+/// # use bunter::{authorize::{Authorized, Permit, authorize}, identify::Parties, policy::Policy};
 /// # fn handshake(_: Permit) {}
 /// fn walk(policy: &Policy, parties: Parties) {
 ///     if let Ok(Authorized::Mesh(permit)) = authorize(policy, parties) {
@@ -43,7 +43,7 @@ pub enum Authorized {
 /// It cannot be forged:
 ///
 /// ```compile_fail,E0451
-/// # use wimsey::{authorize::Permit, identify::Parties, policy::Peers};
+/// # use bunter::{authorize::Permit, identify::Parties, policy::Peers};
 /// fn forge(parties: Parties, peers: Peers) -> Permit {
 ///     Permit { parties, peers, permissive: None, early: Vec::new() }
 /// }
@@ -52,7 +52,7 @@ pub enum Authorized {
 /// and it cannot be left out:
 ///
 /// ```compile_fail,E0308
-/// # use wimsey::{authorize::Permit, identify::Parties};
+/// # use bunter::{authorize::Permit, identify::Parties};
 /// # fn handshake(_: Permit) {}
 /// fn skip(parties: Parties) {
 ///     handshake(parties)

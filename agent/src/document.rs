@@ -5,13 +5,13 @@
 //!
 //! *Invariant:* a key that nobody asked for is a problem, never ignored.
 
+use bunter_identity::trust::files::{Exposure, Guard};
 use rustix::fs::{Mode, OFlags};
 use std::{collections::BTreeMap, fmt, fs::Metadata, io::Read, os::unix::fs::MetadataExt, path::Path, sync::Arc};
 use toml::{
     Spanned,
     de::{DeTable, DeValue},
 };
-use wimsey_identity::trust::files::{Exposure, Guard};
 
 /// Largest file that is read, in bytes.
 const MAX_FILE: u64 = 16 << 20;
@@ -418,7 +418,7 @@ impl Problems {
 /// The known word that somebody who wrote `written` most likely meant.
 pub fn nearest<'k>(written: &str, known: impl IntoIterator<Item = &'k str>) -> Option<&'k str> {
     // The cost of comparing is the product of the lengths: what is much longer than every word is no typing error.
-    if written.len() > 2 * wimsey_identity::spiffe::MAX_TRUST_DOMAIN {
+    if written.len() > 2 * bunter_identity::spiffe::MAX_TRUST_DOMAIN {
         return None;
     }
     let close = |word: &str| (word.len().max(written.len()) / 3).max(1);

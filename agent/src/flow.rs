@@ -3,8 +3,8 @@
 //!
 //! *Invariant:* a flow's destination is what the kernel recorded under the connection's own addresses, never a guess.
 
+use bunter_common::Task;
 use std::{fmt, net::SocketAddr};
-use wimsey_common::Task;
 
 /// Which way a connection goes, seen from this host's workload.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, serde::Serialize)]
@@ -102,7 +102,7 @@ pub struct Listens {
     pub cookie: u64,
     /// Others that share the address (`SO_REUSEPORT`), and the cookies of their sockets. A connection may reach any of them.
     pub sharers: Box<[(Task, u64)]>,
-    /// [`wimsey_common::who_listens`], over all places where the kernel looks. The upstream connection can reach them
+    /// [`bunter_common::who_listens`], over all places where the kernel looks. The upstream connection can reach them
     /// alone.
     pub who: u64,
 }

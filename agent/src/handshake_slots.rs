@@ -11,6 +11,10 @@
 mod queue;
 
 use crate::{admission::Holder, lock::lock};
+use bunter_identity::{
+    refusal::{Culprit, Refusal},
+    spiffe::SpiffeId,
+};
 use queue::{Answer, Entry, Queue};
 use std::{
     fmt,
@@ -19,10 +23,6 @@ use std::{
 use tokio::{
     sync::oneshot,
     time::{Instant, timeout_at},
-};
-use wimsey_identity::{
-    refusal::{Culprit, Refusal},
-    spiffe::SpiffeId,
 };
 
 /// Who wants to shake hands, as far as that is known before the handshake.

@@ -14,12 +14,12 @@ use crate::{
     flow::{Flow, Listens, Origin},
     policy::{Policy, Workload},
 };
-use std::{fmt, sync::Arc};
-use wimsey_identity::{
+use bunter_identity::{
     refusal::{Culprit, Refusal},
     spiffe::SpiffeId,
     trust::bundle::Trust,
 };
+use std::{fmt, sync::Arc};
 
 /// A flow whose local end is known.
 #[derive(Debug)]
@@ -202,14 +202,14 @@ mod tests {
         flow::Direction,
         policy::{Accounts, Source},
     };
+    use bunter_common::Task;
+    use bunter_identity::{authority::ca, trust::testing::*};
     use std::{
         os::unix::process::CommandExt,
         path::PathBuf,
         process::Command,
         time::{Duration, SystemTime},
     };
-    use wimsey_common::Task;
-    use wimsey_identity::{authority::ca, trust::testing::*};
 
     /// A user that is not root, so that an entry may name it alone.
     const NOBODY: u32 = 65534;
@@ -291,7 +291,7 @@ mod tests {
         let Some(bench) = Bench::new() else { return };
         let path = format!("unix:path:{}", bench.executable.display());
         let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, &std::fs::read(&bench.executable).unwrap());
-        let digest = format!("unix:sha256:{}", wimsey_identity::trust::x509::hex(digest.as_ref()));
+        let digest = format!("unix:sha256:{}", bunter_identity::trust::x509::hex(digest.as_ref()));
         let policy = policy(&[
             ("any", &[nobody()]),
             ("sleep", &[nobody(), path.clone()]),

@@ -1,4 +1,4 @@
-//! Wimsey's node agent, as a library in reading order.
+//! Bunter's node agent, as a library in reading order.
 //!
 //! The modules are listed in the order in which a connection walks them, after the words that all of them use. A module
 //! imports only modules listed above it (`cargo xtask check` proves it). The stages never call each other: only

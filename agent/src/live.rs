@@ -1,4 +1,4 @@
-//! The open connections of one agent, and what was refused so far: what `wimsey connections` and `wimsey status` show,
+//! The open connections of one agent, and what was refused so far: what `bunter connections` and `bunter status` show,
 //! and what a change of policy or trust closes.
 //!
 //! *Invariant:* a connection is listed from the moment its bytes can move until its audit record is made.
@@ -13,13 +13,13 @@ use crate::flow::Direction;
 use crate::lock::lock;
 use crate::policy::Policy;
 use crate::relay::{Progress, Stop};
+use bunter_identity::spiffe::SpiffeId;
+use bunter_identity::trust::bundle::{Trust, TrustPath};
 use std::collections::{BTreeMap, HashMap};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
 use time::OffsetDateTime;
 use tokio::sync::watch;
-use wimsey_identity::spiffe::SpiffeId;
-use wimsey_identity::trust::bundle::{Trust, TrustPath};
 
 /// What let a connection pass, so that it can be decided again under another policy.
 #[derive(Debug)]
@@ -199,8 +199,8 @@ impl Drop for Entered {
 mod tests {
     use super::*;
     use crate::policy::{Accounts, Source};
-    use wimsey_identity::trust::testing::{TestCa, domain_of, id_of, leaf_params, numbered, unix_now};
-    use wimsey_identity::trust::verify::{Role, verify_chain};
+    use bunter_identity::trust::testing::{TestCa, domain_of, id_of, leaf_params, numbered, unix_now};
+    use bunter_identity::trust::verify::{Role, verify_chain};
 
     const POLICY: &str = r#"
         trust_domain = "example.org"

@@ -1,7 +1,7 @@
-//! The `wimsey` command: arguments in, exit code out. What the verbs do is in [`cli`] and in the library.
+//! The `bunter` command: arguments in, exit code out. What the verbs do is in [`cli`] and in the library.
 //!
 //! Exit codes: 0 done; 1 the thing asked for failed or was refused; 2 the command line, the configuration or the policy
-//! is wrong. `wimsey run` ends with the program's own.
+//! is wrong. `bunter run` ends with the program's own.
 
 #![forbid(unsafe_code)]
 
@@ -13,7 +13,7 @@ use std::process::ExitCode;
 
 /// Transparent mutual TLS between attested workload identities.
 #[derive(Parser)]
-#[command(name = "wimsey", version, max_term_width = 100)]
+#[command(name = "bunter", version, max_term_width = 100)]
 struct Arguments {
     #[command(subcommand)]
     verb: Verb,
@@ -31,7 +31,7 @@ enum Verb {
     /// Work with the embedded certificate authority
     #[command(subcommand)]
     Ca(CaVerb),
-    /// Start a program in a cgroup of its own (/wimsey/NAME on the unified hierarchy) that a registration entry can name
+    /// Start a program in a cgroup of its own (/bunter/NAME on the unified hierarchy) that a registration entry can name
     Run {
         /// Name of the cgroup; the name of the program if not given
         #[arg(long)]
@@ -118,7 +118,7 @@ enum CaVerb {
 #[derive(clap::Args)]
 struct Config {
     /// Configuration file
-    #[arg(long, default_value = "/etc/wimsey/agent.toml")]
+    #[arg(long, default_value = "/etc/bunter/agent.toml")]
     config: PathBuf,
 }
 
@@ -127,7 +127,7 @@ struct Show {
     /// Print JSON
     #[arg(long)]
     json: bool,
-    /// Configuration of the agent to ask; if it is not there, the agent at /run/wimsey is asked
+    /// Configuration of the agent to ask; if it is not there, the agent at /run/bunter is asked
     #[arg(long)]
     config: Option<PathBuf>,
 }
@@ -152,7 +152,7 @@ fn main() -> ExitCode {
     match outcome {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("wimsey: {error:#}");
+            eprintln!("bunter: {error:#}");
             ExitCode::from(cli::exit_code(&error))
         }
     }

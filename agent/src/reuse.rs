@@ -17,13 +17,13 @@ use crate::policy::Rule;
 use crate::relay::{
     CloseReason, HalfClosed, IdleSession, Limits, Progress, SessionState, StartError, Stop, Tally, first_bytes,
 };
+use bunter_identity::refusal::{Culprit, Refusal};
+use bunter_identity::spiffe::SpiffeId;
+use bunter_identity::trust::x509::display_time;
 use std::future::Future;
 use std::sync::Arc;
 use std::time::{Duration, SystemTime};
 use tokio::net::TcpStream;
-use wimsey_identity::refusal::{Culprit, Refusal};
-use wimsey_identity::spiffe::SpiffeId;
-use wimsey_identity::trust::x509::display_time;
 
 /// Why a stream may not use a connection.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]

@@ -28,7 +28,7 @@ pub fn start(
     closing: watch::Receiver<bool>,
 ) -> std::io::Result<std::thread::JoinHandle<()>> {
     let index = unbound.shard();
-    std::thread::Builder::new().name(format!("wimsey-shard{index}")).spawn(move || {
+    std::thread::Builder::new().name(format!("bunter-shard{index}")).spawn(move || {
         let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
             Ok(runtime) => runtime,
             Err(error) => return tracing::error!(shard = index, %error, "a shard has no runtime"),

@@ -1,7 +1,7 @@
 //! The policies that the documentation shows: each is read without a problem, and all its cases hold.
 
+use bunter::policy::{Accounts, Policy, Source};
 use std::path::{Path, PathBuf};
-use wimsey::policy::{Accounts, Policy, Source};
 
 fn policies() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../policies")
@@ -20,7 +20,7 @@ fn every_example_is_read_without_a_warning_and_its_cases_hold() {
     for entry in std::fs::read_dir(policies().join("examples")).unwrap() {
         let directory = entry.unwrap().path();
         let policy =
-            Policy::load(&directory, wimsey::document::Purpose::Inspection).unwrap_or_else(|error| panic!("{error}"));
+            Policy::load(&directory, bunter::document::Purpose::Inspection).unwrap_or_else(|error| panic!("{error}"));
         assert!(policy.warnings().is_empty(), "{}", policy.warnings());
         all_cases_hold(&policy);
         count += 1;

@@ -20,8 +20,8 @@ use aya_ebpf::{
         bpf_ktime_get_boot_ns, bpf_set_retval,
     },
 };
+use bunter_common::*;
 use core::ptr::{addr_of, addr_of_mut};
-use wimsey_common::*;
 
 const ECONNREFUSED: i32 = 111;
 /// In nanoseconds: longer than it takes from one attached program to the next within one `connect()`.

@@ -6,10 +6,10 @@
 use crate::atomic::plus;
 use crate::maps::{ALLOWANCES, COUNTERS, EVENTS, REFUSALS};
 use aya_ebpf::helpers::bpf_ktime_get_boot_ns;
+use bunter_common::*;
 use core::ptr::addr_of_mut;
-use wimsey_common::*;
 
-/// Adds one to a counter of `wimsey_common::counter`.
+/// Adds one to a counter of `bunter_common::counter`.
 #[inline(always)]
 pub fn count(which: u32) {
     if let Some(counter) = COUNTERS.get_ptr_mut(which) {

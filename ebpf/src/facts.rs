@@ -14,8 +14,8 @@ use aya_ebpf::{
     },
     maps::lpm_trie::Key,
 };
+use bunter_common::*;
 use core::ptr::{addr_of, from_ref};
-use wimsey_common::*;
 
 pub const AF_INET: u32 = 2;
 pub const AF_INET6: u32 = 10;

@@ -18,8 +18,8 @@ use aya_ebpf::{
     bindings::{__sk_buff, bpf_sock},
     helpers::{bpf_get_socket_cookie, bpf_get_socket_uid, bpf_sk_fullsock, bpf_skb_cgroup_id, bpf_skb_load_bytes},
 };
+use bunter_common::*;
 use core::ptr::{addr_of, addr_of_mut};
-use wimsey_common::*;
 
 /// Id of the root of the unified hierarchy.
 const ROOT_CGROUP: u64 = 1;

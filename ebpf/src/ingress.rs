@@ -20,8 +20,8 @@ use aya_ebpf::{
     helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie, bpf_sock_ops_cb_flags_set},
     programs::SkLookupContext,
 };
+use bunter_common::*;
 use core::ptr::addr_of;
-use wimsey_common::*;
 
 const CONNECTING: u32 = aya_ebpf::bindings::BPF_SOCK_OPS_TCP_CONNECT_CB;
 const ESTABLISHED: u32 = aya_ebpf::bindings::BPF_SOCK_OPS_ACTIVE_ESTABLISHED_CB;

@@ -1,4 +1,4 @@
-//! Wimsey's kernel programs, one line each: what a program decides is in [`egress`], [`guard`], [`names`], [`ingress`] and
+//! Bunter's kernel programs, one line each: what a program decides is in [`egress`], [`guard`], [`names`], [`ingress`] and
 //! [`registry`], what it reads is in [`facts`], what it leaves behind for the agent is in [`maps`] and [`events`].
 //!
 //! Attached to a cgroup: `connect4/6`, `sendmsg4/6`, `getpeername4/6`, `getsockname4/6`, `post_bind4/6`, `sock_release`,

@@ -1,4 +1,4 @@
-//! The maps, with the names and types that `wimsey_common::map` gives them.
+//! The maps, with the names and types that `bunter_common::map` gives them.
 //!
 //! All are pinned by name, so that they outlive the agent. Hash maps, but for the LRU ones, are allocated as they fill: an
 //! idle host pays only for what it uses, so the sizes can be generous.
@@ -9,7 +9,7 @@ use aya_ebpf::{
     macros::{btf_map, map},
     maps::{Array, HashMap, LpmTrie, LruHashMap, PerCpuArray, RingBuf, SockMap},
 };
-use wimsey_common::*;
+use bunter_common::*;
 
 /// Flag of an insertion: insert only where there is no row yet.
 pub const NO_EXIST: u64 = 1;

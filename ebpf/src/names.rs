@@ -1,4 +1,4 @@
-//! `getpeername()`, `getsockname()` and the address that `accept()` gives: what the program would see without Wimsey.
+//! `getpeername()`, `getsockname()` and the address that `accept()` gives: what the program would see without Bunter.
 //!
 //! A program whose connection was redirected to the agent sees the address that it dialled and the source address that it would
 //! have had. A workload that accepts the agent's upstream connection sees the true client.
@@ -8,8 +8,8 @@
 
 use crate::{egress::redirected_to, facts::*, maps::UPSTREAMS, registry};
 use aya_ebpf::{bindings::bpf_sock_addr, helpers::bpf_get_socket_cookie};
+use bunter_common::*;
 use core::ptr::{addr_of, addr_of_mut};
-use wimsey_common::*;
 
 #[inline(always)]
 pub fn getpeername4(ctx: *mut bpf_sock_addr) {

@@ -10,7 +10,7 @@ use crate::{
     atomic::plus,
     maps::{NO_EXIST, QUOTAS},
 };
-use wimsey_common::*;
+use bunter_common::*;
 
 /// Rows of `FLOWS` that one user may have. The agent replaces this by a quarter of the rows that the map really has.
 #[unsafe(no_mangle)]

@@ -22,11 +22,11 @@ use aya_ebpf::{
     bindings::{BPF_SK_STORAGE_GET_F_CREATE, bpf_sock, bpf_sock_ops, xdp_md},
     helpers::{bpf_get_netns_cookie, bpf_get_socket_cookie, generated::bpf_sk_storage_get},
 };
+use bunter_common::*;
 use core::{
     ffi::c_void,
     ptr::{addr_of, addr_of_mut, null_mut},
 };
-use wimsey_common::*;
 
 /// A socket was bound. Refuses the bind where the binder may be a workload and there is no room to protect it.
 #[inline(always)]

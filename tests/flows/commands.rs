@@ -1,4 +1,4 @@
-//! What an operator sees of an agent and starts with it: `status`, `connections`, `doctor`, its privileges, and `wimsey run`.
+//! What an operator sees of an agent and starts with it: `status`, `connections`, `doctor`, its privileges, and `bunter run`.
 
 use crate::lifecycle::talker;
 use lab::policy::{PORT, id};
@@ -94,9 +94,9 @@ fn doctor_tells_what_this_host_can_do() {
     let lab = lab!();
     let mesh = or_skip!(lab.only_mesh(&Policy::standard(&lab)));
     let doctor = |words: &[&str]| {
-        let mut command = lab.command(&lab.alpha, "admin", skip::wimsey().unwrap_or_else(|skip| panic!("{}", skip.0)));
+        let mut command = lab.command(&lab.alpha, "admin", skip::bunter().unwrap_or_else(|skip| panic!("{}", skip.0)));
         command.arg("doctor").args(words);
-        Program::start(command, "wimsey doctor").unwrap().outcome().good()
+        Program::start(command, "bunter doctor").unwrap().outcome().good()
     };
     assert!(!doctor(&[]).trim().is_empty());
     let report = doctor(&["--json"]);
@@ -120,27 +120,27 @@ fn doctor_tells_what_this_host_can_do() {
 }
 
 #[test]
-fn wimsey_run_gives_a_program_a_cgroup_that_policy_can_name() {
+fn bunter_run_gives_a_program_a_cgroup_that_policy_can_name() {
     let lab = lab!();
     let name = format!("lab-{}", lab.test().len() + std::process::id() as usize);
     let policy = Policy::empty(&lab)
-        .workload_by("client", &[&format!("cgroup:/wimsey/{name}")])
+        .workload_by("client", &[&format!("cgroup:/bunter/{name}")])
         .workload("server")
         .serve(&lab, PORT)
         .allow("client-to-server", "client", "server");
     let mesh = or_skip!(lab.only_mesh(&policy));
     let _server = lab.serve_echo(&lab.beta, "server", &[lab.beta.at(PORT)]);
     let place = lab::enter::Place { netns: Some(lab.alpha.netns.clone()), ..Default::default() };
-    let mut command = lab.command_in(place, or_skip!(skip::wimsey()));
+    let mut command = lab.command_in(place, or_skip!(skip::bunter()));
     command.args(["run", "--name", &name, "--"]).arg(or_skip!(skip::lab_app()));
     command.args(["talk", "--to", &lab.beta.at(PORT).to_string(), &format!("send:{}\\n", lab.marker()), "line"]);
     command.args(["half-close", "to-end"]);
-    let outcome = Program::start(command, "wimsey run").unwrap().outcome();
+    let outcome = Program::start(command, "bunter run").unwrap().outcome();
     let said = events(&outcome.stdout);
     assert!(outcome.status.success(), "{outcome:#?}");
     assert!(said.iter().any(|event| event["text"] == lab.marker()), "{outcome:#?}");
     mesh.expect_allowed(PORT, 1);
-    let cgroup = lab::world::cgroup2().unwrap().join("wimsey").join(&name);
+    let cgroup = lab::world::cgroup2().unwrap().join("bunter").join(&name);
     // The program was the last process of its own; what it leaves is swept by the next one, or by `release`.
     assert!(cgroup.exists());
     mesh.alpha().terminate().unwrap();
@@ -157,16 +157,16 @@ fn wimsey_run_gives_a_program_a_cgroup_that_policy_can_name() {
 }
 
 #[test]
-fn wimsey_run_gives_the_exit_code_of_the_program() {
+fn bunter_run_gives_the_exit_code_of_the_program() {
     let lab = lab!();
     if skip::plain() {
         return lab::Skip::because("LAB_PLAIN=1 leaves the agent out").announce(lab.test());
     }
     for (script, code) in [("exit 0", Some(0)), ("exit 7", Some(7))] {
         let place = lab::enter::Place { netns: Some(lab.alpha.netns.clone()), ..Default::default() };
-        let mut command = lab.command_in(place, or_skip!(skip::wimsey()));
+        let mut command = lab.command_in(place, or_skip!(skip::bunter()));
         command.args(["run", "--", "sh", "-c", script]);
-        let outcome = Program::start(command, "wimsey run").unwrap().outcome();
+        let outcome = Program::start(command, "bunter run").unwrap().outcome();
         assert_eq!(outcome.status.code(), code, "{outcome:#?}");
     }
 }

@@ -1,4 +1,4 @@
-//! The other end is no Wimsey: OpenSSL and curl with an SVID from `wimsey ca issue`, on either side.
+//! The other end is no Bunter: OpenSSL and curl with an SVID from `bunter ca issue`, on either side.
 
 use crate::programs::nginx;
 use lab::policy::{PORT, id};
@@ -132,7 +132,7 @@ fn a_protected_client_talks_to_a_foreign_tls_server() {
 }
 
 #[test]
-fn what_wimsey_ca_issues_is_an_svid_that_openssl_verifies() {
+fn what_bunter_ca_issues_is_an_svid_that_openssl_verifies() {
     let lab = lab!();
     or_skip!(skip::need("openssl"));
     let mesh = or_skip!(lab.only_mesh(&Policy::standard(&lab)));
@@ -153,7 +153,7 @@ fn what_wimsey_ca_issues_is_an_svid_that_openssl_verifies() {
 }
 
 #[test]
-fn what_wimsey_ca_revokes_is_revoked_for_openssl() {
+fn what_bunter_ca_revokes_is_revoked_for_openssl() {
     let lab = lab!();
     or_skip!(skip::need("openssl"));
     let mesh = or_skip!(lab.only_mesh(&Policy::standard(&lab)));

@@ -143,9 +143,9 @@ fn release_says_that_an_agent_runs_and_which_one() {
     let config = std::fs::read_to_string(mesh.alpha().config()).unwrap();
     let other = lab.file("other.toml", config.replace("/alpha/run\"", "/alpha/run2\""));
     let place = lab::enter::Place { netns: Some(lab.alpha.netns.clone()), ..Default::default() };
-    let mut command = lab.command_in(place, or_skip!(skip::wimsey()));
+    let mut command = lab.command_in(place, or_skip!(skip::bunter()));
     command.args(["release", "--config"]).arg(other);
-    let said = Program::start(command, "wimsey release").unwrap().outcome().bad();
+    let said = Program::start(command, "bunter release").unwrap().outcome().bad();
     assert!(said.contains("an agent runs"), "{said}");
     lab.expect_echo(&lab.alpha, "client", lab.beta.at(PORT), &[]);
     lab.expect_tls(PORT);

@@ -1,4 +1,4 @@
-//! Several workloads on one host, loopback, and everything that is none of Wimsey's business.
+//! Several workloads on one host, loopback, and everything that is none of Bunter's business.
 
 use lab::policy::{DOMAIN, PORT, id};
 use lab::world::{events, pick};
@@ -119,7 +119,7 @@ fn programs_that_nobody_enrolled_are_left_alone() {
         lab.expect_echo(&lab.stranger, "ssh", lab.beta.at(23), &[]);
         drop(fresh);
     }
-    // Left alone means plaintext: the marker is there, with or without Wimsey.
+    // Left alone means plaintext: the marker is there, with or without Bunter.
     assert!(lab.wire().search(lab.marker().as_bytes()).is_some());
 }
 
@@ -260,7 +260,7 @@ fn what_is_carried_in_plaintext_needs_no_svid() {
     // An authority that ends soon: from then on nobody gets an SVID.
     let life = clock::seconds(12);
     let authority = lab.directory().join("ca");
-    lab::agent::make_authority(&lab, &or_skip!(lab::skip::wimsey()), DOMAIN, &authority);
+    lab::agent::make_authority(&lab, &or_skip!(lab::skip::bunter()), DOMAIN, &authority);
     let (_, certificate, key) = Mint::found(DOMAIN, time::Duration::hours(-1), life.try_into().unwrap()).unwrap();
     let over = std::time::Instant::now() + life;
     std::fs::write(authority.join("ca.pem"), certificate).unwrap();

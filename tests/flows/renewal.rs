@@ -154,7 +154,7 @@ fn while_an_authority_is_replaced_both_are_trusted_and_it_is_told() {
         return lab::Skip::because("LAB_PLAIN=1 leaves the agent out").announce(lab.test());
     }
     let (old, next) = (lab.directory().join("ca"), lab.directory().join("ca-next"));
-    make_authority(&lab, &or_skip!(skip::wimsey()), DOMAIN, &next);
+    make_authority(&lab, &or_skip!(skip::bunter()), DOMAIN, &next);
     let trust = |directory: &std::path::Path| {
         format!("[[trust]]\ntrust_domain = \"{DOMAIN}\"\nbundle = \"{}/ca.pem\"\n", directory.display())
     };

@@ -14,7 +14,7 @@ fn agent<'a>(lab: &'a Lab, policy: &Policy, settings: &Settings) -> Result<Agent
     Agent::prepare(lab, &lab.alpha, policy, settings)
 }
 
-/// Neither `wimsey agent` nor `wimsey check` takes this; both say why, in words that contain all of these.
+/// Neither `bunter agent` nor `bunter check` takes this; both say why, in words that contain all of these.
 #[track_caller]
 fn refused(agent: &Agent, words: &[&str]) {
     let check = agent.command(&["check"]).unwrap().bad();
@@ -193,7 +193,7 @@ fn mode(path: &Path, mode: u32) {
 /// An authority of its own for one test.
 fn authority(lab: &Lab, domain: &str) -> Result<PathBuf, Skip> {
     let directory = lab.directory().join(format!("ca-{domain}"));
-    make_authority(lab, &skip::wimsey()?, domain, &directory);
+    make_authority(lab, &skip::bunter()?, domain, &directory);
     Ok(directory)
 }
 
@@ -229,7 +229,7 @@ fn an_authority_that_is_not_there_is_refused() {
     let lab = lab!();
     let nowhere = lab.directory().join("nowhere");
     let agent = or_skip!(agent(&lab, &Policy::standard(&lab), &with_authority(&nowhere)));
-    refused(&agent, &["nowhere", "wimsey ca init"]);
+    refused(&agent, &["nowhere", "bunter ca init"]);
 }
 
 #[test]
@@ -406,9 +406,9 @@ fn an_authority_is_not_made_over_another() {
     let lab = lab!();
     let directory = or_skip!(authority(&lab, DOMAIN));
     let before = std::fs::read(directory.join("ca.key")).unwrap();
-    let mut command = lab.command_in(Default::default(), or_skip!(skip::wimsey()));
+    let mut command = lab.command_in(Default::default(), or_skip!(skip::bunter()));
     command.args(["ca", "init", "--trust-domain", DOMAIN, "--dir"]).arg(&directory);
-    let said = Program::start(command, "wimsey ca init").unwrap().outcome().bad();
+    let said = Program::start(command, "bunter ca init").unwrap().outcome().bad();
     assert!(!said.contains("panicked"), "{said}");
     assert_eq!(std::fs::read(directory.join("ca.key")).unwrap(), before);
 }
@@ -424,9 +424,9 @@ fn policy_cases_are_run_and_a_wrong_one_is_told() {
         let directory = lab.directory().join(name);
         std::fs::create_dir(&directory).unwrap();
         std::fs::write(directory.join("p.toml"), Policy::standard(&lab).raw(&case).text()).unwrap();
-        let mut command = lab.command_in(Default::default(), skip::wimsey()?);
+        let mut command = lab.command_in(Default::default(), skip::bunter()?);
         command.args(["policy", "test"]).arg(directory);
-        Ok(Program::start(command, "wimsey policy test").unwrap().outcome())
+        Ok(Program::start(command, "bunter policy test").unwrap().outcome())
     };
     or_skip!(test("right", "allow")).good();
     let said = or_skip!(test("wrong", "deny")).bad();
@@ -437,9 +437,9 @@ fn policy_cases_are_run_and_a_wrong_one_is_told() {
 fn a_verb_or_option_that_does_not_exist_is_told_with_the_usage() {
     let lab = lab!();
     for words in [&["dance"][..], &["agent", "--confg", "x"], &["run"], &["ca", "issue"]] {
-        let mut command = lab.command_in(Default::default(), or_skip!(skip::wimsey()));
+        let mut command = lab.command_in(Default::default(), or_skip!(skip::bunter()));
         command.args(words);
-        let said = Program::start(command, "wimsey").unwrap().outcome().bad();
+        let said = Program::start(command, "bunter").unwrap().outcome().bad();
         assert!(said.contains("sage"), "{words:?}: {said}");
     }
 }
@@ -464,7 +464,7 @@ fn the_admin_socket_is_for_root_alone() {
     assert_eq!(std::fs::metadata(&socket).unwrap().permissions().mode() & 0o777, 0o600);
     let mut place = lab.place(&lab.alpha, "user");
     place.user = Some((12345, 12345));
-    let mut command = lab.command_in(place, or_skip!(skip::wimsey()));
+    let mut command = lab.command_in(place, or_skip!(skip::bunter()));
     command.current_dir("/").args(["status", "--config"]).arg(mesh.alpha().config());
-    Program::start(command, "wimsey status").unwrap().outcome().bad();
+    Program::start(command, "bunter status").unwrap().outcome().bad();
 }

@@ -289,7 +289,7 @@ fn a_second_agent_in_one_namespace_does_not_start() {
     assert_ne!(config, other);
     let path = lab.file("second.toml", other);
     let place = lab::enter::Place { netns: Some(second), ..Default::default() };
-    let mut command = lab.command_in(place, or_skip!(skip::wimsey()));
+    let mut command = lab.command_in(place, or_skip!(skip::bunter()));
     command.args(["agent", "--config"]).arg(path);
     let outcome = lab::Program::start(command, "second agent").unwrap().outcome();
     let said = outcome.bad();

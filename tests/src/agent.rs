@@ -23,7 +23,7 @@ use std::time::Duration;
 /// What a test wants to have otherwise in agent.toml.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// `auto`, `kernel` or `user`; `WIMSEY_ENGINE` unless said otherwise.
+    /// `auto`, `kernel` or `user`; `BUNTER_ENGINE` unless said otherwise.
     pub engine: String,
     /// More lines of the top level.
     pub top: String,
@@ -42,7 +42,7 @@ pub struct Settings {
 impl Default for Settings {
     fn default() -> Self {
         Self {
-            engine: std::env::var("WIMSEY_ENGINE").unwrap_or_else(|_| "auto".to_owned()),
+            engine: std::env::var("BUNTER_ENGINE").unwrap_or_else(|_| "auto".to_owned()),
             top: String::new(),
             identity: String::new(),
             audit: None,
@@ -68,7 +68,7 @@ pub struct Agent<'a> {
 impl<'a> Agent<'a> {
     /// Writes configuration and policy, and starts nothing yet.
     pub fn prepare(lab: &'a Lab, host: &'a Host, policy: &Policy, settings: &Settings) -> Result<Self, Skip> {
-        let binary = skip::wimsey()?;
+        let binary = skip::bunter()?;
         let authority = match &settings.authority {
             Some(directory) => directory.clone(),
             None => authority(lab, &binary),
@@ -192,17 +192,17 @@ impl<'a> Agent<'a> {
         let place = crate::enter::Place { netns: Some(self.host.netns.clone()), ..Default::default() };
         let mut command = self.lab.command_in(place, &self.binary);
         command.args(words).arg("--config").arg(self.config());
-        Program::start(command, format!("wimsey {words:?}"))?.wait(clock::seconds(30))
+        Program::start(command, format!("bunter {words:?}"))?.wait(clock::seconds(30))
     }
 
-    /// What `wimsey status --json` prints, from the admin socket itself: tests ask over and over, and the start of a
+    /// What `bunter status --json` prints, from the admin socket itself: tests ask over and over, and the start of a
     /// program is dear where the processor is emulated.
     #[track_caller]
     pub fn status(&self) -> Value {
         self.ask("status")
     }
 
-    /// What `wimsey connections --json` prints: a list.
+    /// What `bunter connections --json` prints: a list.
     #[track_caller]
     pub fn connections(&self) -> Vec<Value> {
         match self.ask("connections") {
@@ -400,12 +400,12 @@ fn authority(lab: &Lab, binary: &Path) -> PathBuf {
     directory
 }
 
-/// Runs `wimsey ca init`.
+/// Runs `bunter ca init`.
 #[track_caller]
 pub fn make_authority(lab: &Lab, binary: &Path, domain: &str, directory: &Path) {
     let mut command = lab.command_in(crate::enter::Place::default(), binary);
     command.args(["ca", "init", "--trust-domain", domain, "--dir"]).arg(directory);
-    match Program::start(command, "wimsey ca init").and_then(|program| program.wait(clock::seconds(30))) {
+    match Program::start(command, "bunter ca init").and_then(|program| program.wait(clock::seconds(30))) {
         Ok(outcome) => drop(outcome.good()),
         Err(error) => panic!("{error:#}"),
     }
@@ -461,27 +461,27 @@ impl<'a> Mesh<'a> {
         }
     }
 
-    /// What `wimsey ca issue` gives for this name: `svid.pem`, `key.pem` and `bundle.pem` in the directory.
+    /// What `bunter ca issue` gives for this name: `svid.pem`, `key.pem` and `bundle.pem` in the directory.
     #[track_caller]
     pub fn issue(&self, name: &str) -> PathBuf {
         let out = self.lab.directory().join(format!("issued-{name}"));
         let mut command = self.lab.command_in(crate::enter::Place::default(), &self.alpha().binary);
         command.args(["ca", "issue", "--dir"]).arg(self.lab.directory().join("ca"));
         command.args(["--id", &id(name), "--out"]).arg(&out);
-        match Program::start(command, "wimsey ca issue").and_then(|program| program.wait(clock::seconds(30))) {
+        match Program::start(command, "bunter ca issue").and_then(|program| program.wait(clock::seconds(30))) {
             Ok(outcome) => drop(outcome.good()),
             Err(error) => panic!("{error:#}"),
         }
         out
     }
 
-    /// What `wimsey ca revoke` says to this certificate. It is in force in an agent that has reloaded.
+    /// What `bunter ca revoke` says to this certificate. It is in force in an agent that has reloaded.
     #[track_caller]
     pub fn revoke(&self, certificate: &Path) -> String {
         let mut command = self.lab.command_in(crate::enter::Place::default(), &self.alpha().binary);
         command.args(["ca", "revoke", "--dir"]).arg(self.lab.directory().join("ca"));
         command.arg("--certificate").arg(certificate);
-        match Program::start(command, "wimsey ca revoke").and_then(|program| program.wait(clock::seconds(30))) {
+        match Program::start(command, "bunter ca revoke").and_then(|program| program.wait(clock::seconds(30))) {
             Ok(outcome) => outcome.good(),
             Err(error) => panic!("{error:#}"),
         }

@@ -1,4 +1,4 @@
-//! The benchmarking lab: Wimsey and its peers on the same two hosts, one after the other, in interleaved rounds.
+//! The benchmarking lab: Bunter and its peers on the same two hosts, one after the other, in interleaved rounds.
 //!
 //! [`load`] and [`serve`] are the two ends of every flow, [`peers`] starts what stands between them, [`measure`] takes one
 //! measurement and judges whether something else disturbed it, [`report`] and [`plot`] show what came of it.

@@ -1,7 +1,7 @@
 //! The lab: hosts as network namespaces, programs in cgroups of their own, a capture on the wire, agents, certificates.
 //!
 //! A test opens a [`Lab`], starts agents with [`Lab::mesh`], starts programs with [`Lab::run`], and ends by asking the
-//! [`wire`] what was to be seen on it. With `LAB_PLAIN=1` the same flows run without Wimsey, and the capture must then
+//! [`wire`] what was to be seen on it. With `LAB_PLAIN=1` the same flows run without Bunter, and the capture must then
 //! hold the marker: that is the test of the oracle itself.
 //!
 //! *Invariant:* what a test made (namespaces, cgroups, processes, pinned programs, files) is gone after it, also when

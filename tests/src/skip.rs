@@ -49,7 +49,7 @@ pub fn need_root() -> Result<(), Skip> {
 
 /// What a test changes on the whole machine it may change in a guest only.
 pub fn need_guest() -> Result<(), Skip> {
-    if std::env::var_os("WIMSEY_GUEST").is_some() {
+    if std::env::var_os("BUNTER_GUEST").is_some() {
         Ok(())
     } else {
         Err(Skip::because("changes the whole machine: in guests only"))
@@ -74,7 +74,7 @@ pub fn need_files(number: u64) -> Result<(), Skip> {
     }
 }
 
-/// True where the tests run without Wimsey, to test the lab and its oracle.
+/// True where the tests run without Bunter, to test the lab and its oracle.
 pub fn plain() -> bool {
     std::env::var("LAB_PLAIN").is_ok_and(|value| value == "1")
 }
@@ -104,8 +104,8 @@ pub fn lab_app() -> Result<PathBuf, Skip> {
         .ok_or_else(|| Skip::because("no lab-app next to the test binary and LAB_APP does not name one"))
 }
 
-/// The agent: `WIMSEY_BIN`, else `release/wimsey` or `debug/wimsey` of the same target directory.
-pub fn wimsey() -> Result<PathBuf, Skip> {
-    sibling("WIMSEY_BIN", &["release/wimsey", "debug/wimsey", "wimsey"])
-        .ok_or_else(|| Skip::because("no wimsey binary in the target directory and WIMSEY_BIN does not name one"))
+/// The agent: `BUNTER_BIN`, else `release/bunter` or `debug/bunter` of the same target directory.
+pub fn bunter() -> Result<PathBuf, Skip> {
+    sibling("BUNTER_BIN", &["release/bunter", "debug/bunter", "bunter"])
+        .ok_or_else(|| Skip::because("no bunter binary in the target directory and BUNTER_BIN does not name one"))
 }

@@ -2,10 +2,11 @@
 //!
 //! Everything here runs on the calling thread, in whatever namespace that is in ([`Host::within`](crate::Host::within)).
 //!
-//! *Invariant:* this end verifies nothing: whatever is refused, Wimsey refused it.
+//! *Invariant:* this end verifies nothing: whatever is refused, Bunter refused it.
 
 use crate::clock;
 use crate::mint::Svid;
+use bunter_identity::trust::testing::Anybody;
 use rustls::crypto::aws_lc_rs;
 use rustls::pki_types::ServerName;
 use rustls::{ClientConfig, ClientConnection, ServerConfig, ServerConnection, SupportedProtocolVersion};
@@ -13,7 +14,6 @@ use std::io::{Read, Write};
 use std::net::{Shutdown, SocketAddr, TcpListener, TcpStream};
 use std::sync::Arc;
 use std::time::Duration;
-use wimsey_identity::trust::testing::Anybody;
 
 /// What came of an attempt to talk to somebody.
 #[derive(Clone, Debug, Default)]

@@ -12,6 +12,7 @@ use crate::program::Program;
 use crate::skip::{self, Skip};
 use crate::wire::{Capture, Wire};
 use anyhow::Context;
+use bunter_sys::mounts;
 use serde_json::Value;
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
@@ -19,7 +20,6 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::sync::{Condvar, Mutex, OnceLock, PoisonError};
-use wimsey_sys::mounts;
 
 /// Opens the lab of the test that this is called in, or says that the test is skipped and returns from it.
 #[macro_export]
@@ -103,7 +103,7 @@ impl Lab {
         static NUMBER: AtomicU32 = AtomicU32::new(0);
         let number = NUMBER.fetch_add(1, Ordering::Relaxed);
         let pid = std::process::id();
-        let name = format!("wimsey-lab-{pid}-{number}");
+        let name = format!("bunter-lab-{pid}-{number}");
         let subnet = u8::try_from((pid + number) % 250).unwrap_or(0) + 1;
 
         let directory = std::env::temp_dir().join(&name);
@@ -186,7 +186,7 @@ impl Lab {
 
     /// Path of the lab's cgroup from the root of the hierarchy, as selectors name it.
     pub fn cgroup_path(&self) -> String {
-        format!("/wimsey-lab-{}-{}", std::process::id(), self.number)
+        format!("/bunter-lab-{}-{}", std::process::id(), self.number)
     }
 
     /// Directory of a cgroup of this lab, made if it is not there.

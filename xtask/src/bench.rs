@@ -21,7 +21,7 @@ const ENVOY: &str = "1.40.0";
 pub fn verb(words: &[String], filter: &[String]) -> Fallible {
     setup::ensure(&[Need::Toolchain])?;
     if words.first().is_some_and(|word| word == "micro") {
-        let mut command = setup::cargo(&["bench", "-p", "wimsey-benches", "--"]);
+        let mut command = setup::cargo(&["bench", "-p", "bunter-benches", "--"]);
         command.args(filter);
         return shown("benchmarks", command);
     }
@@ -59,7 +59,7 @@ fn lab(words: &[String]) -> Fallible {
 }
 
 /// What a guest compares when nobody says what: its programs alone, so that it ends within the hour.
-const IN_GUESTS: &str = "plain,ktls-own,wimsey";
+const IN_GUESTS: &str = "plain,ktls-own,bunter";
 /// Around the object on a guest's console.
 const BEGIN: &str = "bench-object-begin";
 const END: &str = "bench-object-end";
@@ -85,7 +85,7 @@ fn guest(kernel: &str, words: &[String]) -> Fallible {
     step("lab, release").run(build)?;
     let quoted: Vec<String> = own.iter().map(|word| format!("'{}'", word.replace('\'', "'\\''"))).collect();
     let script = format!(
-        "export WIMSEY_BIN=/usr/local/bin/wimsey LAB_APP=/lab/lab-app LAB_SLOW=10\ncd /tmp\nsleep 8\n\
+        "export BUNTER_BIN=/usr/local/bin/bunter LAB_APP=/lab/lab-app LAB_SLOW=10\ncd /tmp\nsleep 8\n\
          /lab/lab-bench --virtual --quick {} {}",
         missing.join(" "),
         quoted.join(" "),
@@ -94,7 +94,7 @@ fn guest(kernel: &str, words: &[String]) -> Fallible {
     job.virtual_time = true;
     job.limit = GUEST_LIMIT;
     job.silence = GUEST_SILENCE;
-    job.programs.push((build::stripped(&built.wimsey)?, "/usr/local/bin/wimsey".into()));
+    job.programs.push((build::stripped(&built.bunter)?, "/usr/local/bin/bunter".into()));
     for name in ["lab-bench", "lab-app"] {
         job.programs.push((build::stripped(&root().join("target/release").join(name))?, format!("/lab/{name}")));
     }

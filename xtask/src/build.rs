@@ -12,7 +12,7 @@ use crate::setup::{self, Need};
 /// What a build gives.
 pub struct Built {
     /// The agent and command line.
-    pub wimsey: PathBuf,
+    pub bunter: PathBuf,
 }
 
 /// What the lab's build gives.
@@ -29,8 +29,8 @@ pub fn agent() -> Fallible<Built> {
     kernel_programs()?;
     // The agent's build script looks for the object at the place where it was just made. No variable says so: with one,
     // every switch between xtask and a plain cargo would build the agent anew.
-    step("agent, release").run(setup::cargo(&["build", "--release", "-p", "wimsey"]))?;
-    Ok(Built { wimsey: root().join("target/release/wimsey") })
+    step("agent, release").run(setup::cargo(&["build", "--release", "-p", "bunter"]))?;
+    Ok(Built { bunter: root().join("target/release/bunter") })
 }
 
 /// Builds the lab's tests and programs without running them.
@@ -52,9 +52,9 @@ pub fn lab() -> Fallible<Lab> {
 
 /// Builds the agent's own tests that a kernel matters to: its unit tests, and those of the kernel programs.
 pub fn agent_tests() -> Fallible<Vec<(String, PathBuf)>> {
-    let mut args = vec!["-p", "wimsey", "--lib"];
+    let mut args = vec!["-p", "bunter", "--lib"];
     args.extend(PRIVILEGED.iter().flat_map(|name| ["--test", name]));
-    let built = artifacts("tests of wimsey", &args)?;
+    let built = artifacts("tests of bunter", &args)?;
     Ok(built
         .into_iter()
         .filter(|artifact| artifact.test)
@@ -79,7 +79,7 @@ fn artifacts(label: &str, what: &[&str]) -> Fallible<Vec<Artifact>> {
 
 /// Where the kernel programs' object is.
 pub fn object_path() -> PathBuf {
-    root().join("ebpf/target/bpfel-unknown-none/release/wimsey-ebpf")
+    root().join("ebpf/target/bpfel-unknown-none/release/bunter-ebpf")
 }
 
 /// A command of the kernel programs' workspace: its target has no prebuilt `core`, and building one is unstable.

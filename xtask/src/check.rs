@@ -66,7 +66,7 @@ fn in_ebpf(mut command: Command) -> Command {
 /// The verb `policy`: checks directories of policies and runs their expectations.
 pub fn policy(folders: &[String]) -> Fallible {
     setup::ensure(&[Need::Toolchain])?;
-    let mut command = setup::cargo(&["run", "--quiet", "-p", "wimsey", "--", "policy", "test"]);
+    let mut command = setup::cargo(&["run", "--quiet", "-p", "bunter", "--", "policy", "test"]);
     if folders.is_empty() {
         command.args(examples());
     } else {
@@ -77,7 +77,7 @@ pub fn policy(folders: &[String]) -> Fallible {
         true
     });
     let ended = ended.watch(command)?;
-    if ended.success() { Ok(()) } else { Err(format!("wimsey policy test: {}", ended.how()).into()) }
+    if ended.success() { Ok(()) } else { Err(format!("bunter policy test: {}", ended.how()).into()) }
 }
 
 fn examples() -> Vec<PathBuf> {
@@ -207,7 +207,7 @@ impl Checks {
     }
 
     fn policies(&mut self) {
-        let mut command = setup::cargo(&["run", "--quiet", "-p", "wimsey", "--", "policy", "test"]);
+        let mut command = setup::cargo(&["run", "--quiet", "-p", "bunter", "--", "policy", "test"]);
         command.args(examples());
         self.cargo("policies", command);
     }

@@ -175,7 +175,7 @@ mod tests {
     fn several_programs_are_added_up() {
         let count = read(
             "     Running unittests src/lib.rs (target/debug/deps/a-1)\n\nrunning 2 tests\ntest a::b ... ok\ntest a::c ... ok\n\n\
-             test result: ok. 2 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.01s\n\n   Doc-tests wimsey\n\n\
+             test result: ok. 2 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.01s\n\n   Doc-tests bunter\n\n\
              running 1 test\ntest agent/src/lib.rs - x (line 3) - compile fail ... ok\n\n\
              test result: ok. 1 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.00s\n",
         );

@@ -24,7 +24,7 @@ use crate::{build, wire};
 use screen::{BOLD, NORMAL, bold, expect, side_by_side, summary, terminal, title};
 use stage::{Demo, text};
 
-const PREFIX: &str = "wimsey-demo";
+const PREFIX: &str = "bunter-demo";
 const ALPHA: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 1);
 const BETA: Ipv4Addr = Ipv4Addr::new(10, 77, 0, 2);
 const SECRET: &str = "the butler did it";
@@ -32,8 +32,8 @@ const SECRET: &str = "the butler did it";
 /// Runs the demo here, or in a guest.
 pub fn verb(words: &[String]) -> Fallible {
     // In a guest everything is there already.
-    if std::env::var_os("WIMSEY_GUEST").is_some() {
-        return show(Path::new("/usr/local/bin/wimsey"));
+    if std::env::var_os("BUNTER_GUEST").is_some() {
+        return show(Path::new("/usr/local/bin/bunter"));
     }
     match words {
         [] => {
@@ -44,7 +44,7 @@ pub fn verb(words: &[String]) -> Fallible {
             }
             setup::ensure(&[Need::Lab])?;
             let built = build::agent()?;
-            show(&built.wimsey)
+            show(&built.bunter)
         }
         [word] if word == "--vm" => guest(),
         _ => Err("usage: cargo xtask demo [--vm]".into()),
@@ -57,7 +57,7 @@ fn guest() -> Fallible {
     let own = std::env::current_exe().during("cannot find xtask itself")?;
     println!("\nA guest with Debian's kernel {} boots; the demo runs in it.\n", kernel.release);
     let mut job = Job::new("demo", "/usr/local/bin/xtask demo");
-    job.programs.push((build::stripped(&built.wimsey)?, "/usr/local/bin/wimsey".into()));
+    job.programs.push((build::stripped(&built.bunter)?, "/usr/local/bin/bunter".into()));
     job.programs.push((own, "/usr/local/bin/xtask".into()));
     let show = |line: &str| {
         // What the kernel itself has to say is in the log.
@@ -69,15 +69,15 @@ fn guest() -> Fallible {
     if verdict.success() { Ok(()) } else { Err(format!("{} ({})", verdict.line(), verdict.log.display()).into()) }
 }
 
-fn show(wimsey: &Path) -> Fallible {
+fn show(bunter: &Path) -> Fallible {
     let _one = only_one()?;
     // Not below /tmp, where another user could have put a link of that name.
     let folder = PathBuf::from(format!("/run/{PREFIX}"));
-    let mut demo = Demo::prepare(wimsey, &folder)?;
+    let mut demo = Demo::prepare(bunter, &folder)?;
     demo.picture();
-    let plain = demo.without_wimsey()?;
+    let plain = demo.without_bunter()?;
     demo.start_agents()?;
-    let sealed = demo.with_wimsey(&plain)?;
+    let sealed = demo.with_bunter(&plain)?;
     demo.audit()?;
     demo.stranger()?;
     demo.dead_agent(&sealed)?;
@@ -107,13 +107,13 @@ impl Demo {
             "\n{}\n\n    alpha {ALPHA} ─────────── wire, captured ─────────── beta {BETA}\n    \
              curl       spiffe://example.org/curl               nginx  spiffe://example.org/web\n    \
              redis-cli  spiffe://example.org/teller             redis  spiffe://example.org/vault",
-            bold("Wimsey: unmodified programs on two hosts speak mutual TLS as who they are")
+            bold("Bunter: unmodified programs on two hosts speak mutual TLS as who they are")
         );
     }
 
     /// The same programs with nothing in between: what everybody on the wire can read.
-    fn without_wimsey(&mut self) -> Fallible<Vec<u8>> {
-        title("1. Without Wimsey");
+    fn without_bunter(&mut self) -> Fallible<Vec<u8>> {
+        title("1. Without Bunter");
         let capture = self.capture("plain", |demo| {
             let mut nginx = demo.start_program("beta", None, &["nginx", "-c", &demo.path("nginx.conf")])?;
             demo.wait_for_port("alpha", 80)?;
@@ -125,7 +125,7 @@ impl Demo {
         Ok(capture)
     }
 
-    fn with_wimsey(&mut self, plain: &[u8]) -> Fallible<Vec<u8>> {
+    fn with_bunter(&mut self, plain: &[u8]) -> Fallible<Vec<u8>> {
         title("2. With an agent on each host, the same programs, the same addresses");
         let capture = self.capture("sealed", |demo| {
             let nginx = demo.start_program("beta", Some("demo-web"), &["nginx", "-c", &demo.path("nginx.conf")])?;
@@ -237,7 +237,7 @@ impl Demo {
         for line in status.lines().filter(|line| line.starts_with("engine") || line.starts_with("covers")) {
             println!("   {line}");
         }
-        let doctor = self.wimsey(&["doctor"])?;
+        let doctor = self.bunter(&["doctor"])?;
         for line in text(&doctor).lines() {
             println!("   {line}");
         }

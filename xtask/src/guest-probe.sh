@@ -1,4 +1,4 @@
-# What `cargo xtask vm` runs when it is given no command: what this kernel is and what of Wimsey's needs it has.
+# What `cargo xtask vm` runs when it is given no command: what this kernel is and what of Bunter's needs it has.
 echo "kernel $(uname -r), $(nproc) processors"
 failed=0
 have() {

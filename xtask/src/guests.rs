@@ -34,7 +34,7 @@ const PANIC_LINES: usize = 30;
 /// What the guests run.
 pub struct Programs {
     /// The agent.
-    pub wimsey: PathBuf,
+    pub bunter: PathBuf,
     /// The lab.
     pub lab: Lab,
     /// The agent's own tests.
@@ -47,7 +47,7 @@ pub struct Programs {
 /// long, so what no kernel changes is left to the other tiers, and rooms of the lab that are not here run in guests where
 /// a person names them, and are counted as skipped where nobody does.
 const IN_GUESTS: &[(&str, &[&str])] = &[
-    ("wimsey", &["offload::", "relay::", "privilege::"]),
+    ("bunter", &["offload::", "relay::", "privilege::"]),
     ("hostile", &["locals::", "in_the_middle_is", "tampered", "half_a_record", "without_close_notify"]),
     ("host", &["the_oracle"]),
     // What each kernel decides in a way of its own: hooks, order of its tables, protocols, what can be kept with a socket.
@@ -87,7 +87,7 @@ const IN_GUESTS: &[(&str, &[&str])] = &[
 const NOT_IN_GUESTS: &[(&str, &[&str])] = &[(
     "flows",
     &[
-        "what_wimsey_ca",
+        "what_bunter_ca",
         "a_friendly_trust_domain",
         "a_broken_policy",
         "svids_are_renewed",
@@ -254,13 +254,13 @@ fn job(programs: &Programs) -> Fallible<Job> {
     let quote = |word: &String| format!(" '{}'", word.replace('\'', "'\\''"));
     let filter: String = programs.filter.iter().map(quote).collect();
     let mut script = format!(
-        "export WIMSEY_ENGINE=kernel WIMSEY_TEST_ENGINE=kernel WIMSEY_BIN=/usr/local/bin/wimsey LAB_APP=/lab/lab-app\n\
-         export LAB_SLOW={GUEST_SLOWNESS} LAB_BULK={GUEST_BULK} RUST_BACKTRACE=0\ncd /tmp\nwimsey doctor\ncode=0\n\
+        "export BUNTER_ENGINE=kernel BUNTER_TEST_ENGINE=kernel BUNTER_BIN=/usr/local/bin/bunter LAB_APP=/lab/lab-app\n\
+         export LAB_SLOW={GUEST_SLOWNESS} LAB_BULK={GUEST_BULK} RUST_BACKTRACE=0\ncd /tmp\nbunter doctor\ncode=0\n\
          # Debian loads the latter for nobody who merely opens a socket.\n\
          for module in sctp dccp_ipv4 dccp_ipv6; do modprobe -q $module; done\n"
     );
     let mut job = Job::new("lab", "");
-    job.programs.push((build::stripped(&programs.wimsey)?, "/usr/local/bin/wimsey".to_owned()));
+    job.programs.push((build::stripped(&programs.bunter)?, "/usr/local/bin/bunter".to_owned()));
     for (name, program) in &programs.lab.programs {
         job.programs.push((build::stripped(program)?, format!("/lab/{name}")));
     }
@@ -313,7 +313,7 @@ mod tests {
 
     #[test]
     fn every_choice_for_guests_is_the_name_of_a_test() {
-        let of_a_test = |words: &&(&str, &[&str])| words.0 != "wimsey";
+        let of_a_test = |words: &&(&str, &[&str])| words.0 != "bunter";
         for (program, words) in IN_GUESTS.iter().filter(of_a_test).chain(NOT_IN_GUESTS) {
             let folder = crate::run::root().join("tests").join(program);
             let files = fs::read_dir(&folder).map(|files| files.map(|file| file.unwrap().path()).collect());
@@ -328,7 +328,7 @@ mod tests {
 
     #[test]
     fn only_a_guest_without_failures_is_remembered_and_only_for_the_same_programs() {
-        let file = std::env::temp_dir().join(format!("wimsey-guests-{}", std::process::id()));
+        let file = std::env::temp_dir().join(format!("bunter-guests-{}", std::process::id()));
         let memory = |key: &str| Memory { file: file.clone(), series: "6.1".into(), key: key.into() };
         let passed = Count { passed: 7, ..Count::default() };
         let failed = Count { failed: vec!["x on 6.1".into()], ..passed.clone() };

@@ -27,7 +27,7 @@ const HELP: &str = "\
 cargo xtask <verb>
 
   setup                     bring the pinned toolchain, Debian packages, the BPF linker and cargo-deny
-  build                     the kernel programs, then the agent (target/release/wimsey)
+  build                     the kernel programs, then the agent (target/release/bunter)
   demo [--vm]               the main job on one screen, on two hosts made of network namespaces, or in a guest
   check                     format, lints, licences, documentation, order of modules, fence around unsafe, pictures,
                             policies
@@ -36,7 +36,7 @@ cargo xtask <verb>
   vm [kernel...] [-- cmd]   boot Debian kernels in QEMU (a suite, a version such as 6.12, or newest) and run a command
   draw                      the pictures of the documentation, from docs/pictures/*.txt
   policy <dir...>           check policies and run their [[expect]] cases
-  bench [option...]         the benchmarking lab: plain TCP, relays, proxies, Wimsey, interleaved; --quick, --only PEER,PEER,
+  bench [option...]         the benchmarking lab: plain TCP, relays, proxies, Bunter, interleaved; --quick, --only PEER,PEER,
                             --peer ztunnel=FILE, --cores N,N, --json FILE; all of them: target/release/lab-bench --help
   bench micro [-- word]     the benchmarks of benches/
   help                      this
@@ -66,7 +66,7 @@ fn verb(words: &[String]) -> Fallible {
     };
     match verb.as_str() {
         "setup" => setup::ensure(&[Need::Toolchain, Need::Build, Need::Check, Need::Lab, Need::Vm]),
-        "build" => build::agent().map(|built| println!("  {}", built.wimsey.display())),
+        "build" => build::agent().map(|built| println!("  {}", built.bunter.display())),
         "demo" => demo::verb(rest),
         "check" => check::verb(),
         "test" => test::verb(rest, after),

@@ -91,7 +91,7 @@ pub fn ensure(needs: &[Need]) -> Fallible {
 pub fn cache(name: &str) -> PathBuf {
     let base = std::env::var_os("XDG_CACHE_HOME").map(PathBuf::from).filter(|path| path.is_absolute());
     let home = || PathBuf::from(std::env::var_os("HOME").unwrap_or_else(|| "/root".into())).join(".cache");
-    let path = base.unwrap_or_else(home).join("wimsey").join(name);
+    let path = base.unwrap_or_else(home).join("bunter").join(name);
     let _ = fs::create_dir_all(&path);
     path
 }

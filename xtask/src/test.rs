@@ -62,7 +62,7 @@ pub fn verb(tiers: &[String], filter: &[String]) -> Fallible {
 fn privileged(report: &mut Report, here: bool, guests: Option<&[String]>, again: bool, filter: &[String]) {
     let built = build::agent().and_then(|built| {
         let (lab, own) = (build::lab()?, build::agent_tests()?);
-        Ok(Programs { wimsey: built.wimsey, lab, own, filter: filter.to_vec() })
+        Ok(Programs { bunter: built.bunter, lab, own, filter: filter.to_vec() })
     });
     let programs = match built {
         Ok(programs) => programs,
@@ -118,15 +118,15 @@ fn pure(filter: &[String]) -> Fallible<Count> {
     let mut count = Count::default();
     let own = work("own").to_string_lossy().into_owned();
     let xtask = root().join("xtask/Cargo.toml").to_string_lossy().into_owned();
-    let mut targets = vec!["test", "--no-fail-fast", "-p", "wimsey", "-p", "wimsey-identity", "-p", "wimsey-sys"];
-    targets.extend(["-p", "wimsey-common", "--lib", "--bins"]);
+    let mut targets = vec!["test", "--no-fail-fast", "-p", "bunter", "-p", "bunter-identity", "-p", "bunter-sys"];
+    targets.extend(["-p", "bunter-common", "--lib", "--bins"]);
     let integration = integration_tests();
     targets.extend(integration.iter().flat_map(|name| ["--test", name]));
     let sets: [(&str, Vec<&str>); 3] = [
-        ("tests of wimsey", targets),
+        ("tests of bunter", targets),
         (
             "examples in the documentation",
-            vec!["test", "--no-fail-fast", "-p", "wimsey", "-p", "wimsey-identity", "-p", "wimsey-sys", "--doc"],
+            vec!["test", "--no-fail-fast", "-p", "bunter", "-p", "bunter-identity", "-p", "bunter-sys", "--doc"],
         ),
         ("tests of xtask", vec!["test", "--no-fail-fast", "--manifest-path", &xtask, "--target-dir", &own]),
     ];
@@ -153,7 +153,7 @@ fn integration_tests() -> Vec<String> {
 
 fn namespaces(lab: &Lab, filter: &[String]) -> Fallible<Count> {
     let mut count = Count::default();
-    let mut args = vec!["test", "--no-fail-fast", "-p", "wimsey"];
+    let mut args = vec!["test", "--no-fail-fast", "-p", "bunter"];
     args.extend(build::PRIVILEGED.iter().flat_map(|name| ["--test", name]));
     args.extend(["--", "--show-output"]);
     args.extend(filter.iter().map(String::as_str));

@@ -264,7 +264,7 @@ fn qemu(kernel: &Kernel, job: &Job, image: &Path, mark: &str) -> Command {
     let still = if job.virtual_time { "nokaslr norandmaps " } else { "" };
     let line = format!(
         "{still}console=ttyS0 panic=-1 loglevel=5 random.trust_cpu=on tsc=reliable watchdog_thresh=60 \
-         rcupdate.rcu_cpu_stall_timeout=120 mitigations=off wimsey.mark={mark}"
+         rcupdate.rcu_cpu_stall_timeout=120 mitigations=off bunter.mark={mark}"
     );
     command.arg("-append").arg(line);
     command
@@ -281,7 +281,7 @@ fn image(kernel: &Kernel, job: &Job) -> Fallible<PathBuf> {
     let mut image = Image::new();
     image.text("/init", 0o755, include_str!("guest-init.sh"));
     image.text("/job", 0o755, format!("#!/bin/sh\n{}\n", job.script));
-    image.copy("/wimsey/vagrant/provision.sh", &root().join("vagrant/provision.sh"))?;
+    image.copy("/bunter/vagrant/provision.sh", &root().join("vagrant/provision.sh"))?;
     image.text("/etc/passwd", 0o644, PASSWD);
     image.text("/etc/group", 0o644, GROUP);
     image.text("/etc/hosts", 0o644, "127.0.0.1 localhost\n::1 localhost\n");

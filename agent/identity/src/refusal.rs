@@ -12,7 +12,7 @@ pub enum Culprit {
     Policy,
     /// This host: kernel, file system, resources, the local program.
     Host,
-    /// Wimsey itself: a defect.
+    /// Bunter itself: a defect.
     Ourselves,
 }
 
@@ -20,6 +20,6 @@ pub enum Culprit {
 pub trait Refusal: std::error::Error + Send + Sync + 'static {
     /// Who has to act.
     fn culprit(&self) -> Culprit;
-    /// A stable, lower-case, hyphenated code: the same in the audit line, the metrics and `wimsey status`.
+    /// A stable, lower-case, hyphenated code: the same in the audit line, the metrics and `bunter status`.
     fn code(&self) -> &'static str;
 }

@@ -6,6 +6,7 @@
 //! *Invariant:* nothing here looks at a hierarchy of version 1; where no unified one is mounted, there is an error.
 
 use super::AttestError;
+use bunter_sys::{self as sys, mounts};
 use rustix::{
     fd::{AsFd, OwnedFd},
     fs::{Mode, OFlags, ResolveFlags, fstat, openat, openat2, readlinkat},
@@ -19,7 +20,6 @@ use std::{
     path::{Path, PathBuf},
     sync::{Arc, PoisonError, RwLock},
 };
-use wimsey_sys::{self as sys, mounts};
 
 /// Remembered paths; beyond that all are forgotten and read again.
 const REMEMBERED: usize = 8192;

@@ -150,7 +150,7 @@ mod tests {
         let digest = Digests::default().of(&executable(&path)).await.unwrap();
         // FIPS 180-4, the one-block example.
         assert_eq!(
-            wimsey_identity::trust::x509::hex(&digest),
+            bunter_identity::trust::x509::hex(&digest),
             "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
         );
     }

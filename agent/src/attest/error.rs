@@ -2,8 +2,8 @@
 
 use super::Facts;
 use crate::policy::Ambiguous;
+use bunter_identity::refusal::{Culprit, Refusal};
 use std::io;
-use wimsey_identity::refusal::{Culprit, Refusal};
 
 /// Why a process cannot be attested.
 #[derive(Debug, thiserror::Error)]
@@ -56,7 +56,7 @@ pub enum AttestError {
     Exec(Box<Facts>),
     /// The agent knows of no listening socket.
     #[error(
-        "no listening socket is known there: the server has just ended, or the tables have no room for it (see `wimsey status`)"
+        "no listening socket is known there: the server has just ended, or the tables have no room for it (see `bunter status`)"
     )]
     NoListener,
     /// Nobody holds the listening socket.

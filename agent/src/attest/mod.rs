@@ -22,6 +22,7 @@ use crate::{
     lock::lock,
     policy::{Ambiguous, Evidence, Policy, Workload},
 };
+use bunter_common::Task;
 use cgroup::Hierarchy;
 use digest::Digests;
 use evidence::{Decision, Gathered, Known, Need};
@@ -33,7 +34,6 @@ use std::{
     sync::{Arc, Mutex},
     time::{Duration, Instant},
 };
-use wimsey_common::Task;
 
 /// Finds out which registration entry a process is. One for the whole agent.
 #[derive(Debug)]

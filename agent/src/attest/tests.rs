@@ -1,8 +1,8 @@
 use super::*;
+use bunter_identity::refusal::{Culprit, Refusal};
+use bunter_identity::trust::testing::id_of;
 use std::path::PathBuf;
 use std::process::{Child, Command};
-use wimsey_identity::refusal::{Culprit, Refusal};
-use wimsey_identity::trust::testing::id_of;
 
 /// A process that waits, killed at the end.
 struct Waiting(Child);
@@ -68,7 +68,7 @@ struct Cgroup {
 
 impl Cgroup {
     fn new(attestor: &Attestor, name: &str) -> Self {
-        let path = format!("/wimsey-test-{}-{name}", std::process::id());
+        let path = format!("/bunter-test-{}-{name}", std::process::id());
         let directory = PathBuf::from(format!("{}{path}", attestor.hierarchy.mount().display()));
         std::fs::create_dir(&directory).unwrap();
         Self { directory, path }

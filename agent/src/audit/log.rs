@@ -40,7 +40,7 @@ pub struct OpenError {
     source: std::io::Error,
 }
 
-/// How the log is doing; for `wimsey status`.
+/// How the log is doing; for `bunter status`.
 #[derive(Debug, Default)]
 pub struct Health {
     written: AtomicU64,
@@ -185,7 +185,7 @@ impl Log {
         let path_of_writer = path.to_owned();
         let writer = Writer { path: path_of_writer, file, health, queue, batch: Vec::new(), start: 0, reopen_at: None };
         let thread = std::thread::Builder::new()
-            .name("wimsey-audit".into())
+            .name("bunter-audit".into())
             .spawn(move || writer.run())
             .map_err(|source| OpenError { path: path.to_owned(), source })?;
         Ok(Self { sender, thread: Some(thread) })

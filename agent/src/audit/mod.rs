@@ -12,13 +12,13 @@ mod repeats;
 pub use log::{Health, Log, OpenError, Sender};
 
 use crate::flow::{Comm, Direction};
+use bunter_identity::refusal::Culprit;
+use bunter_identity::spiffe::SpiffeId;
 use serde::Serialize;
 use std::borrow::Cow;
 use std::net::SocketAddr;
 use std::sync::Arc;
 use time::OffsetDateTime;
-use wimsey_identity::refusal::Culprit;
-use wimsey_identity::spiffe::SpiffeId;
 
 /// What became of an attempt.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -94,8 +94,8 @@ pub struct Process {
     pub comm: Comm,
 }
 
-impl From<&wimsey_common::Task> for Process {
-    fn from(task: &wimsey_common::Task) -> Self {
+impl From<&bunter_common::Task> for Process {
+    fn from(task: &bunter_common::Task) -> Self {
         Self { pid: task.tgid, uid: task.uid, cgroup: task.cgroup, comm: Comm::of(task) }
     }
 }

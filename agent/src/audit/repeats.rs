@@ -11,12 +11,12 @@
 
 use super::{Decision, Direction, Record, Stage};
 use crate::units::network_of;
+use bunter_identity::spiffe::SpiffeId;
 use ipnet::IpNet;
 use std::collections::{HashMap, HashSet};
 use std::net::{IpAddr, Ipv6Addr, SocketAddr};
 use std::time::{Duration, Instant};
 use time::OffsetDateTime;
-use wimsey_identity::spiffe::SpiffeId;
 
 /// How long what is counted waits to be written: while more than half of the stock is left, more than a quarter, and less.
 const PATIENCE: [Duration; 3] = [INTERVAL, Duration::from_secs(10), Duration::from_secs(30)];

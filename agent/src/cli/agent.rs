@@ -1,14 +1,14 @@
-//! `wimsey agent` and `wimsey release`.
+//! `bunter agent` and `bunter release`.
 
 use super::Wrong;
+use bunter::config::Config;
+use bunter::{daemon, intercept};
 use std::io::IsTerminal;
 use std::path::Path;
 use std::process::ExitCode;
 use tracing_subscriber::filter::{LevelFilter, ParseError, Targets};
 use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
-use wimsey::config::Config;
-use wimsey::{daemon, intercept};
 
 /// Runs the agent until it is told to stop.
 pub fn run(config: &Path) -> anyhow::Result<ExitCode> {
@@ -27,7 +27,7 @@ pub fn release(config: &Path) -> anyhow::Result<ExitCode> {
     if intercept::release(&config.run_dir)? {
         println!("released: this network namespace is left alone, and its workloads speak plaintext");
     } else {
-        println!("nothing to release: no kernel programs of Wimsey in this network namespace");
+        println!("nothing to release: no kernel programs of Bunter in this network namespace");
     }
     super::run::sweep_all();
     Ok(ExitCode::SUCCESS)
@@ -67,16 +67,16 @@ mod tests {
 
     #[test]
     fn rust_log_chooses_which_lines_are_written() {
-        for wanted in ["", " ", ",", "info", "wimsey=loud", "wimsey=debug=info"] {
+        for wanted in ["", " ", ",", "info", "bunter=loud", "bunter=debug=info"] {
             let (filter, misunderstood) = filter(wanted);
-            assert!(filter.would_enable("wimsey::daemon", &Level::INFO), "{wanted:?}");
-            assert!(!filter.would_enable("wimsey::daemon", &Level::DEBUG), "{wanted:?}");
+            assert!(filter.would_enable("bunter::daemon", &Level::INFO), "{wanted:?}");
+            assert!(!filter.would_enable("bunter::daemon", &Level::DEBUG), "{wanted:?}");
             assert_eq!(misunderstood.is_some(), wanted.contains('='), "{wanted:?}");
         }
-        let (filter, misunderstood) = filter("warn, wimsey::intercept=debug,");
+        let (filter, misunderstood) = filter("warn, bunter::intercept=debug,");
         assert!(misunderstood.is_none());
-        assert!(filter.would_enable("wimsey::intercept::control", &Level::DEBUG));
-        assert!(!filter.would_enable("wimsey::daemon", &Level::INFO));
-        assert!(filter.would_enable("wimsey::daemon", &Level::WARN));
+        assert!(filter.would_enable("bunter::intercept::control", &Level::DEBUG));
+        assert!(!filter.would_enable("bunter::daemon", &Level::INFO));
+        assert!(filter.would_enable("bunter::daemon", &Level::WARN));
     }
 }

@@ -1,13 +1,13 @@
-//! `wimsey ca`: the embedded authority, SVIDs as files for peers that are not under an agent, and what is revoked.
+//! `bunter ca`: the embedded authority, SVIDs as files for peers that are not under an agent, and what is revoked.
 
 use super::Wrong;
+use bunter::units;
+use bunter_identity::authority::ca;
+use bunter_identity::authority::revoke::{self, Order, RevokeError};
+use bunter_identity::spiffe::{SpiffeId, TrustDomain};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::SystemTime;
-use wimsey::units;
-use wimsey_identity::authority::ca;
-use wimsey_identity::authority::revoke::{self, Order, RevokeError};
-use wimsey_identity::spiffe::{SpiffeId, TrustDomain};
 
 /// Makes an authority.
 pub fn init(trust_domain: &str, dir: &Path, life: &str) -> anyhow::Result<ExitCode> {

@@ -1,21 +1,21 @@
-//! `wimsey check` and `wimsey policy test`: do configuration and policy say what was meant?
+//! `bunter check` and `bunter policy test`: do configuration and policy say what was meant?
 
 use super::Wrong;
+use bunter::config::Config;
+use bunter::document::Purpose;
+use bunter::policy::Policy;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use wimsey::config::Config;
-use wimsey::document::Purpose;
-use wimsey::policy::Policy;
 
 /// Checks configuration, policy and authority as the agent would at start, and prints what would be in force.
 pub fn run(path: &Path) -> anyhow::Result<ExitCode> {
     let config = Config::load(path).map_err(|error| Wrong(error.to_string()))?;
     let policy = Policy::load(&config.policy_dir, Purpose::InForce).map_err(|error| Wrong(error.to_string()))?;
-    wimsey::daemon::check_identity(&config, &policy).map_err(|error| Wrong(error.to_string()))?;
+    bunter::daemon::check_identity(&config, &policy).map_err(|error| Wrong(error.to_string()))?;
     print!("{}", config.print());
     println!("\n{}", policy.decision_table());
     warn(&policy);
-    for line in wimsey::daemon::second_authorities(&config, &policy) {
+    for line in bunter::daemon::second_authorities(&config, &policy) {
         eprintln!("warning: {line}");
     }
     expectations(&policy)?;

@@ -1,7 +1,7 @@
-//! `wimsey run`: a program in a cgroup of its own, so that a registration entry can name it by `cgroup:/wimsey/NAME`.
+//! `bunter run`: a program in a cgroup of its own, so that a registration entry can name it by `cgroup:/bunter/NAME`.
 //!
 //! The program replaces this process, so signals, exit code and terminal are its own. Its cgroup stays until it is empty
-//! and the next `wimsey run` or `wimsey release` removes it; `release` removes the cgroup above as well.
+//! and the next `bunter run` or `bunter release` removes it; `release` removes the cgroup above as well.
 
 use anyhow::{Context, bail};
 use std::ffi::OsString;
@@ -10,11 +10,11 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 /// The cgroup under which the programs get theirs.
-const PARENT: &str = "wimsey";
+const PARENT: &str = "bunter";
 
 /// Starts the program; returns only if that failed.
 pub fn run(name: Option<&str>, command: &[OsString]) -> anyhow::Result<ExitCode> {
-    let Some((program, arguments)) = command.split_first() else { bail!("no program given: wimsey run -- CMD") };
+    let Some((program, arguments)) = command.split_first() else { bail!("no program given: bunter run -- CMD") };
     let name = match name {
         Some(name) => name.to_owned(),
         None => Path::new(program).file_name().unwrap_or(program).to_string_lossy().into_owned(),
@@ -25,7 +25,7 @@ pub fn run(name: Option<&str>, command: &[OsString]) -> anyhow::Result<ExitCode>
     let cgroup = parent()?.join(&name);
     sweep();
     enter(&cgroup)
-        .with_context(|| format!("cannot start a program in cgroup {}: wimsey run needs root", cgroup.display()))?;
+        .with_context(|| format!("cannot start a program in cgroup {}: bunter run needs root", cgroup.display()))?;
     let error = std::process::Command::new(program).args(arguments).exec();
     Err(error).with_context(|| format!("cannot start {}", program.to_string_lossy()))
 }
@@ -45,13 +45,13 @@ pub fn sweep() {
 pub fn sweep_all() {
     sweep();
     if let Ok(parent) = parent() {
-        // Fails where there is none, and while a program of `wimsey run` lives.
+        // Fails where there is none, and while a program of `bunter run` lives.
         let _ = std::fs::remove_dir(parent);
     }
 }
 
 fn parent() -> anyhow::Result<PathBuf> {
-    let mount = wimsey_sys::mounts::cgroup2().context("cannot read /proc/self/mountinfo")?;
+    let mount = bunter_sys::mounts::cgroup2().context("cannot read /proc/self/mountinfo")?;
     Ok(mount.context("the whole cgroup2 hierarchy is mounted nowhere: mount it")?.join(PARENT))
 }
 

@@ -1,18 +1,18 @@
-//! `wimsey status`, `wimsey connections` and `wimsey doctor`: what is going on, for people and as JSON.
+//! `bunter status`, `bunter connections` and `bunter doctor`: what is going on, for people and as JSON.
 
 use super::Wrong;
+use bunter::admin::{self, Connection, Request, Status, TableStatus};
+use bunter::config::{Config, EngineChoice};
+use bunter::intercept::{self, Finding};
+use bunter::offload::Choice;
+use bunter_identity::refusal::Refusal as _;
 use std::fmt::Write as _;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use wimsey::admin::{self, Connection, Request, Status, TableStatus};
-use wimsey::config::{Config, EngineChoice};
-use wimsey::intercept::{self, Finding};
-use wimsey::offload::Choice;
-use wimsey_identity::refusal::Refusal as _;
 
 /// Where configuration and socket are if nothing else is said.
-const DEFAULT_CONFIG: &str = "/etc/wimsey/agent.toml";
-const DEFAULT_SOCKET: &str = "/run/wimsey/admin.sock";
+const DEFAULT_CONFIG: &str = "/etc/bunter/agent.toml";
+const DEFAULT_SOCKET: &str = "/run/bunter/admin.sock";
 
 /// Prints what the agent says of itself.
 pub fn status(config: Option<&Path>, json: bool) -> anyhow::Result<ExitCode> {
@@ -44,8 +44,8 @@ pub fn doctor(json: bool) -> anyhow::Result<ExitCode> {
     let tables = intercept::PinnedTables::here()
         .and_then(|tables| tables.map_or_else(|| Ok(Vec::new()), |tables| tables.count()));
     let tables: Result<Vec<TableStatus>, _> = tables.map(|tables| tables.into_iter().map(Into::into).collect());
-    let report = wimsey::offload::selftest::run();
-    let sandbox = wimsey::privilege::probe();
+    let report = bunter::offload::selftest::run();
+    let sandbox = bunter::privilege::probe();
     if json {
         let mut value = serde_json::to_value(&report)?;
         if let Some(fields) = value.as_object_mut() {

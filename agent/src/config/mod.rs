@@ -11,14 +11,14 @@ mod reading;
 mod tests;
 
 use crate::document::{self, Document, Place, Problems, Purpose};
+use bunter_identity::{
+    refusal::{Culprit, Refusal},
+    spiffe::TrustDomain,
+};
 use std::{
     num::NonZeroUsize,
     path::{Path, PathBuf},
     time::{Duration, Instant},
-};
-use wimsey_identity::{
-    refusal::{Culprit, Refusal},
-    spiffe::TrustDomain,
 };
 
 /// A checked configuration.
@@ -76,7 +76,7 @@ pub enum Shards {
 /// Who issues the identities of this host.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Provider {
-    /// A local authority, made by `wimsey ca init`.
+    /// A local authority, made by `bunter ca init`.
     Embedded {
         /// Directory of its key, certificate and bundle.
         ca_dir: PathBuf,

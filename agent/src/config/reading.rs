@@ -5,8 +5,8 @@ use crate::{
     document::{Place, Problems, Table, clip, nearest},
     units,
 };
+use bunter_identity::spiffe::TrustDomain;
 use std::{collections::BTreeMap, num::NonZeroUsize, path::PathBuf, time::Duration};
-use wimsey_identity::spiffe::TrustDomain;
 
 /// Keys that the file has.
 pub(super) const ROOT: [&str; 13] = [
@@ -28,9 +28,9 @@ const DAY: Duration = Duration::from_secs(24 * 60 * 60);
 
 /// Reads the whole file. `None`: the problems say why.
 pub(super) fn read(root: &Table<'_>, problems: &mut Problems) -> Option<Config> {
-    let policy_dir = path(root, "policy_dir", "/etc/wimsey/policies", problems);
-    let state_dir = path(root, "state_dir", "/var/lib/wimsey", problems);
-    let run_dir = path(root, "run_dir", "/run/wimsey", problems);
+    let policy_dir = path(root, "policy_dir", "/etc/bunter/policies", problems);
+    let state_dir = path(root, "state_dir", "/var/lib/bunter", problems);
+    let run_dir = path(root, "run_dir", "/run/bunter", problems);
     let cgroup = cgroup(root, problems);
     let engines = [("auto", EngineChoice::Auto), ("kernel", EngineChoice::Kernel), ("user", EngineChoice::User)];
     let engine = choice(root, "engine", &engines, problems);
@@ -108,12 +108,12 @@ fn choice<T: Copy>(table: &Table<'_>, key: &'static str, words: &[(&str, T)], pr
 
 fn shards(root: &Table<'_>, problems: &mut Problems) -> Option<Shards> {
     let Some(text) = root.text_or_digits("shards", problems) else { return or_default(root, "shards", Shards::Auto) };
-    let number = text.value.parse::<usize>().ok().filter(|number| *number <= wimsey_common::MAX_SHARDS);
+    let number = text.value.parse::<usize>().ok().filter(|number| *number <= bunter_common::MAX_SHARDS);
     match (text.value.as_str(), number.and_then(NonZeroUsize::new)) {
         ("auto", _) => Some(Shards::Auto),
         (_, Some(number)) => Some(Shards::Exactly(number)),
         _ => {
-            let instead = format!("write shards = \"auto\", or a number from 1 to {}", wimsey_common::MAX_SHARDS);
+            let instead = format!("write shards = \"auto\", or a number from 1 to {}", bunter_common::MAX_SHARDS);
             problems.add(&text.place, format!("`shards` cannot be `{}`", clip(&text.value)), instead);
             None
         }
@@ -125,7 +125,7 @@ fn identity(root: &Table<'_>, problems: &mut Problems) -> Option<Provider> {
     let table = root.table("identity", &["provider", "ca_dir", "svid_ttl"], problems)?;
     table.require("provider", "provider = \"embedded\"", problems);
     let provider = choice(&table, "provider", &[("embedded", ())], problems);
-    let ca_dir = path(&table, "ca_dir", "/etc/wimsey/ca", problems);
+    let ca_dir = path(&table, "ca_dir", "/etc/bunter/ca", problems);
     let svid_ttl = duration(&table, "svid_ttl", "1h", (Duration::from_secs(1), 30 * DAY), problems);
     provider.and(Some(Provider::Embedded { ca_dir: ca_dir?, svid_ttl: svid_ttl? }))
 }
@@ -135,9 +135,9 @@ fn trust(root: &Table<'_>, problems: &mut Problems) -> Vec<Trust> {
     let mut seen: BTreeMap<TrustDomain, Place> = BTreeMap::new();
     for table in root.tables("trust", &["trust_domain", "bundle", "crl"], problems) {
         let name = table.required_text("trust_domain", "trust_domain = \"example.net\"", problems);
-        table.require("bundle", "bundle = \"/etc/wimsey/example.net.pem\"", problems);
-        let bundle = path(&table, "bundle", "/etc/wimsey/example.net.pem", problems);
-        let crl = table.has("crl").then(|| path(&table, "crl", "/etc/wimsey/example.net.crl.pem", problems)).flatten();
+        table.require("bundle", "bundle = \"/etc/bunter/example.net.pem\"", problems);
+        let bundle = path(&table, "bundle", "/etc/bunter/example.net.pem", problems);
+        let crl = table.has("crl").then(|| path(&table, "crl", "/etc/bunter/example.net.crl.pem", problems)).flatten();
         let Some(name) = name else { continue };
         match TrustDomain::parse(name.value) {
             Ok(trust_domain) => {
@@ -157,7 +157,7 @@ fn trust(root: &Table<'_>, problems: &mut Problems) -> Vec<Trust> {
 }
 
 fn audit(root: &Table<'_>, problems: &mut Problems) -> Option<Audit> {
-    let default = "/var/log/wimsey/audit.jsonl";
+    let default = "/var/log/bunter/audit.jsonl";
     let Some(table) = root.table("audit", &["path", "when_full"], problems) else {
         return or_default(root, "audit", Audit { path: default.into(), when_full: WhenFull::Refuse });
     };

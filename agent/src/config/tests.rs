@@ -10,11 +10,11 @@ fn refusal(text: &str) -> String {
 #[test]
 fn everything_but_the_provider_has_a_default() {
     let config = Config::parse("agent.toml", LEAST).unwrap();
-    assert_eq!(config.admin_socket(), Path::new("/run/wimsey/admin.sock"));
+    assert_eq!(config.admin_socket(), Path::new("/run/bunter/admin.sock"));
     insta::assert_snapshot!(config.print(), @r#"
-    policy_dir = "/etc/wimsey/policies"
-    state_dir = "/var/lib/wimsey"
-    run_dir = "/run/wimsey"
+    policy_dir = "/etc/bunter/policies"
+    state_dir = "/var/lib/bunter"
+    run_dir = "/run/bunter"
     cgroup = "/"
     engine = "auto"
     shards = "auto"
@@ -22,11 +22,11 @@ fn everything_but_the_provider_has_a_default() {
 
     [identity]
     provider = "embedded"
-    ca_dir = "/etc/wimsey/ca"
+    ca_dir = "/etc/bunter/ca"
     svid_ttl = "1h"
 
     [audit]
-    path = "/var/log/wimsey/audit.jsonl"
+    path = "/var/log/bunter/audit.jsonl"
     when_full = "refuse"
 
     [timeouts]
@@ -84,7 +84,7 @@ fn each_mistake_gets_one_line_that_says_what_to_write() {
         ("policy_dri = \"/x\"", "agent.toml:1: unknown key `policy_dri` in the file; write `policy_dir`"),
         (
             "policy_dir = \"x\"",
-            "agent.toml:1: `policy_dir` cannot be `x`; write an absolute path, such as policy_dir = \"/etc/wimsey/policies\"",
+            "agent.toml:1: `policy_dir` cannot be `x`; write an absolute path, such as policy_dir = \"/etc/bunter/policies\"",
         ),
         ("engine = \"kernal\"", "agent.toml:1: `engine` cannot be `kernal`; write \"kernel\""),
         ("engine = \"fast\"", "agent.toml:1: `engine` cannot be `fast`; write \"auto\" or \"kernel\" or \"user\""),
@@ -119,12 +119,12 @@ fn each_mistake_gets_one_line_that_says_what_to_write() {
         ),
         (
             "[[trust]]\ntrust_domain = \"example.net\"",
-            "agent.toml:1: [[trust]] has no `bundle`; write bundle = \"/etc/wimsey/example.net.pem\"",
+            "agent.toml:1: [[trust]] has no `bundle`; write bundle = \"/etc/bunter/example.net.pem\"",
         ),
         (
             "[[trust]]\ntrust_domain = \"a\"\nbundle = \"/a\"\ncrl = \"a.crl\"",
             "agent.toml:4: `crl` cannot be `a.crl`; \
-             write an absolute path, such as crl = \"/etc/wimsey/example.net.crl.pem\"",
+             write an absolute path, such as crl = \"/etc/bunter/example.net.crl.pem\"",
         ),
         (
             "[[trust]]\ntrust_domain = \"a\"\nbundle = \"/a\"\n[[trust]]\ntrust_domain = \"a\"\nbundle = \"/b\"",

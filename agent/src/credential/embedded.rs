@@ -13,6 +13,16 @@ use super::{
 };
 use crate::{lock::lock, policy::Workload};
 use arc_swap::{ArcSwap, ArcSwapOption};
+use bunter_identity::{
+    authority::ca::{Authority, CERTIFICATE_FILE, CaError, LIST_FILE},
+    refusal::{Culprit, Refusal},
+    spiffe::{SpiffeId, TrustDomain},
+    trust::{
+        bundle::{Anchors, BundleError, Trust},
+        crl::{CrlError, IssuerAndSerial},
+        x509::display_time,
+    },
+};
 use std::{
     collections::HashMap,
     io::ErrorKind,
@@ -24,16 +34,6 @@ use std::{
     time::{Duration, Instant, SystemTime},
 };
 use tokio::sync::watch;
-use wimsey_identity::{
-    authority::ca::{Authority, CERTIFICATE_FILE, CaError, LIST_FILE},
-    refusal::{Culprit, Refusal},
-    spiffe::{SpiffeId, TrustDomain},
-    trust::{
-        bundle::{Anchors, BundleError, Trust},
-        crl::{CrlError, IssuerAndSerial},
-        x509::display_time,
-    },
-};
 
 /// What the provider is made from.
 #[derive(Clone, Debug)]

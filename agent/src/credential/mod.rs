@@ -10,8 +10,8 @@ pub use provider::{
     ProviderStatus, Reloaded,
 };
 
+use bunter_identity::spiffe::SpiffeId;
 use std::{fmt, sync::Arc, time::SystemTime};
-use wimsey_identity::spiffe::SpiffeId;
 
 /// An X.509-SVID with its key, ready for a handshake.
 pub struct Credential {

@@ -8,13 +8,13 @@
 
 use super::Credential;
 use crate::policy::Workload;
-use std::{fmt, future::Future, pin::Pin, sync::Arc};
-use tokio::sync::watch;
-use wimsey_identity::{
+use bunter_identity::{
     refusal::{Culprit, Refusal},
     spiffe::{SpiffeId, TrustDomain},
     trust::bundle::Trust,
 };
+use std::{fmt, future::Future, pin::Pin, sync::Arc};
+use tokio::sync::watch;
 
 /// A future that a trait object can return.
 pub type Pending<'a, T> = Pin<Box<dyn Future<Output = T> + Send + 'a>>;
@@ -44,7 +44,7 @@ pub trait Provider: fmt::Debug + Send + Sync + 'static {
     /// Keeps what is in use fresh, until dropped. Runs on the control runtime.
     fn maintain<'a>(&'a self) -> Pending<'a, ()>;
 
-    /// What `wimsey status` says about it.
+    /// What `bunter status` says about it.
     fn status(&self) -> ProviderStatus;
 }
 

@@ -122,7 +122,7 @@ impl Control {
         self.look_at_listeners();
         self.look_for_old_connections();
         let mut getting_ready = Some((Instant::now() + FIRST_LOOK, self.listeners.unjudged()));
-        match wimsey_sys::forget_code() {
+        match bunter_sys::forget_code() {
             Ok(bytes) => tracing::debug!(bytes, "what only the start needed is given back"),
             Err(error) => tracing::debug!(%error, "what only the start needed stays in memory"),
         }

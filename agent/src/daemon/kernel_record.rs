@@ -4,9 +4,9 @@ use crate::audit::{Bytes, Decision, End, Method, Process, Record, Stage};
 use crate::flow::Direction;
 use crate::intercept::{Refused, socket_address};
 use crate::policy::Policy;
+use bunter_common::*;
+use bunter_identity::refusal::Culprit;
 use time::{Duration, OffsetDateTime};
-use wimsey_common::*;
-use wimsey_identity::refusal::Culprit;
 
 /// Connections or datagrams that were refused.
 pub(super) fn refused(refused: &Refused, policy: &Policy) -> Record {

@@ -11,13 +11,13 @@ use crate::attest::{Attested, Attestor};
 use crate::intercept::{self, Held, Listening, Programs, Walk};
 use crate::policy::Policy;
 use arc_swap::ArcSwap;
+use bunter_common::{LISTENER_LEFT_ALONE, LISTENER_PROTECTED, Task};
 use std::collections::{HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 use tokio::sync::mpsc;
-use wimsey_common::{LISTENER_LEFT_ALONE, LISTENER_PROTECTED, Task};
 
 mod lines;
 

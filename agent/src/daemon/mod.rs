@@ -208,7 +208,7 @@ fn bundle(trust: &crate::config::Trust) -> Bundle {
     Bundle { trust_domain: trust.trust_domain.clone(), path: trust.bundle.clone(), crl: trust.crl.clone() }
 }
 
-/// Why this engine, for `wimsey status`.
+/// Why this engine, for `bunter status`.
 fn reason(wanted: EngineChoice, matrix: &Matrix) -> String {
     match (wanted, matrix.verdict()) {
         (EngineChoice::Auto, _) => "auto is the engine that was measured to be the cheaper (docs/adr/0012)".into(),
@@ -227,7 +227,7 @@ fn reason(wanted: EngineChoice, matrix: &Matrix) -> String {
 fn shard_count(shards: Shards) -> usize {
     match shards {
         Shards::Exactly(count) => count.get(),
-        Shards::Auto => std::thread::available_parallelism().map_or(1, usize::from).min(wimsey_common::MAX_SHARDS),
+        Shards::Auto => std::thread::available_parallelism().map_or(1, usize::from).min(bunter_common::MAX_SHARDS),
     }
 }
 

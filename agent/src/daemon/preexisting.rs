@@ -64,7 +64,7 @@ impl Preexisting {
         });
     }
 
-    /// For `wimsey status`.
+    /// For `bunter status`.
     pub(super) fn status(&self) -> Vec<PreexistingStatus> {
         let describe = |(old, due): &(OldConnection, Option<Instant>)| PreexistingStatus {
             local: old.local,

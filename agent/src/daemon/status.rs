@@ -14,10 +14,10 @@ use crate::intercept::{PinnedTables, Programs};
 use crate::live::{Basis, Live, OpenConnections, Refused};
 use crate::pipeline::AgentState;
 use crate::privilege::Sandbox;
+use bunter_common::{LISTENER_LEFT_ALONE, LISTENER_PROTECTED, counter};
 use std::collections::BTreeMap;
 use time::OffsetDateTime;
 use time::format_description::well_known::Rfc3339;
-use wimsey_common::{LISTENER_LEFT_ALONE, LISTENER_PROTECTED, counter};
 
 /// What was settled at start.
 pub(super) struct Settled {
@@ -51,7 +51,7 @@ pub(super) struct Known<'a> {
 }
 
 impl Known<'_> {
-    /// The answer to `wimsey status`.
+    /// The answer to `bunter status`.
     pub(super) fn status(&self) -> Status {
         status(self)
     }

@@ -35,7 +35,7 @@ impl Troubles {
                 tracing::error!(
                     code,
                     error,
-                    "{}; it is tried again, and shown in `wimsey status` meanwhile",
+                    "{}; it is tried again, and shown in `bunter status` meanwhile",
                     work.means()
                 );
                 self.0.insert(work, Trouble { since: now, last: now, count: 1, error });
@@ -64,7 +64,7 @@ impl Troubles {
         }
     }
 
-    /// For `wimsey status`.
+    /// For `bunter status`.
     pub fn status(&self, text: impl Fn(OffsetDateTime) -> String) -> Vec<TroubleStatus> {
         let describe = |(work, trouble): (&Work, &Trouble)| TroubleStatus {
             code: work.code().into(),

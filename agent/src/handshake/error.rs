@@ -5,14 +5,14 @@
 
 use super::verify::{PeerVerifier, Rejection};
 use crate::authorize::Permit;
+use bunter_identity::{
+    refusal::{Culprit, Refusal},
+    spiffe::SpiffeId,
+};
 use rustls::{AlertDescription, CertificateError, PeerIncompatible, PeerMisbehaved};
 use std::{
     fmt,
     io::{self, ErrorKind},
-};
-use wimsey_identity::{
-    refusal::{Culprit, Refusal},
-    spiffe::SpiffeId,
 };
 
 /// A failed handshake.

@@ -19,6 +19,7 @@ pub use secrets::{Aead, Secrets, Traffic};
 pub use settings::Ciphers;
 
 use crate::{authorize::Permit, credential::Credential, flow::Direction, policy::Rule};
+use bunter_identity::trust::verify::{Role, VerifiedPeer};
 use driver::{Finished, Machine, Opening};
 use rustls::{client::UnbufferedClientConnection, pki_types::ServerName, server::UnbufferedServerConnection};
 use std::{future::Future, sync::Arc};
@@ -27,7 +28,6 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 use verify::PeerVerifier;
-use wimsey_identity::trust::verify::{Role, VerifiedPeer};
 
 /// What a handshake needs to know besides the permit.
 #[derive(Clone, Copy, Debug)]

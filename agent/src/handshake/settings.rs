@@ -62,7 +62,7 @@ impl Ciphers {
 /// The protocol of two agents that carry one connection of the applications after the other over a TLS connection:
 /// docs/SESSIONS.md. A peer that does not know it ignores the offer (RFC 7301 section 3.1), and its TLS connection carries
 /// one connection only.
-pub(super) const REUSE: &[u8] = b"wimsey/1";
+pub(super) const REUSE: &[u8] = b"bunter/1";
 
 /// A cipher suite's name as IANA writes it.
 pub(super) fn cipher_name(suite: SupportedCipherSuite) -> &'static str {

@@ -9,6 +9,10 @@ use crate::{
     identify::Parties,
     policy::{Matcher, Peers, Rule, Workload},
 };
+use bunter_identity::trust::{
+    bundle::Trust,
+    testing::{Anybody, TestCa, ca_params, domain_of, id_of, leaf_params, numbered},
+};
 use rcgen::CertificateParams;
 use rustls::{
     ClientConfig, ServerConfig,
@@ -23,10 +27,6 @@ use std::{
 use tokio::{
     net::{TcpListener, TcpStream},
     time::Instant,
-};
-use wimsey_identity::trust::{
-    bundle::Trust,
-    testing::{Anybody, TestCa, ca_params, domain_of, id_of, leaf_params, numbered},
 };
 
 pub(crate) const WEB: &str = "spiffe://example.org/web";

@@ -3,6 +3,7 @@ use super::{
     *,
 };
 use crate::flow::Direction;
+use bunter_identity::refusal::{Culprit, Refusal};
 use rustls::{
     AlertDescription, CipherSuite, ClientConnection, NamedGroup, ServerConnection,
     server::Acceptor,
@@ -13,7 +14,6 @@ use std::{
     time::Duration,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use wimsey_identity::refusal::{Culprit, Refusal};
 
 #[tokio::test]
 async fn both_ends_know_each_other_and_what_was_agreed() {

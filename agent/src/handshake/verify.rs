@@ -1,11 +1,19 @@
 //! The judgement of a peer in one handshake: its certificate is good, and a rule admits it.
 //!
-//! [`PeerVerifier`] puts [`wimsey_identity::trust::verify`] into rustls and keeps the verdict, refusals included, for the
+//! [`PeerVerifier`] puts [`bunter_identity::trust::verify`] into rustls and keeps the verdict, refusals included, for the
 //! handshake to read, because rustls's own error cannot express all of it.
 //!
 //! *Invariant:* a handshake completes only with a peer that the policy's peers admit.
 
 use crate::policy::{Peers, Rule};
+use bunter_identity::{
+    refusal::{Culprit, Refusal},
+    spiffe::SpiffeId,
+    trust::{
+        bundle::Trust,
+        verify::{ALGORITHMS, PeerCertificateError, Role, VerifiedPeer, verify_chain},
+    },
+};
 use rustls::{
     CertificateError, DigitallySignedStruct, DistinguishedName, Error as TlsError, PeerIncompatible, SignatureScheme,
     client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier},
@@ -14,14 +22,6 @@ use rustls::{
     server::danger::{ClientCertVerified, ClientCertVerifier},
 };
 use std::sync::{Arc, OnceLock};
-use wimsey_identity::{
-    refusal::{Culprit, Refusal},
-    spiffe::SpiffeId,
-    trust::{
-        bundle::Trust,
-        verify::{ALGORITHMS, PeerCertificateError, Role, VerifiedPeer, verify_chain},
-    },
-};
 
 /// A peer that is who it says and that the policy admits.
 #[derive(Clone, Debug)]

@@ -21,6 +21,8 @@ use super::{
 };
 use aya::maps::{MapData, PerCpuArray, RingBuf};
 use aya_log::EbpfLogger;
+use bunter_common::*;
+use bunter_sys::{self as sys, bpf};
 use std::{
     collections::{HashSet, VecDeque},
     io,
@@ -31,8 +33,6 @@ use std::{
     time::Duration,
 };
 use tokio::io::unix::AsyncFd;
-use wimsey_common::*;
-use wimsey_sys::{self as sys, bpf};
 
 /// What to attach where.
 #[derive(Clone, Debug)]
@@ -215,12 +215,12 @@ impl Programs {
         self.generation
     }
 
-    /// The cgroup subtree that is covered, and the directory of the pins: what `wimsey status` tells.
+    /// The cgroup subtree that is covered, and the directory of the pins: what `bunter status` tells.
     pub fn places(&self) -> (&std::path::Path, &std::path::Path) {
         (&self.covered, &self.host.pins)
     }
 
-    /// Counters by the numbers of [`wimsey_common::counter`], all CPUs added up.
+    /// Counters by the numbers of [`bunter_common::counter`], all CPUs added up.
     pub fn counters(&self) -> Result<[u64; counter::COUNT as usize], Error> {
         let mut sums = [0_u64; counter::COUNT as usize];
         for (index, sum) in (0..).zip(sums.iter_mut()) {

@@ -2,14 +2,14 @@
 //!
 //! *Invariant:* nothing here lets a connection through. A refusal of one connection has already reset it.
 
+use bunter_identity::refusal::{Culprit, Refusal};
 use std::{io, net::SocketAddr, path::PathBuf};
-use wimsey_identity::refusal::{Culprit, Refusal};
 
 /// Why the kernel programs are not in place, a policy did not get into the maps, or a connection was refused.
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// The build did not embed the kernel programs.
-    #[error("this wimsey was built without the kernel programs: run `cargo xtask build`")]
+    #[error("this bunter was built without the kernel programs: run `cargo xtask build`")]
     NoObject,
     /// The process may not do what it has to do.
     #[error("the agent lacks {missing}: run it as root, or give it these capabilities")]
@@ -138,7 +138,7 @@ pub enum Error {
         holder: Holder,
     },
     /// The kernel lacks something.
-    #[error("this kernel ({running}) has no {hook}: Wimsey needs Linux {since} or later for it")]
+    #[error("this kernel ({running}) has no {hook}: Bunter needs Linux {since} or later for it")]
     HookMissing {
         /// The program's hook, as the kernel's documentation calls it.
         hook: &'static str,
@@ -158,7 +158,7 @@ pub enum Error {
         log: String,
     },
     /// Maps or links left by another version cannot be adopted.
-    #[error("cannot adopt what is pinned at {path}: {problem}; stop what depends on it and run `wimsey release`")]
+    #[error("cannot adopt what is pinned at {path}: {problem}; stop what depends on it and run `bunter release`")]
     Adopt {
         /// The directory.
         path: PathBuf,

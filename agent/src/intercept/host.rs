@@ -6,6 +6,8 @@
 mod facts;
 
 use super::error::{During, Error, Holder};
+use bunter_common::ABI;
+use bunter_sys as sys;
 use facts::{BPFFS, Facts};
 use rustix::{
     fs::{FlockOperation, Mode, OFlags},
@@ -19,8 +21,6 @@ use std::{
     },
     path::{Path, PathBuf},
 };
-use wimsey_common::ABI;
-use wimsey_sys as sys;
 
 /// The namespace of this thread: a process may have threads in several.
 const NETNS: &str = "/proc/thread-self/ns/net";
@@ -77,7 +77,7 @@ impl Host {
     }
 }
 
-/// What `wimsey doctor` says about one condition.
+/// What `bunter doctor` says about one condition.
 #[derive(Debug)]
 pub struct Finding {
     /// What was looked at.
@@ -127,12 +127,12 @@ pub(super) fn hosts_pins(netns_inode: u64) -> Result<Option<PathBuf>, Error> {
 
 /// Directory of the pins of the namespace with this inode number.
 pub(super) fn pins(netns_inode: u64) -> PathBuf {
-    Path::new(BPFFS).join("wimsey").join(format!("abi{ABI}-{netns_inode}"))
+    Path::new(BPFFS).join("bunter").join(format!("abi{ABI}-{netns_inode}"))
 }
 
 /// Where a map is pinned that all agents of the host share.
 pub(super) fn shared_pin(map: &str) -> PathBuf {
-    Path::new(BPFFS).join("wimsey").join(format!("abi{ABI}-{map}"))
+    Path::new(BPFFS).join("bunter").join(format!("abi{ABI}-{map}"))
 }
 
 /// The cookie of this thread's network namespace.

@@ -24,6 +24,8 @@ use super::{
 };
 use crate::policy::{KernelCandidate, KernelPolicy, Policy};
 use aya::maps::lpm_trie::Key;
+use bunter_common::*;
+use bunter_sys::bpf;
 use classes::{Placement, Room};
 use plan::{Plan, Step, differences};
 use rustix::thread::{MembarrierCommand, membarrier};
@@ -35,8 +37,6 @@ use std::{
     sync::Arc,
     time::Duration,
 };
-use wimsey_common::*;
-use wimsey_sys::bpf;
 
 /// Longer than any kernel program takes, even one that has to wait for the processor.
 const A_PROGRAM: Duration = Duration::from_millis(50);
@@ -546,7 +546,7 @@ impl Programs {
 /// replace.
 fn discard(past: impl Send + 'static) {
     // Where there can be no thread, it is dropped here with the closure.
-    drop(std::thread::Builder::new().name("wimsey-discard".into()).spawn(move || drop(past)));
+    drop(std::thread::Builder::new().name("bunter-discard".into()).spawn(move || drop(past)));
 }
 
 /// Removes the rows of every epoch that is not to stay.

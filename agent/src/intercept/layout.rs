@@ -4,7 +4,7 @@
 //!
 //! *Invariant:* a layout is whole or not there: without one the programs read nothing, and decide nothing by it.
 
-use wimsey_common::TaskLayout;
+use bunter_common::TaskLayout;
 
 /// Type information of the running kernel.
 const PATH: &str = "/sys/kernel/btf/vmlinux";

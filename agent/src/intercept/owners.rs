@@ -10,6 +10,8 @@ use super::{
     Error,
     diagnostics::{self, Socket as Listed},
 };
+use bunter_common::Task;
+use bunter_sys as sys;
 use rustix::{
     fs::{CWD, Mode, OFlags, RawDir, openat, readlinkat_raw},
     io::Errno,
@@ -24,8 +26,6 @@ use std::{
     path::Path,
     time::{Duration, Instant},
 };
-use wimsey_common::Task;
-use wimsey_sys as sys;
 
 /// Who holds a listening socket, and whether it is one that takes no IPv4.
 #[derive(Clone, Debug, Default)]
@@ -441,7 +441,7 @@ mod tests {
     }
 
     fn holders(inode: u32) -> Vec<Task> {
-        let hierarchy = wimsey_sys::mounts::cgroup2().unwrap().unwrap_or_default();
+        let hierarchy = bunter_sys::mounts::cgroup2().unwrap().unwrap_or_default();
         let own = std::process::id();
         let mut search = Search::new(HashSet::from([inode]), &hierarchy, &|_| true);
         while !search.go_on(Duration::ZERO) {}

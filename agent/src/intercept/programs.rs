@@ -19,16 +19,16 @@ use aya::{
     },
 };
 use aya_log::EbpfLogger;
+use bunter_common::{QUOTA_SHARE, map};
+use bunter_sys::bpf::Table;
 use std::{
     fs, io,
     os::fd::{AsFd, OwnedFd},
     path::{Path, PathBuf},
 };
-use wimsey_common::{QUOTA_SHARE, map};
-use wimsey_sys::bpf::Table;
 
 /// The kernel programs, compiled. Empty where they were not built.
-static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/wimsey-ebpf"));
+static OBJECT: &[u8] = aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/bunter-ebpf"));
 
 /// The buffer for what the programs log, in bytes: it holds a warning now and then, which is read soon. aya's default is
 /// eight times as large.
@@ -87,7 +87,7 @@ impl log::Log for ToTracing {
         true
     }
     fn log(&self, record: &log::Record<'_>) {
-        tracing::warn!(target: "wimsey::ebpf", "{}", record.args());
+        tracing::warn!(target: "bunter::ebpf", "{}", record.args());
     }
     fn flush(&self) {}
 }
@@ -181,7 +181,7 @@ impl Loaded {
     }
 }
 
-/// Removes what an agent has left in this network namespace: the host is then as if Wimsey had never been there, and the
+/// Removes what an agent has left in this network namespace: the host is then as if Bunter had never been there, and the
 /// workloads' connections are theirs again, unprotected. Says whether there was anything.
 pub fn release(run_dir: &Path) -> Result<bool, Error> {
     let (_, inode) = host::netns()?;

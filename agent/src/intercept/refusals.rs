@@ -7,9 +7,9 @@
 //! next agent may pass on again what it has passed on since its last event.
 
 use super::{Error, owners, tables::map_error};
+use bunter_common::*;
+use bunter_sys::bpf::Table;
 use std::collections::HashMap;
-use wimsey_common::*;
-use wimsey_sys::bpf::Table;
 
 /// For how long a kind of refusal is remembered after the last one, in nanoseconds.
 const QUIET: u64 = 10 * REFUSAL_INTERVAL;

@@ -15,6 +15,8 @@ use super::{
     tables::{Tables, address, canonical, listener_key, map_error, socket_address},
 };
 use crate::lock::lock;
+use bunter_common::*;
+use bunter_sys::bpf;
 use std::{
     collections::{HashMap, HashSet},
     io,
@@ -23,8 +25,6 @@ use std::{
     path::Path,
     sync::{Arc, Mutex},
 };
-use wimsey_common::*;
-use wimsey_sys::bpf;
 
 /// A listening socket, and who is behind it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -12,6 +12,8 @@ use super::{
     tables::{Tables, address, canonical, map_error, socket_address},
 };
 use crate::flow::{Flow, Listens, Origin, OriginalDst};
+use bunter_common::*;
+use bunter_sys::{self as sys, bpf};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     io::Errno,
@@ -28,8 +30,6 @@ use std::{
     time::Duration,
 };
 use tokio::net::{TcpListener, TcpStream};
-use wimsey_common::*;
-use wimsey_sys::{self as sys, bpf};
 
 /// Nanoseconds after which the record of a `connect()` is too old to be about the connection that arrives. On loopback a
 /// connection arrives at once, unless the agent does not accept: then the kernel repeats the SYN for two minutes

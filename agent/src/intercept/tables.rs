@@ -1,16 +1,16 @@
 //! The maps of the kernel programs, opened once and shared by whoever needs them; and addresses as the maps write them.
 //!
-//! *Invariant:* a handle is typed as `wimsey_common` types the map, and the sizes were compared when it was opened.
+//! *Invariant:* a handle is typed as `bunter_common` types the map, and the sizes were compared when it was opened.
 
 use super::error::Error;
 use aya::maps::lpm_trie::Key;
+use bunter_common::*;
+use bunter_sys::bpf::Table;
 use std::{
     io,
     net::{IpAddr, Ipv6Addr, SocketAddr},
     path::Path,
 };
-use wimsey_common::*;
-use wimsey_sys::bpf::Table;
 
 /// Every map that user space reads or writes row by row.
 #[derive(Clone, Debug)]
@@ -74,7 +74,7 @@ impl Tables {
             None => ANY,
         };
         let given = self.quotas.get(&key(uid, QUOTA_BY_AGENT))?.unwrap_or(0);
-        self.quotas.put(&key(uid, QUOTA_BY_AGENT), &(given + 1), wimsey_sys::bpf::ANY)?;
+        self.quotas.put(&key(uid, QUOTA_BY_AGENT), &(given + 1), bunter_sys::bpf::ANY)?;
         Ok(true)
     }
 }

@@ -7,12 +7,12 @@ use super::{
     host,
 };
 use aya::maps::MapType;
+use bunter_sys::bpf::Rows;
 use std::{
     fs,
     path::Path,
     time::{Duration, Instant},
 };
-use wimsey_sys::bpf::Rows;
 
 /// The longest time that all tables together are counted for: whoever asks waits for it, and so does all other work of this
 /// thread.

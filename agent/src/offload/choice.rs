@@ -5,7 +5,7 @@
 
 use super::matrix::{Ability, EngineSupport, Matrix};
 use crate::{config::EngineChoice, handshake::Ciphers};
-use wimsey_identity::refusal::{Culprit, Refusal};
+use bunter_identity::refusal::{Culprit, Refusal};
 
 /// Who protects the records of a connection.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]

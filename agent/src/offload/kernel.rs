@@ -5,12 +5,12 @@
 
 use super::{matrix::Ability, record};
 use crate::handshake::{Aead, Secrets, Traffic};
+use bunter_sys::crypto_info::{Cipher, CryptoInfo};
+use bunter_sys::tls::{self, TlsHalf};
 use std::{
     io,
     os::fd::{AsFd, BorrowedFd},
 };
-use wimsey_sys::crypto_info::{Cipher, CryptoInfo};
-use wimsey_sys::tls::{self, TlsHalf};
 
 /// What the kernel adds to the plaintext of a record: header, content type, tag.
 const OVERHEAD: u64 = 22;

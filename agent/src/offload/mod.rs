@@ -19,10 +19,10 @@ use crate::{
     flow::Direction,
     handshake::{Agreement, Secrets, Session},
 };
+use bunter_identity::refusal::{Culprit, Refusal};
 use socket2::{SockRef, TcpKeepalive};
 use std::{fmt, io, sync::Arc, time::Duration};
 use tokio::net::TcpStream;
-use wimsey_identity::refusal::{Culprit, Refusal};
 
 /// Two sockets and what turns the bytes of one into the bytes of the other.
 pub struct Pipe {
@@ -241,7 +241,7 @@ mod tests {
 
     #[tokio::test]
     async fn a_kernel_that_fails_half_way_leads_to_a_reset_and_never_to_plaintext() {
-        let chosen = std::env::var("WIMSEY_TEST_ENGINE").is_ok_and(|engine| engine == "kernel");
+        let chosen = std::env::var("BUNTER_TEST_ENGINE").is_ok_and(|engine| engine == "kernel");
         if !chosen {
             eprintln!(
                 "SKIPPED (needs a kernel with TLS): a_kernel_that_fails_half_way_leads_to_a_reset_and_never_to_plaintext"

@@ -1,4 +1,4 @@
-//! Does the kernel of this host do TLS, with real bytes? Asked once at start, and by `wimsey doctor`.
+//! Does the kernel of this host do TLS, with real bytes? Asked once at start, and by `bunter doctor`.
 //!
 //! For each cipher a loopback connection gets kernel TLS on one end and this process's own record layer on the other, and
 //! both have to agree on data, control records, what has left the socket, a forgery, fresh keys and the end.

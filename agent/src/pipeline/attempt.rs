@@ -10,13 +10,13 @@ use crate::handshake::{self, Agreement};
 use crate::intercept;
 use crate::live::{Basis, Live};
 use crate::relay::{self, Progress, Stop, Tally};
+use bunter_identity::refusal::{Culprit, Refusal};
 use std::borrow::Cow;
 use std::sync::Arc;
 use std::time::Instant;
 use time::OffsetDateTime;
 use tokio::net::TcpStream;
 use tokio::sync::watch;
-use wimsey_identity::refusal::{Culprit, Refusal};
 
 /// Records a connection that came to the agent's listener and is no flow, because nobody redirected it there.
 pub fn reject_stray(shared: &AgentState, direction: Direction, error: &intercept::Error) {

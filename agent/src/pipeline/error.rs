@@ -6,10 +6,10 @@ use crate::admission::Full;
 use crate::audit::Stage;
 use crate::credential::ProviderError;
 use crate::{authorize, handshake, handshake_slots, identify, intercept, offload, reuse};
+use bunter_identity::refusal::{Culprit, Refusal};
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
-use wimsey_identity::refusal::{Culprit, Refusal};
 
 /// Why a connection was refused before it could be relayed.
 #[derive(Debug, thiserror::Error)]

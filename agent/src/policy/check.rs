@@ -13,12 +13,12 @@ use super::{
     table::{Region, Table},
 };
 use crate::document::{At, Place, Problems, nearest};
+use bunter_identity::spiffe::{SpiffeId, TrustDomain};
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     fmt::Display,
     sync::Arc,
 };
-use wimsey_identity::spiffe::{SpiffeId, TrustDomain};
 
 /// Most `[[bypass]]`, and most `[[udp]]` rules: each is compared with every destination.
 const MAX_PLAIN: usize = 4096;

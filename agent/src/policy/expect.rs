@@ -89,7 +89,7 @@ impl Policy {
         }
     }
 
-    fn outbound_rows(&self, source: &wimsey_identity::spiffe::SpiffeId) -> Vec<[String; 4]> {
+    fn outbound_rows(&self, source: &bunter_identity::spiffe::SpiffeId) -> Vec<[String; 4]> {
         let mut rows = Vec::new();
         let mut row = |to: String, decision: &str, rule: &Arc<super::Rule>| {
             rows.push([source.to_string(), to, decision.to_owned(), rule.name.to_string()]);
@@ -115,7 +115,7 @@ impl Policy {
         rows
     }
 
-    fn inbound_rows(&self, workload: &wimsey_identity::spiffe::SpiffeId) -> Vec<[String; 4]> {
+    fn inbound_rows(&self, workload: &bunter_identity::spiffe::SpiffeId) -> Vec<[String; 4]> {
         let allows = self.allows.iter().filter(|allow| allow.to.matches(workload)).map(|allow| {
             [allow.from.to_string(), format!("{workload} {}", allow.ports), "allow".into(), allow.rule.name.to_string()]
         });

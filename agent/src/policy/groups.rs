@@ -2,8 +2,8 @@
 //!
 //! *Invariant:* the patterns found are exactly those whose [`Pattern::matches`] takes the ID.
 
+use bunter_identity::spiffe::{Pattern, SpiffeId};
 use std::collections::HashMap;
-use wimsey_identity::spiffe::{Pattern, SpiffeId};
 
 /// Patterns by their segments, the trust domain first.
 #[derive(Debug, Default)]

@@ -1,4 +1,4 @@
-//! The policy as rows for the maps of the kernel programs; see `wimsey_common` for the maps.
+//! The policy as rows for the maps of the kernel programs; see `bunter_common` for the maps.
 //!
 //! Who a row is about is said in numbers that name it for ever: a number is made of an ID, of the patterns that match an ID,
 //! or of the rules that hold at an address, and nothing else. So rows of two policies can be compared, and a row that both
@@ -8,19 +8,19 @@
 //! denial (verdicts). They never allow more.
 
 use super::{Kind, Matcher, Plain, Policy, Ports, Selector, groups::Groups};
+use bunter_common::{MODE_MESH, MODE_PLAIN, VERDICT_BYPASS, VERDICT_MESH};
+use bunter_identity::spiffe::{Pattern, SpiffeId};
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap, HashSet, hash_map::Entry},
     hash::{DefaultHasher, Hash, Hasher},
     net::IpAddr,
     sync::Arc,
 };
-use wimsey_common::{MODE_MESH, MODE_PLAIN, VERDICT_BYPASS, VERDICT_MESH};
-use wimsey_identity::spiffe::{Pattern, SpiffeId};
 
 const TCP: u16 = 6;
 const UDP: u16 = 17;
 
-/// The part of a policy that the kernel programs decide by; see `wimsey_common` for the maps it goes into.
+/// The part of a policy that the kernel programs decide by; see `bunter_common` for the maps it goes into.
 #[derive(Clone, Debug, Default)]
 pub struct KernelPolicy {
     /// Every destination: mesh destinations and the addresses of bypasses.
@@ -43,7 +43,7 @@ pub struct KernelDestination {
     pub network: ipnet::IpNet,
     /// Port, or any.
     pub port: Option<u16>,
-    /// `wimsey_common::MODE_MESH` or `MODE_PLAIN`.
+    /// `bunter_common::MODE_MESH` or `MODE_PLAIN`.
     pub mode: u32,
     /// Number of the identity that has to answer, or of the bypasses that hold there.
     pub target: u64,
@@ -64,13 +64,13 @@ pub struct KernelVerdict {
     pub port: u16,
     /// IPPROTO_TCP or IPPROTO_UDP.
     pub protocol: u16,
-    /// `wimsey_common::VERDICT_MESH` or `VERDICT_BYPASS`.
+    /// `bunter_common::VERDICT_MESH` or `VERDICT_BYPASS`.
     pub action: u32,
     /// Rule number of a bypass.
     pub rule: u32,
 }
 
-/// One row for `CANDIDATES` under one class of cgroups; see `wimsey_common::Candidate`.
+/// One row for `CANDIDATES` under one class of cgroups; see `bunter_common::Candidate`.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct KernelCandidate {
     /// Real uid, or any.

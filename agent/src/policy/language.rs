@@ -13,8 +13,8 @@ use crate::{
     document::{At, Document, Place, Problems, Table, TextOrTable, clip, nearest, parts},
     units,
 };
+use bunter_identity::spiffe::{Pattern, SpiffeId, TrustDomain};
 use std::{collections::BTreeSet, net::SocketAddr, sync::Arc, time::Duration};
-use wimsey_identity::spiffe::{Pattern, SpiffeId, TrustDomain};
 
 /// Everything that the files of a policy say, in their order.
 #[derive(Default)]
@@ -412,7 +412,7 @@ fn id(table: &Table<'_>, key: &'static str, problems: &mut Problems) -> Option<S
     SpiffeId::parse(text.value).map_err(|error| wrong_id(&text, &error, problems)).ok()
 }
 
-fn wrong_id(text: &At<&str>, error: &wimsey_identity::spiffe::InvalidId, problems: &mut Problems) {
+fn wrong_id(text: &At<&str>, error: &bunter_identity::spiffe::InvalidId, problems: &mut Problems) {
     let what = format!("SPIFFE ID `{}`: {error}", clip(text.value));
     let instead = if text.value.contains('*') {
         "write { pattern = \"...\" } where a rule may mean many IDs, or one ID"

@@ -7,8 +7,8 @@
 
 use super::{Accounts, Policy, check, language};
 use crate::document::{self, Place, Problems, Purpose};
+use bunter_identity::refusal::{Culprit, Refusal};
 use std::{path::Path, sync::Arc};
-use wimsey_identity::refusal::{Culprit, Refusal};
 
 /// Most files of one directory.
 const MAX_FILES: usize = 4096;

@@ -22,6 +22,7 @@ pub use load::{Rejected, Source};
 pub use selector::Accounts;
 
 use crate::document::{Problems, Purpose};
+use bunter_identity::spiffe::{Pattern, SpiffeId, TrustDomain};
 use language::{Expectation, Ports};
 use selector::Selector;
 use std::{
@@ -32,7 +33,6 @@ use std::{
     time::Duration,
 };
 use table::{Region, Table};
-use wimsey_identity::spiffe::{Pattern, SpiffeId, TrustDomain};
 
 /// Most registration entries in one policy.
 pub const MAX_WORKLOADS: usize = 65_535;
@@ -128,7 +128,7 @@ pub struct Workload {
     pub id: SpiffeId,
 }
 
-/// The rule that decided: what the audit line and `wimsey connections` name.
+/// The rule that decided: what the audit line and `bunter connections` name.
 #[derive(Debug)]
 pub struct Rule {
     /// Number, unique in the policy, for the kernel maps.
@@ -255,7 +255,7 @@ impl Policy {
         self.workloads.get(usize::try_from(number).ok()?.checked_sub(1)?)
     }
 
-    /// The selectors of an entry as text, for `wimsey status`.
+    /// The selectors of an entry as text, for `bunter status`.
     pub fn selectors(&self, workload: &Workload) -> Vec<String> {
         let index = usize::try_from(workload.number).ok().and_then(|number| number.checked_sub(1));
         let selectors = index.and_then(|index| self.selectors.get(index));

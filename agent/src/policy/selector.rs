@@ -308,7 +308,7 @@ mod tests {
             ("unix:gid:0", "ok unix:gid:0"),
             ("unix:group:www-data", "ok unix:gid:33"),
             ("unix:path:/usr/sbin/nginx", "ok unix:path:/usr/sbin/nginx"),
-            ("cgroup:/wimsey/web", "ok cgroup:/wimsey/web"),
+            ("cgroup:/bunter/web", "ok cgroup:/bunter/web"),
             ("systemd:nginx.service", "ok systemd:nginx.service"),
             ("systemd:getty@tty1.service", "ok systemd:getty@tty1.service"),
         ] {
@@ -388,7 +388,7 @@ mod tests {
             ("/nginx.service", true),
             ("/user.slice/user-1000.slice/user@1000.service/app.slice/nginx.service", false),
             ("/system.slice/docker-0123.scope/system.slice/nginx.service", false),
-            ("/wimsey/nginx.service", false),
+            ("/bunter/nginx.service", false),
             ("/system.slice/nginx.service2", false),
             ("/", false),
             ("", false),

@@ -94,7 +94,7 @@ const ENTRIES: &str = r#"
     selectors = ["systemd:web.service", "unix:uid:33"]
     [[workload]]
     id = "spiffe://td/lab"
-    selectors = ["cgroup:/wimsey/lab"]
+    selectors = ["cgroup:/bunter/lab"]
     [[workload]]
     id = "spiffe://td/hashed"
     selectors = ["unix:gid:5", "unix:sha256:0707070707070707070707070707070707070707070707070707070707070707"]
@@ -106,10 +106,10 @@ fn the_entry_with_the_most_selectors_wins_and_a_tie_is_ambiguous() {
     for (uid, cgroup, path, expected) in [
         (1000, "/", "/usr/bin/wget", "/any"),
         (1000, "/", "/usr/bin/curl", "/curl"),
-        (1000, "/wimsey/lab", "/usr/bin/curl", "/curl"),
-        (1000, "/wimsey/lab/x", "/usr/bin/wget", "/any or /lab"),
-        (1001, "/wimsey/lab", "/usr/bin/curl", "/lab"),
-        (1001, "/wimsey/labs", "/usr/bin/curl", "nobody"),
+        (1000, "/bunter/lab", "/usr/bin/curl", "/curl"),
+        (1000, "/bunter/lab/x", "/usr/bin/wget", "/any or /lab"),
+        (1001, "/bunter/lab", "/usr/bin/curl", "/lab"),
+        (1001, "/bunter/labs", "/usr/bin/curl", "nobody"),
         (33, "/system.slice/web.service", "/x", "/unit"),
         (33, "/system.slice/web.service/child", "/x", "/unit"),
         (33, "/system.slice/other.service", "/x", "nobody"),

@@ -55,7 +55,7 @@ fn close_by(apply: fn(BpfProgramRef) -> seccompiler::Result<()>) -> Sandbox {
         .map_err(|error| format!("there is no filter for this machine: {error}"))
         .and_then(|programs| programs.iter().try_for_each(|program| apply(program).map_err(|error| explain(&error))));
     match applied {
-        Ok(()) if memfd_create("wimsey", MemfdFlags::CLOEXEC).is_ok() => {
+        Ok(()) if memfd_create("bunter", MemfdFlags::CLOEXEC).is_ok() => {
             Sandbox::Off { why: "this kernel took the filter and refuses nothing by it".into() }
         }
         Ok(()) => Sandbox::On,
@@ -271,7 +271,7 @@ fn refused() -> Result<BTreeMap<i64, Vec<SeccompRule>>, BackendError> {
         (libc::SYS_bpf, vec![rule(ON_ELEMENTS.map(|command| (0, SeccompCmpOp::Ne, command)))?]),
         (libc::SYS_open_by_handle_at, vec![rule([(2, SeccompCmpOp::Ne, number(DIRECTORY_ALONE))])?]),
         // The agent compares only tables of descriptors, to find who holds a socket.
-        (libc::SYS_kcmp, vec![rule([(2, SeccompCmpOp::Ne, number(wimsey_sys::KCMP_FILES))])?]),
+        (libc::SYS_kcmp, vec![rule([(2, SeccompCmpOp::Ne, number(bunter_sys::KCMP_FILES))])?]),
         // abort() sends a signal, to this process.
         (libc::SYS_tgkill, vec![rule([(0, SeccompCmpOp::Ne, own)])?]),
         (libc::SYS_prlimit64, vec![rule([(0, SeccompCmpOp::Ne, 0), (0, SeccompCmpOp::Ne, own)])?]),
@@ -298,11 +298,11 @@ fn number(value: libc::c_int) -> u64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use bunter_sys::refused_call;
     use std::process::Command;
-    use wimsey_sys::refused_call;
 
     /// Set in the process that is sandboxed: a filter cannot be taken off again.
-    const INSIDE: &str = "WIMSEY_TEST_SANDBOX";
+    const INSIDE: &str = "BUNTER_TEST_SANDBOX";
 
     /// Runs one test of this module in a process of its own.
     fn in_a_sandbox(test: &str, body: impl FnOnce()) {
@@ -411,7 +411,7 @@ mod tests {
                 drop(tokio::signal::unix::signal(tokio::signal::unix::SignalKind::hangup()).unwrap());
                 assert_eq!(tokio::task::spawn_blocking(|| 7).await.unwrap(), 7);
             });
-            assert!(wimsey_sys::compare_descriptors(std::process::id(), std::process::id()).unwrap().is_eq());
+            assert!(bunter_sys::compare_descriptors(std::process::id(), std::process::id()).unwrap().is_eq());
             let diagnostics = Some(rustix::net::netlink::SOCK_DIAG);
             rustix::net::socket(rustix::net::AddressFamily::NETLINK, rustix::net::SocketType::RAW, diagnostics)
                 .unwrap();

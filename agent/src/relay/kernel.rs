@@ -14,13 +14,13 @@ use super::{
     socket::{self, Read},
 };
 use crate::offload::{KernelKeys, record::ContentType};
+use bunter_sys::tls;
 use rustix::{
     io::Errno,
     net::{SendFlags, send},
 };
 use std::{io, os::fd::AsFd};
 use tokio::net::TcpStream;
-use wimsey_sys::tls;
 
 pub(super) struct Kernel {
     keys: Box<KernelKeys>,

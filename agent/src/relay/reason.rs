@@ -6,8 +6,8 @@ use crate::{
     handshake::{alert_code, alert_name},
     offload::record::BadRecord,
 };
+use bunter_identity::refusal::Culprit;
 use std::fmt;
-use wimsey_identity::refusal::Culprit;
 
 /// Why a connection ended.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

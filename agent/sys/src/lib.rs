@@ -157,17 +157,17 @@ mod code_tests {
 
     #[test]
     fn only_code_and_the_constants_in_front_of_it_are_forgotten() {
-        let program = std::path::Path::new("/usr/bin/wimsey");
+        let program = std::path::Path::new("/usr/bin/bunter");
         let line = |rights: &str, offset: &str, path: &str| format!("1000-3000 {rights} {offset} fe:00 77   {path}");
         let range = |rights, offset, path| code(&line(rights, offset, path), program);
-        assert_eq!(range("r-xp", "00001000", "/usr/bin/wimsey"), Some((0x1000, 0x3000)));
-        assert_eq!(range("r--p", "00000000", "/usr/bin/wimsey"), Some((0x1000, 0x3000)));
+        assert_eq!(range("r-xp", "00001000", "/usr/bin/bunter"), Some((0x1000, 0x3000)));
+        assert_eq!(range("r--p", "00000000", "/usr/bin/bunter"), Some((0x1000, 0x3000)));
         for (rights, offset) in [("r--p", "00005000"), ("rw-p", "00000000"), ("rwxp", "00001000"), ("r-xs", "00001000")]
         {
-            assert_eq!(range(rights, offset, "/usr/bin/wimsey"), None, "{rights} {offset}");
+            assert_eq!(range(rights, offset, "/usr/bin/bunter"), None, "{rights} {offset}");
         }
         assert_eq!(range("r-xp", "00001000", "/usr/lib/libc.so.6"), None);
-        for broken in ["", "1000-3000", "x-y r-xp 0 0 0 /usr/bin/wimsey", "3000-1000 r-xp 0 0 0 /usr/bin/wimsey"] {
+        for broken in ["", "1000-3000", "x-y r-xp 0 0 0 /usr/bin/bunter", "3000-1000 r-xp 0 0 0 /usr/bin/bunter"] {
             assert_eq!(code(broken, program), None);
         }
         assert!(forget_code().unwrap() > 0, "and this test still runs");

@@ -5,10 +5,10 @@ use crate::{
     answer,
     world::{Facts, SERVER, World, world},
 };
+use bunter::flow::OriginalDst;
+use bunter::intercept::{Error, KernelEvent};
+use bunter_common::*;
 use std::{io::Write, net::TcpListener, os::fd::AsFd, path::Path, time::Duration};
-use wimsey::flow::OriginalDst;
-use wimsey::intercept::{Error, KernelEvent};
-use wimsey_common::*;
 
 #[test]
 fn a_dead_agent_means_refused_and_the_next_one_takes_over() {
@@ -119,10 +119,10 @@ fn a_ring_buffer_of_another_size_is_adopted() {
 fn a_second_agent_on_the_namespace_is_refused() {
     let mut world = world!();
     let mut options = world.options.clone();
-    assert!(matches!(wimsey::intercept::Programs::load(&options), Err(Error::SecondAgent { .. })));
+    assert!(matches!(bunter::intercept::Programs::load(&options), Err(Error::SecondAgent { .. })));
     let elsewhere = tempfile::tempdir().unwrap();
     options.run_dir = elsewhere.path().into();
-    assert!(matches!(wimsey::intercept::Programs::load(&options), Err(Error::SecondAgent { .. })));
+    assert!(matches!(bunter::intercept::Programs::load(&options), Err(Error::SecondAgent { .. })));
     assert!(world.count(counter::REDIRECTED) == 0);
 }
 
@@ -144,10 +144,10 @@ fn other_agents_of_the_host_hear_of_a_release() {
     let mut world = world!();
     let facts = world.enrol().allowing();
     world.install(facts);
-    let served = format!("/sys/fs/bpf/wimsey/abi{ABI}-{}", map::SERVED);
-    let served: wimsey_sys::bpf::Table<u64, u32> = wimsey_sys::bpf::Table::open(Path::new(&served)).unwrap();
+    let served = format!("/sys/fs/bpf/bunter/abi{ABI}-{}", map::SERVED);
+    let served: bunter_sys::bpf::Table<u64, u32> = bunter_sys::bpf::Table::open(Path::new(&served)).unwrap();
     let probe = std::net::UdpSocket::bind("127.0.0.1:0").unwrap();
-    let own = wimsey_sys::netns_cookie(probe.as_fd()).unwrap();
+    let own = bunter_sys::netns_cookie(probe.as_fd()).unwrap();
     assert_eq!(served.get(&own).unwrap(), Some(1));
     world.kill_agent();
     assert_eq!(served.get(&own).unwrap(), Some(1), "what a dead agent leaves protects this namespace");

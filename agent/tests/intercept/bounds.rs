@@ -4,9 +4,9 @@ use crate::{
     answer,
     world::{self, Client, Facts, WORKLOAD, World, world},
 };
+use bunter::intercept::{Error, KernelEvent, KernelFacts, Work};
+use bunter_common::*;
 use std::{sync::Arc, time::Duration};
-use wimsey::intercept::{Error, KernelEvent, KernelFacts, Work};
-use wimsey_common::*;
 
 #[test]
 fn a_cgroup_for_which_there_is_no_room_stays_unknown_and_ends_nothing() {

@@ -1,6 +1,8 @@
 //! An agent in a box that is not the host, and what others have put in its way: it starts on the host or not at all.
 
 use crate::world::{World, unable, world};
+use bunter::intercept::{Error, PinnedTables, TableUsage};
+use bunter_identity::refusal::Refusal;
 use std::{
     fs,
     os::unix::fs::{MetadataExt, PermissionsExt, chown},
@@ -8,15 +10,13 @@ use std::{
     process::Command,
     time::Duration,
 };
-use wimsey::intercept::{Error, PinnedTables, TableUsage};
-use wimsey_identity::refusal::Refusal;
 
 const BPFFS: &str = "/sys/fs/bpf";
 const OTHER: u32 = 3000;
 
 /// The agent: the one that this test was built with, or the one of the guest.
-fn wimsey() -> String {
-    std::env::var("WIMSEY_BIN").unwrap_or_else(|_| env!("CARGO_BIN_EXE_wimsey").to_owned())
+fn bunter() -> String {
+    std::env::var("BUNTER_BIN").unwrap_or_else(|_| env!("CARGO_BIN_EXE_bunter").to_owned())
 }
 
 /// Says why a test cannot run here, if it cannot: a guest has few programs.
@@ -29,10 +29,10 @@ fn lacking(test: &str, programs: &[&str]) -> bool {
     unable(test)
 }
 
-/// What a shell script of a box prints, in which `$WIMSEY` is the agent.
+/// What a shell script of a box prints, in which `$BUNTER` is the agent.
 fn in_a_box(words: &[&str], script: &str) -> (bool, String) {
     let output =
-        Command::new("unshare").args(words).args(["sh", "-ec", script]).env("WIMSEY", wimsey()).output().unwrap();
+        Command::new("unshare").args(words).args(["sh", "-ec", script]).env("BUNTER", bunter()).output().unwrap();
     let said = [output.stdout, output.stderr].concat();
     (output.status.success(), String::from_utf8_lossy(&said).into_owned())
 }
@@ -44,7 +44,7 @@ fn refused(words: &[&str], script: &str, code: &str, advice: &str) {
     fs::create_dir(at("policies")).unwrap();
     fs::write(at("policies/none.toml"), "trust_domain = \"lab.test\"\n").unwrap();
     let made =
-        Command::new(wimsey()).args(["ca", "init", "--trust-domain", "lab.test", "--dir", &at("ca")]).output().unwrap();
+        Command::new(bunter()).args(["ca", "init", "--trust-domain", "lab.test", "--dir", &at("ca")]).output().unwrap();
     assert!(made.status.success(), "{made:?}");
     let config = format!(
         "policy_dir = \"{}\"\nstate_dir = \"{}\"\nrun_dir = \"{}\"\n[identity]\nprovider = \"embedded\"\nca_dir = \"{}\"\n\
@@ -57,9 +57,9 @@ fn refused(words: &[&str], script: &str, code: &str, advice: &str) {
     );
     fs::write(at("agent.toml"), config).unwrap();
     let (started, said) =
-        in_a_box(words, &format!("{script}\nexec timeout 20 $WIMSEY agent --config {}", at("agent.toml")));
+        in_a_box(words, &format!("{script}\nexec timeout 20 $BUNTER agent --config {}", at("agent.toml")));
     assert!(!started && said.contains(advice), "{said}");
-    let (content, said) = in_a_box(words, &format!("{script}\nexec $WIMSEY doctor --json"));
+    let (content, said) = in_a_box(words, &format!("{script}\nexec $BUNTER doctor --json"));
     assert!(!content && said.contains(&format!("\"code\": \"{code}\"")), "{said}");
 }
 
@@ -96,7 +96,7 @@ fn an_agent_that_sees_a_part_of_the_cgroup_tree_does_not_start() {
     if lacking("an_agent_that_sees_a_part_of_the_cgroup_tree_does_not_start", &["unshare", "timeout"]) {
         return;
     }
-    let mount = wimsey_sys::mounts::cgroup2().unwrap().expect("cgroup2 is mounted");
+    let mount = bunter_sys::mounts::cgroup2().unwrap().expect("cgroup2 is mounted");
     let mount = mount.display();
     let part = format!("{mount}/wit-part-{}", std::process::id());
     fs::create_dir(&part).unwrap();
@@ -119,7 +119,7 @@ fn an_agent_that_sees_a_part_of_the_cgroup_tree_does_not_start() {
 /// Where the pins of the world's namespace are, which has none yet.
 fn pins() -> PathBuf {
     let inode = fs::metadata("/proc/thread-self/ns/net").unwrap().ino();
-    Path::new(BPFFS).join("wimsey").join(format!("abi{}-{inode}", wimsey_common::ABI))
+    Path::new(BPFFS).join("bunter").join(format!("abi{}-{inode}", bunter_common::ABI))
 }
 
 fn released(mut world: World) -> World {
@@ -189,7 +189,7 @@ fn a_user_who_holds_the_lock_on_the_pins_is_named() {
 #[test]
 fn a_bpf_file_system_that_others_can_write_to_is_refused() {
     let name = "a_bpf_file_system_that_others_can_write_to_is_refused";
-    if std::env::var_os("WIMSEY_GUEST").is_none() {
+    if std::env::var_os("BUNTER_GUEST").is_none() {
         eprintln!("SKIPPED (changes the whole machine: in guests only): {name}");
         return;
     }

@@ -1,15 +1,15 @@
 //! Listening sockets: who owns one, what protects it, and the agent's last leg to it.
 
 use crate::world::{WORKLOAD, World, world};
+use bunter::flow::{Direction, OriginalDst};
+use bunter::intercept::{Error, KernelEvent, Opening, ShardListeners};
+use bunter_common::*;
 use std::{
     net::{SocketAddr, TcpListener},
     time::{Duration, Instant},
 };
 use tokio::io::AsyncWriteExt;
 use tokio::net::TcpStream;
-use wimsey::flow::{Direction, OriginalDst};
-use wimsey::intercept::{Error, KernelEvent, Opening, ShardListeners};
-use wimsey_common::*;
 
 #[test]
 fn a_protected_listener_is_reached_through_the_agent_and_sees_the_true_client() {

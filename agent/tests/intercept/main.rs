@@ -21,13 +21,13 @@ use world::World;
 /// Not a test: what a client process runs.
 #[test]
 fn the_client_role() {
-    if let Ok(script) = std::env::var("WIMSEY_TEST_CLIENT") {
+    if let Ok(script) = std::env::var("BUNTER_TEST_CLIENT") {
         world::play(&script);
     }
 }
 
 /// Lets the client's connection in and answers on it, as a relay would.
-fn answer(world: &World) -> wimsey::flow::Flow {
+fn answer(world: &World) -> bunter::flow::Flow {
     let shard = world.shard();
     world.run(async {
         let mut flow = shard.accept_outbound().await.unwrap();

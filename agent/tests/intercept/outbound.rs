@@ -5,11 +5,11 @@ use crate::{
     answer,
     world::{self, Facts, HERE, SERVER, SERVER6, WORKLOAD, World, world},
 };
+use bunter::flow::{Direction, OriginalDst};
+use bunter::intercept::KernelEvent;
+use bunter_common::*;
 use std::{net::TcpListener, time::Duration};
 use tokio::io::AsyncReadExt;
-use wimsey::flow::{Direction, OriginalDst};
-use wimsey::intercept::KernelEvent;
-use wimsey_common::*;
 
 #[test]
 fn an_allowed_connection_comes_to_the_agent_with_its_origin() {

@@ -2,14 +2,14 @@
 //! a large policy takes.
 
 use crate::world::{World, world};
+use bunter::policy::{Accounts, Policy, Source};
+use bunter_common::*;
 use std::{
     fmt::Write,
     fs,
     sync::Arc,
     time::{Duration, Instant},
 };
-use wimsey::policy::{Accounts, Policy, Source};
-use wimsey_common::*;
 
 fn policy(text: &str) -> Policy {
     let source = Source { file: "p.toml".into(), text: format!("trust_domain = \"td\"\n{text}") };
@@ -49,7 +49,7 @@ fn a_cgroup_that_nobody_has_looked_at_is_what_its_nearest_ancestor_is() {
     let mut world = world!();
     let inside = Cgroup::new(world.cgroup.join("inside"));
     let of_uid =
-        "[[workload]]\nid = \"spiffe://td/by-uid\"\nselectors = [\"unix:uid:54321\", \"cgroup:/wimsey-none\"]\n";
+        "[[workload]]\nid = \"spiffe://td/by-uid\"\nselectors = [\"unix:uid:54321\", \"cgroup:/bunter-none\"]\n";
     let text = format!(
         "{MESH}{of_uid}[[workload]]\nid = \"spiffe://td/in\"\nselectors = [\"cgroup:/{}/inside\"]\n",
         name(&world)

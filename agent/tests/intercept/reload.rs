@@ -2,14 +2,7 @@
 
 use crate::world::{World, world};
 use arc_swap::ArcSwap;
-use std::{
-    fmt::Write,
-    fs,
-    path::{Path, PathBuf},
-    sync::Arc,
-    time::{Duration, SystemTime},
-};
-use wimsey::{
+use bunter::{
     config::Config,
     credential::{
         Provider,
@@ -19,10 +12,17 @@ use wimsey::{
     intercept::Error,
     policy::Policy,
 };
-use wimsey_common::map;
-use wimsey_identity::authority::{
+use bunter_common::map;
+use bunter_identity::authority::{
     ca,
     revoke::{self, Order},
+};
+use std::{
+    fmt::Write,
+    fs,
+    path::{Path, PathBuf},
+    sync::Arc,
+    time::{Duration, SystemTime},
 };
 
 /// What an agent has on disk, and what it has in force.
@@ -45,7 +45,7 @@ impl Agent {
         let config = Config::parse("agent.toml", &text).unwrap();
         fs::create_dir(scratch.path().join("policies")).unwrap();
         write_policy(scratch.path(), 1);
-        let policy = Policy::load(&config.policy_dir, wimsey::document::Purpose::InForce).unwrap();
+        let policy = Policy::load(&config.policy_dir, bunter::document::Purpose::InForce).unwrap();
         let ca_dir = scratch.path().join("ca");
         ca::init(&ca_dir, policy.trust_domain(), ca::DEFAULT_LIFE, SystemTime::now()).unwrap();
         let provider = Embedded::open(Settings {

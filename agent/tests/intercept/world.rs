@@ -3,6 +3,11 @@
 //!
 //! *Invariant:* whatever a world has made is gone when it is dropped: processes, pins, namespace, cgroup.
 
+use bunter::{
+    intercept::{Error, KernelEvent, KernelFacts, Options, Programs, Refused, ShardListeners},
+    policy::{KernelCandidate, KernelDestination, KernelPolicy, KernelVerdict},
+};
+use bunter_common::*;
 use socket2::{Domain, Protocol, SockAddr, Socket, Type};
 use std::{
     fs,
@@ -17,11 +22,6 @@ use std::{
     },
     time::{Duration, Instant},
 };
-use wimsey::{
-    intercept::{Error, KernelEvent, KernelFacts, Options, Programs, Refused, ShardListeners},
-    policy::{KernelCandidate, KernelDestination, KernelPolicy, KernelVerdict},
-};
-use wimsey_common::*;
 
 pub const HERE: &str = "10.77.0.1";
 pub const SERVER: &str = "10.77.0.2:80";
@@ -152,7 +152,7 @@ impl World {
         for address in ["10.77.0.1/32", "10.77.0.2/32", "fd77::1/128", "fd77::2/128"] {
             run("ip", &["address", "add", address, "dev", "lo"]);
         }
-        let cgroup = wimsey_sys::mounts::cgroup2().unwrap().expect("cgroup2 is mounted").join(&name);
+        let cgroup = bunter_sys::mounts::cgroup2().unwrap().expect("cgroup2 is mounted").join(&name);
         fs::create_dir_all(cgroup.join("outside")).unwrap();
         let run_dir = tempfile::tempdir().unwrap();
         let options = Options {
@@ -194,7 +194,7 @@ impl World {
 
     /// Removes what a dead agent has left.
     pub fn release(&self) -> bool {
-        patiently(|| wimsey::intercept::release(&self.options.run_dir)).unwrap()
+        patiently(|| bunter::intercept::release(&self.options.run_dir)).unwrap()
     }
 
     /// The agent dies: its descriptors are closed, nothing else happens.
@@ -325,7 +325,7 @@ fn patiently<T>(mut attempt: impl FnMut() -> Result<T, Error>) -> Result<T, Erro
 impl Drop for World {
     fn drop(&mut self) {
         self.kill_agent();
-        let released = patiently(|| wimsey::intercept::release(&self.options.run_dir));
+        let released = patiently(|| bunter::intercept::release(&self.options.run_dir));
         // Children of this cgroup, deepest first; their processes have ended with their `Client`s.
         for inner in ["outside", "late"] {
             let _ = fs::remove_dir(self.cgroup.join(inner));
@@ -355,7 +355,7 @@ impl Client {
                 "{join} && exec {as_whom} {} the_client_role --exact --nocapture --test-threads=1",
                 exe.display()
             ))
-            .env("WIMSEY_TEST_CLIENT", script)
+            .env("BUNTER_TEST_CLIENT", script)
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()

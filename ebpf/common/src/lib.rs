@@ -1,4 +1,4 @@
-//! The types that both halves of Wimsey share: the keys and values of the maps that the kernel programs read and the agent
+//! The types that both halves of Bunter share: the keys and values of the maps that the kernel programs read and the agent
 //! writes, and the events that go the other way.
 //!
 //! Everything here has one layout in the kernel and in user space: `#[repr(C)]`, every padding byte named, no `bool`,

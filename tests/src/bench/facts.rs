@@ -119,11 +119,11 @@ pub fn programs(given: &Given) -> Value {
         ("ztunnel", &["version"]),
         ("iperf3", &["--version"]),
         ("wrk", &["-v"]),
-        ("wimsey", &["--version"]),
+        ("bunter", &["--version"]),
     ];
     let mut programs = serde_json::Map::new();
     for (name, words) in words {
-        let path = if name == "wimsey" { crate::skip::wimsey() } else { given.program(name) };
+        let path = if name == "bunter" { crate::skip::bunter() } else { given.program(name) };
         if let Ok(path) = path {
             programs.insert(name.to_owned(), json!(version(&path, words)));
         }

@@ -33,7 +33,7 @@ const SECOND: u16 = 7443;
 pub struct Peer {
     /// As rows have it.
     pub name: &'static str,
-    /// Wimsey's engine.
+    /// Bunter's engine.
     pub engine: Option<&'static str>,
     /// Differs from another one only in how connections begin, so nothing else of it is measured unless it is asked for.
     pub variant: bool,
@@ -52,14 +52,14 @@ enum Kind {
     Wireguard,
     Ztunnel { pooled: bool },
     Ghostunnel,
-    Wimsey { fresh: bool },
+    Bunter { fresh: bool },
 }
 
 /// All of them, in the order of the table.
 pub fn all() -> Vec<Peer> {
     let peer = |name, variant, kind| Peer { name, engine: None, variant, kind };
-    let wimsey = |name, variant, engine, fresh| {
-        let kind = Kind::Wimsey { fresh };
+    let bunter = |name, variant, engine, fresh| {
+        let kind = Kind::Bunter { fresh };
         Peer { name, engine: Some(engine), variant, kind }
     };
     vec![
@@ -78,10 +78,10 @@ pub fn all() -> Vec<Peer> {
         peer("ghostunnel", false, Kind::Ghostunnel),
         peer("ztunnel", false, Kind::Ztunnel { pooled: true }),
         peer("ztunnel-unpooled", true, Kind::Ztunnel { pooled: false }),
-        wimsey("wimsey", false, "user", false),
-        wimsey("wimsey-fresh", true, "user", true),
-        wimsey("wimsey", false, "kernel", false),
-        wimsey("wimsey-fresh", true, "kernel", true),
+        bunter("bunter", false, "user", false),
+        bunter("bunter-fresh", true, "user", true),
+        bunter("bunter", false, "kernel", false),
+        bunter("bunter-fresh", true, "kernel", true),
     ]
 }
 
@@ -107,7 +107,7 @@ struct Site<'a> {
     authority: &'a Authority,
 }
 
-/// The authority of all peers but Wimsey, whose agents have their own.
+/// The authority of all peers but Bunter, whose agents have their own.
 #[derive(Clone)]
 pub struct Authority {
     mint: Arc<Mint>,
@@ -212,7 +212,7 @@ pub fn said(panic: &(dyn Any + Send)) -> String {
 fn try_start(peer: &Peer, layout: &Layout, given: &Given, authority: &Authority) -> Result<Chain, Absent> {
     // Asked before anything is made.
     let program = match peer.kind {
-        Kind::Plain | Kind::Sealed | Kind::Wireguard | Kind::Wimsey { .. } => None,
+        Kind::Plain | Kind::Sealed | Kind::Wireguard | Kind::Bunter { .. } => None,
         Kind::HaproxyTcp | Kind::Haproxy { .. } => Some(given.program("haproxy")?),
         Kind::Stunnel { .. } => Some(given.program("stunnel4")?),
         Kind::Nginx { .. } => Some(given.program("nginx")?),
@@ -263,7 +263,7 @@ fn try_start(peer: &Peer, layout: &Layout, given: &Given, authority: &Authority)
         Kind::Envoy { resumed } => envoy::start(&site, program, resumed),
         Kind::Wireguard => mesh::wireguard(&site),
         Kind::Ztunnel { pooled } => mesh::ztunnel(&site, program, pooled),
-        Kind::Wimsey { fresh } => mesh::wimsey(&site, peer.engine.unwrap_or("user"), fresh, &given.agent),
+        Kind::Bunter { fresh } => mesh::bunter(&site, peer.engine.unwrap_or("user"), fresh, &given.agent),
     }?;
     let proxies = if started.kept.is_empty() { Vec::new() } else { started.proxies.map(str::to_owned).to_vec() };
     let Started { to, kept, note, .. } = started;

@@ -48,7 +48,7 @@ pub const AGAIN: usize = 3;
 pub struct Given {
     paths: BTreeMap<String, PathBuf>,
     absent: BTreeMap<String, String>,
-    /// Lines for the configuration of Wimsey's agents, above its tables.
+    /// Lines for the configuration of Bunter's agents, above its tables.
     pub agent: String,
 }
 
@@ -73,7 +73,7 @@ lab-bench [option...]
   --only PEER,PEER     these peers alone, variants such as nginx-resumed included when named
   --peer NAME=FILE     a binary that is not on PATH: ztunnel, ghostunnel, envoy, nginx, haproxy, stunnel4
   --absent NAME=WHY    a reason to report for a binary that could not be brought
-  --agent LINE         a line above the tables of the configuration of Wimsey's agents, such as 'busy_poll = true'
+  --agent LINE         a line above the tables of the configuration of Bunter's agents, such as 'busy_poll = true'
   --rounds N           rounds (5; quick: 3)
   --seconds S          of one measurement (3; quick: 1.5)
   --idle N             idle connections of each of three steps of the memory measurement (700; quick: 300)

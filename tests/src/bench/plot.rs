@@ -34,7 +34,7 @@ pub fn svg(report: &Report, caption: &str) -> String {
             let y = top + HEAD + row * BAR;
             let room = (WIDTH - LABEL - 90) as f64;
             let length = if most > 0.0 { (value / most * room).max(0.0) } else { 0.0 };
-            let colour = if peer.starts_with("wimsey") { "#c0392b" } else { "#5d6d7e" };
+            let colour = if peer.starts_with("bunter") { "#c0392b" } else { "#5d6d7e" };
             let _ = writeln!(
                 text,
                 "<text x=\"{}\" y=\"{}\" text-anchor=\"end\">{}</text>\
@@ -67,7 +67,7 @@ mod tests {
     fn the_longest_bar_fills_the_panel_and_names_are_escaped() {
         let mut report = Report::default();
         report.add("plain", None, "throughput_1", "Gb/s", 40.0);
-        report.add("wimsey", Some("user"), "throughput_1", "Gb/s", 10.0);
+        report.add("bunter", Some("user"), "throughput_1", "Gb/s", 10.0);
         let text = svg(&report, "a < b");
         assert!(text.contains("a &lt; b") && text.ends_with("</svg>\n"), "{text}");
         assert!(text.contains("width=\"320.0\"") && text.contains("width=\"80.0\""), "{text}");

@@ -29,7 +29,7 @@ const PLAIN: [&str; 2] = ["plain", "haproxy-tcp"];
 pub struct Series {
     /// Peer.
     pub peer: String,
-    /// Wimsey's engine.
+    /// Bunter's engine.
     pub engine: Option<String>,
     /// Metric.
     pub metric: String,
@@ -133,7 +133,7 @@ impl Report {
         text
     }
 
-    /// For each metric, the best of those that encrypt, and how Wimsey's best stands to it.
+    /// For each metric, the best of those that encrypt, and how Bunter's best stands to it.
     fn best(&self) -> String {
         let mut text = "\nbest of those that encrypt\n".to_owned();
         for (metric, unit, more, title) in MAIN {
@@ -146,12 +146,12 @@ impl Report {
             all.sort_by(|left, right| if more { right.1.total_cmp(&left.1) } else { left.1.total_cmp(&right.1) });
             let Some((peer, value)) = all.first() else { continue };
             let _ = write!(text, "  {metric:15} {peer}, {} {unit}", number(*value));
-            match all.iter().find(|(peer, _)| peer.starts_with("wimsey")) {
+            match all.iter().find(|(peer, _)| peer.starts_with("bunter")) {
                 Some((own, _)) if own == peer => {}
                 Some((own, own_value)) => {
                     let _ = write!(text, "; {own} has {}, {:.2} of it", number(*own_value), own_value / value);
                 }
-                None => text.push_str("; wimsey was not measured"),
+                None => text.push_str("; bunter was not measured"),
             }
             let _ = writeln!(text, "   [{title}]");
         }
@@ -200,7 +200,7 @@ mod tests {
             report.add("plain", None, "throughput_1", "Gb/s", value);
         }
         report.add("ztunnel", None, "throughput_1", "Gb/s", 8.4);
-        report.add("wimsey", Some("user"), "throughput_1", "Gb/s", 4.2);
+        report.add("bunter", Some("user"), "throughput_1", "Gb/s", 4.2);
         report
     }
 
@@ -220,9 +220,9 @@ mod tests {
     fn ratios_are_to_the_same_run_and_a_better_peer_is_named() {
         let table = report().table();
         assert!(table.contains("ratio to plain") && table.contains("ratio to ztunnel"), "{table}");
-        let ratios: Vec<&str> = table.lines().filter(|line| line.starts_with("wimsey (user)")).collect();
+        let ratios: Vec<&str> = table.lines().filter(|line| line.starts_with("bunter (user)")).collect();
         assert!(ratios[1].contains("0.100") && ratios[2].contains("0.500"), "{table}");
-        assert!(table.contains("throughput_1    ztunnel, 8.40 Gb/s; wimsey (user) has 4.20, 0.50 of it"), "{table}");
+        assert!(table.contains("throughput_1    ztunnel, 8.40 Gb/s; bunter (user) has 4.20, 0.50 of it"), "{table}");
     }
 
     #[test]

@@ -74,7 +74,7 @@ impl Run {
 
     fn whole(mut self) -> anyhow::Result<()> {
         lab::skip::need_root().map_err(|skip| anyhow::anyhow!("cannot measure here: {}", skip.0))?;
-        if lab::skip::wimsey().is_ok_and(|path| path.components().any(|part| part.as_os_str() == "debug")) {
+        if lab::skip::bunter().is_ok_and(|path| path.components().any(|part| part.as_os_str() == "debug")) {
             eprintln!("lab-bench: warning: the agent is not a release build");
         }
         let host = facts::host();

@@ -139,7 +139,7 @@ impl Puppet {
 
 /// Where sockets are given to the puppet of this name. The name is one of the network namespace.
 pub(super) fn inbox(name: &str) -> io::Result<UnixAddr> {
-    UnixAddr::from_abstract_name(format!("wimsey-lab-puppet-{name}"))
+    UnixAddr::from_abstract_name(format!("bunter-lab-puppet-{name}"))
 }
 
 pub(super) fn give(known: &mut Known, to: &str) -> io::Result<()> {

@@ -42,7 +42,7 @@ pub(super) fn side_by_side(plain: &[u8], sealed: &[u8]) {
         records.iter().rev().find(|record| record.len() > 200).map(|record| end(record))
     });
     let right = record.unwrap_or_default();
-    println!("\n   {:<38}the same with Wimsey:", "the end of nginx's answer, without:");
+    println!("\n   {:<38}the same with Bunter:", "the end of nginx's answer, without:");
     for (left, right) in wire::dump(&left).iter().zip(wire::dump(&right)) {
         println!("   {left:<38}{right}");
     }

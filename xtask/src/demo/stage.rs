@@ -14,7 +14,7 @@ use super::{ALPHA, BETA, PREFIX, SECRET};
 use crate::run::{During, Fallible, Process, on_exit, quiet, which};
 
 pub(super) struct Demo {
-    wimsey: PathBuf,
+    bunter: PathBuf,
     folder: PathBuf,
     // Ended in this order: programs first, then what they ran in.
     pub(super) agents: Vec<Process>,
@@ -23,9 +23,9 @@ pub(super) struct Demo {
 }
 
 impl Demo {
-    pub(super) fn prepare(wimsey: &Path, folder: &Path) -> Fallible<Self> {
-        clean(wimsey, folder);
-        let (program, made) = (wimsey.to_path_buf(), folder.to_path_buf());
+    pub(super) fn prepare(bunter: &Path, folder: &Path) -> Fallible<Self> {
+        clean(bunter, folder);
+        let (program, made) = (bunter.to_path_buf(), folder.to_path_buf());
         let undo = on_exit(move || clean(&program, &made));
         fs::create_dir_all(folder).during(folder.display())?;
         fs::set_permissions(folder, fs::Permissions::from_mode(0o755)).during(folder.display())?;
@@ -55,7 +55,7 @@ impl Demo {
             }
         }
         let demo =
-            Self { wimsey: wimsey.into(), folder: folder.into(), agents: vec![], programs: vec![], _undo: vec![undo] };
+            Self { bunter: bunter.into(), folder: folder.into(), agents: vec![], programs: vec![], _undo: vec![undo] };
         demo.write("www/index.html", &format!("{SECRET}\n"))?;
         demo.write("nginx.conf", &demo.nginx())?;
         demo.write("policies/demo.toml", &policy())?;
@@ -71,10 +71,10 @@ impl Demo {
 
     pub(super) fn start_agents(&mut self) -> Fallible {
         let authority = self.path("ca");
-        let made = self.wimsey(&["ca", "init", "--trust-domain", "example.org", "--dir", &authority])?;
-        need(&made, "wimsey ca init")?;
-        let checked = self.wimsey(&["policy", "test", &self.path("policies")])?;
-        need(&checked, "wimsey policy test")?;
+        let made = self.bunter(&["ca", "init", "--trust-domain", "example.org", "--dir", &authority])?;
+        need(&made, "bunter ca init")?;
+        let checked = self.bunter(&["policy", "test", &self.path("policies")])?;
+        need(&checked, "bunter policy test")?;
         for host in ["alpha", "beta"] {
             self.start_agent(host)?;
         }
@@ -84,7 +84,7 @@ impl Demo {
     pub(super) fn start_agent(&mut self, host: &str) -> Fallible {
         let configuration = self.path(&format!("{host}.toml"));
         let log = self.folder.join(format!("{host}.log"));
-        let mut command = enter(host, &self.wimsey.to_string_lossy());
+        let mut command = enter(host, &self.bunter.to_string_lossy());
         command.args(["agent", "--config", &configuration]);
         let agent = start(&format!("agent of {host}"), command, &log)?;
         let at = if host == "alpha" { 0 } else { 1 };
@@ -129,7 +129,7 @@ impl Demo {
 
     /// Runs a program of the demo and shows the command and its answer.
     pub(super) fn say(&self, host: &str, name: Option<&str>, words: &[&str]) -> Fallible<Output> {
-        let who = name.map_or(String::new(), |name| format!("wimsey run --name {name} -- "));
+        let who = name.map_or(String::new(), |name| format!("bunter run --name {name} -- "));
         println!("   {host}$ {who}{}", words.join(" "));
         let answer = self.ask(host, name, words)?;
         for line in text(&answer).lines().take(4) {
@@ -146,7 +146,7 @@ impl Demo {
     fn command(&self, host: &str, name: Option<&str>, words: &[&str]) -> Command {
         let mut command = match name {
             Some(name) => {
-                let mut command = enter(host, &self.wimsey.to_string_lossy());
+                let mut command = enter(host, &self.bunter.to_string_lossy());
                 command.args(["run", "--name", name, "--"]);
                 command
             }
@@ -156,12 +156,12 @@ impl Demo {
         command
     }
 
-    pub(super) fn wimsey(&self, words: &[&str]) -> Fallible<Output> {
-        Command::new(&self.wimsey).args(words).stdin(Stdio::null()).output().during("cannot run wimsey")
+    pub(super) fn bunter(&self, words: &[&str]) -> Fallible<Output> {
+        Command::new(&self.bunter).args(words).stdin(Stdio::null()).output().during("cannot run bunter")
     }
 
     pub(super) fn status(&self, host: &str) -> Option<String> {
-        quiet(&self.wimsey.to_string_lossy(), &["status", "--config", &self.path(&format!("{host}.toml"))])
+        quiet(&self.bunter.to_string_lossy(), &["status", "--config", &self.path(&format!("{host}.toml"))])
     }
 
     pub(super) fn until<T>(&self, what: &str, mut ask: impl FnMut() -> Option<T>) -> Fallible<T> {
@@ -221,7 +221,7 @@ impl Demo {
     fn configuration(&self, host: &str) -> String {
         let folder = self.folder.display();
         // The guest is there to show the kernel's TLS.
-        let engine = if std::env::var_os("WIMSEY_GUEST").is_some() { "kernel" } else { "auto" };
+        let engine = if std::env::var_os("BUNTER_GUEST").is_some() { "kernel" } else { "auto" };
         format!(
             "policy_dir = \"{folder}/policies\"\nstate_dir = \"{folder}/{host}/state\"\nrun_dir = \"{folder}/{host}/run\"\n\
              engine = \"{engine}\"\n\n[identity]\nprovider = \"embedded\"\nca_dir = \"{folder}/ca\"\n\n\
@@ -238,7 +238,7 @@ fn policy() -> String {
         let path = which(program).and_then(|path| fs::canonicalize(path).ok()).unwrap_or_default();
         text.push_str(&format!(
             "\n[[workload]]\nid = \"spiffe://example.org/{name}\"\n\
-             selectors = [\"cgroup:/wimsey/demo-{name}\", \"unix:path:{}\"]\n",
+             selectors = [\"cgroup:/bunter/demo-{name}\", \"unix:path:{}\"]\n",
             path.display()
         ));
     }
@@ -258,7 +258,7 @@ fn policy() -> String {
 }
 
 /// Removes what a demo made: its pins, its namespaces, its cgroups, its folder.
-fn clean(wimsey: &Path, folder: &Path) {
+fn clean(bunter: &Path, folder: &Path) {
     for host in ["alpha", "beta"] {
         let configuration = folder.join(format!("{host}.toml"));
         if Path::new(&format!("/run/netns/{}", netns(host))).exists() {
@@ -269,13 +269,13 @@ fn clean(wimsey: &Path, folder: &Path) {
                 }
             }
             let configuration = configuration.to_string_lossy();
-            let _ = quiet("nsenter", &[&entry(host), &wimsey.to_string_lossy(), "release", "--config", &configuration]);
+            let _ = quiet("nsenter", &[&entry(host), &bunter.to_string_lossy(), "release", "--config", &configuration]);
             let _ = quiet("ip", &["netns", "del", &netns(host)]);
         }
     }
     for name in ["demo-curl", "demo-web", "demo-teller", "demo-vault"] {
         if let Some(mount) = cgroup_mount() {
-            let _ = fs::remove_dir(mount.join("wimsey").join(name));
+            let _ = fs::remove_dir(mount.join("bunter").join(name));
         }
     }
     let _ = fs::remove_dir_all(folder);

@@ -257,7 +257,7 @@ impl Apt {
         for folder in ["etc/apt.conf.d", "etc/preferences.d", "state/lists/partial", "cache/archives/partial"] {
             fs::create_dir_all(base.join(folder)).during(base.display())?;
         }
-        let mirror = std::env::var("WIMSEY_DEBIAN_MIRROR").unwrap_or_else(|_| "http://deb.debian.org".into());
+        let mirror = std::env::var("BUNTER_DEBIAN_MIRROR").unwrap_or_else(|_| "http://deb.debian.org".into());
         let keys = "/usr/share/keyrings/debian-archive-keyring.gpg";
         let source = format!("deb [arch=amd64 signed-by={keys}] {mirror}/{archive} {suite} main\n");
         fs::write(base.join("etc/sources.list"), source).during("sources.list")?;

@@ -73,7 +73,7 @@ pub enum CaError {
     #[error("certificate authority: {error}{hint}", error = .0, hint = hint(.0))]
     File(FileError),
     /// There is one already.
-    #[error("{path} is there already: Wimsey does not overwrite an authority. Use it, or take another directory")]
+    #[error("{path} is there already: Bunter does not overwrite an authority. Use it, or take another directory")]
     Exists {
         /// The file that is in the way.
         path: PathBuf,
@@ -105,7 +105,7 @@ pub enum CaError {
     /// The certificate is of another trust domain.
     #[error(
         "certificate authority: {path} is of {found}, but the policy's trust domain is {expected}: give the authority \
-         of {expected}, or make one with wimsey ca init --trust-domain {expected}"
+         of {expected}, or make one with bunter ca init --trust-domain {expected}"
     )]
     OtherDomain {
         /// The file.
@@ -117,7 +117,7 @@ pub enum CaError {
     },
     /// It has expired.
     #[error(
-        "certificate authority: {path} expired at {not_after}: make a new one with wimsey ca init in a new directory"
+        "certificate authority: {path} expired at {not_after}: make a new one with bunter ca init in a new directory"
     )]
     Expired {
         /// The file.
@@ -145,7 +145,7 @@ pub enum CaError {
     },
     /// What it issues is not accepted with its own certificate as the anchor.
     #[error(
-        "certificate authority: {path}: an SVID that it signs does not verify: {why}. Make one with wimsey ca init"
+        "certificate authority: {path}: an SVID that it signs does not verify: {why}. Make one with bunter ca init"
     )]
     Unfit {
         /// The certificate file.
@@ -168,7 +168,7 @@ pub enum CaError {
     #[error("trust domain of the authority: {0}")]
     Domain(#[from] InvalidId),
     /// The cryptographic library failed.
-    #[error("certificate authority: {what} failed: {why}. This is a defect of Wimsey or of this host's random numbers")]
+    #[error("certificate authority: {what} failed: {why}. This is a defect of Bunter or of this host's random numbers")]
     Crypto {
         /// What was being done.
         what: &'static str,
@@ -215,12 +215,12 @@ impl From<FileError> for CaError {
 
 fn hint(error: &FileError) -> &'static str {
     match error {
-        FileError::Missing { .. } => "; make an authority with wimsey ca init, or name its directory in ca_dir",
+        FileError::Missing { .. } => "; make an authority with bunter ca init, or name its directory in ca_dir",
         _ => "",
     }
 }
 
-/// `wimsey ca init`: makes an authority in a directory that has none.
+/// `bunter ca init`: makes an authority in a directory that has none.
 pub fn init(dir: &Path, domain: &TrustDomain, life: Duration, now: SystemTime) -> Result<Validity, CaError> {
     let (certificate_path, key_path) = (dir.join(CERTIFICATE_FILE), dir.join(KEY_FILE));
     files::make_directory(dir)?;
@@ -251,7 +251,7 @@ pub fn init(dir: &Path, domain: &TrustDomain, life: Duration, now: SystemTime) -
     Ok(Authority::load(dir, Some(domain), now)?.validity)
 }
 
-/// `wimsey ca issue`: an SVID for a peer that is not run by Wimsey, as `svid.pem`, `key.pem` and `bundle.pem` in a
+/// `bunter ca issue`: an SVID for a peer that is not run by Bunter, as `svid.pem`, `key.pem` and `bundle.pem` in a
 /// directory, each replaced as a whole (R89).
 pub fn issue_files(dir: &Path, id: &SpiffeId, out: &Path, ttl: Duration, now: SystemTime) -> Result<Issued, CaError> {
     let authority = Authority::load(dir, None, now)?;
@@ -355,7 +355,7 @@ impl Authority {
     /// handshake.
     fn prove(&self, path: &Path, now: SystemTime) -> Result<(), CaError> {
         let unfit = |error: webpki::Error| CaError::Unfit { path: path.into(), why: error.to_string() };
-        let id = SpiffeId::parse(&format!("spiffe://{}/wimsey/proof", self.domain))?;
+        let id = SpiffeId::parse(&format!("spiffe://{}/bunter/proof", self.domain))?;
         let issued = self.issue(&id, Duration::from_secs(60), now)?;
         let leaf = webpki::EndEntityCert::try_from(&issued.certificate).map_err(unfit)?;
         let anchors = self.anchors.valid_at(unix_time(now));
@@ -515,7 +515,7 @@ fn params(serial: &[u8], not_before: SystemTime, not_after: SystemTime) -> Certi
 /// the URI alone.
 fn subject(role: &str, serial: Option<&[u8]>) -> DistinguishedName {
     let mut subject = DistinguishedName::new();
-    subject.push(DnType::OrganizationName, "Wimsey");
+    subject.push(DnType::OrganizationName, "Bunter");
     subject.push(DnType::CommonName, serial.map_or_else(|| role.into(), |serial| format!("{role} {}", hex(serial))));
     subject
 }

@@ -1,4 +1,4 @@
-//! `wimsey ca revoke`: a certificate of the embedded authority in, a newly signed revocation list beside the authority
+//! `bunter ca revoke`: a certificate of the embedded authority in, a newly signed revocation list beside the authority
 //! out.
 //!
 //! A list is replaced as a whole, under a lock on the directory, and only after it was read back as an agent would read it.
@@ -35,7 +35,7 @@ const LONGEST_SERIAL: usize = 20;
 /// What is to be done to the list.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Order {
-    /// Revoke the certificate with this serial number, in hexadecimal as `wimsey` and `openssl x509 -serial` print it.
+    /// Revoke the certificate with this serial number, in hexadecimal as `bunter` and `openssl x509 -serial` print it.
     Serial(String),
     /// Revoke the first certificate of this PEM file.
     Certificate(PathBuf),
@@ -110,7 +110,7 @@ pub enum RevokeError {
         source: io::Error,
     },
     /// The cryptographic library failed.
-    #[error("revocation list: signing failed: {0}. This is a defect of Wimsey or of this host's random numbers")]
+    #[error("revocation list: signing failed: {0}. This is a defect of Bunter or of this host's random numbers")]
     Crypto(rcgen::Error),
 }
 

@@ -67,7 +67,7 @@ impl TrustPath {
     }
 }
 
-/// From when to when, and which certificate, for `wimsey status`.
+/// From when to when, and which certificate, for `bunter status`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Validity {
     /// First second of its validity.
@@ -416,7 +416,7 @@ mod tests {
     use std::time::Duration;
 
     fn load(domain: &str, pem: &str) -> Result<Anchors, BundleError> {
-        Anchors::parse(&domain_of(domain), Path::new("/etc/wimsey/b.pem"), pem.as_bytes(), now())
+        Anchors::parse(&domain_of(domain), Path::new("/etc/bunter/b.pem"), pem.as_bytes(), now())
     }
 
     #[test]

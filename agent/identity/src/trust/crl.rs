@@ -38,7 +38,7 @@ pub struct List {
     about: About,
 }
 
-/// What a list is, for `wimsey status`.
+/// What a list is, for `bunter status`.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct About {
     /// The authority that signed it, for people.
@@ -128,7 +128,7 @@ pub enum ListFault {
         issuer: String,
     },
     /// Its signature cannot be verified here.
-    #[error("it is signed with an algorithm that Wimsey does not take: let {issuer} sign with ECDSA P-256 and SHA-256")]
+    #[error("it is signed with an algorithm that Bunter does not take: let {issuer} sign with ECDSA P-256 and SHA-256")]
     Algorithm {
         /// Whose it says it is.
         issuer: String,
@@ -157,7 +157,7 @@ pub enum ListFault {
     /// It has expired.
     #[error(
         "it was good until {next_update}, and the clock says {now}: get the current list, sign that of an embedded \
-         authority anew with wimsey ca revoke --refresh, or set the clock"
+         authority anew with bunter ca revoke --refresh, or set the clock"
     )]
     Expired {
         /// When it must have been replaced.
@@ -392,7 +392,7 @@ fn from_webpki(error: webpki::Error) -> ListFault {
     let what = match error {
         E::UnsupportedDeltaCrl => "it is a delta list, which says only what has changed",
         E::UnsupportedIndirectCrl => "it is an indirect list, which speaks for other authorities",
-        E::UnsupportedCriticalExtension => "it has a critical extension that Wimsey does not know",
+        E::UnsupportedCriticalExtension => "it has a critical extension that Bunter does not know",
         E::UnsupportedCrlVersion => "it is not of version 2",
         E::UnsupportedRevocationReason => "one of its entries has a reason that no full list has",
         error => return ListFault::Malformed(format!("it is not a well-formed revocation list: {error}")),

@@ -97,7 +97,7 @@ pub enum FileError {
         wanted: u32,
     },
     /// It belongs to another user.
-    #[error("{path}: belongs to uid {owner}, not to root or to the user that runs Wimsey: run chown root {path}")]
+    #[error("{path}: belongs to uid {owner}, not to root or to the user that runs Bunter: run chown root {path}")]
     ForeignOwner {
         /// The file or directory.
         path: PathBuf,

@@ -49,7 +49,7 @@ pub fn uri(text: &str) -> SanType {
 
 fn subject(name: &str) -> Subject {
     let mut subject = Subject::new();
-    subject.push(DnType::OrganizationName, "Wimsey tests");
+    subject.push(DnType::OrganizationName, "Bunter tests");
     subject.push(DnType::CommonName, name);
     subject
 }

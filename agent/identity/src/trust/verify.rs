@@ -121,7 +121,7 @@ pub enum PeerCertificateError {
     /// What the revocation list says is too old to go by (R39).
     #[error(
         "the revocation list of {domain} was good until {next_update}, and the clock says {now}: put the current one \
-         there (wimsey ca revoke --refresh signs that of an embedded authority anew) and reload with SIGHUP"
+         there (bunter ca revoke --refresh signs that of an embedded authority anew) and reload with SIGHUP"
     )]
     ListExpired {
         /// Whose it is.

@@ -1,4 +1,4 @@
-//! The few things that Wimsey looks at in a certificate by itself, beside what the path validation does.
+//! The few things that Bunter looks at in a certificate by itself, beside what the path validation does.
 //!
 //! *Invariant:* anything that cannot be read in exactly one way (an extension twice, bytes after the end, a name that is no
 //! text) is malformed; nothing is skipped.
@@ -22,7 +22,7 @@ pub struct Malformed(pub(crate) &'static str);
 /// The tag of a `uniformResourceIdentifier` among the general names (RFC 5280 section 4.2.1.6).
 const URI_TAG: u32 = 6;
 
-/// A certificate, read as far as Wimsey needs it.
+/// A certificate, read as far as Bunter needs it.
 pub(crate) struct Parsed<'a> {
     certificate: X509Certificate<'a>,
 }

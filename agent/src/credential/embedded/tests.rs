@@ -1,5 +1,5 @@
 use super::*;
-use wimsey_identity::{
+use bunter_identity::{
     authority::{
         ca,
         revoke::{self, Order},

@@ -57,7 +57,7 @@ impl Lines {
             tracing::warn!(
                 uid,
                 findings,
-                "more listening sockets are refused, or protected late: `wimsey status` names each"
+                "more listening sockets are refused, or protected late: `bunter status` names each"
             );
         }
     }

@@ -1,12 +1,12 @@
 use super::*;
 use crate::policy::Matcher;
+use bunter_identity::trust::testing::*;
 use rcgen::CertificateParams;
 use rustls::{
     AlertDescription, ClientConfig, ClientConnection, ServerConfig, ServerConnection,
     pki_types::{PrivateKeyDer, PrivatePkcs8KeyDer},
 };
 use std::time::Duration;
-use wimsey_identity::trust::testing::*;
 
 const WEB: &str = "spiffe://example.org/web";
 
@@ -75,7 +75,7 @@ fn handshake_in(
         }
         None => client.with_no_client_auth(),
     };
-    let name = ServerName::try_from("wimsey.invalid").unwrap();
+    let name = ServerName::try_from("bunter.invalid").unwrap();
     let mut client = ClientConnection::new(Arc::new(client), name).unwrap();
     let mut server = ServerConnection::new(Arc::new(server)).unwrap();
     let (mut client_result, mut server_result) = (Ok(()), Ok(()));
@@ -173,7 +173,7 @@ fn a_verifier_judges_one_peer_only() {
     let leaf = ca.leaf(leaf_params(WEB));
     assert!(verifier.verify_client_cert(&leaf, &[], unix_now()).is_ok());
     assert!(verifier.verify_client_cert(&leaf, &[], unix_now()).is_err());
-    let name = ServerName::try_from("wimsey.invalid").unwrap();
+    let name = ServerName::try_from("bunter.invalid").unwrap();
     assert!(verifier.verify_server_cert(&leaf, &[], &name, &[], unix_now()).is_err());
 }
 

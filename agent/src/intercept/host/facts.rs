@@ -8,6 +8,7 @@
 //! *Invariant:* what could not be looked at counts as not the host's.
 
 use super::super::error::{During, Error};
+use bunter_sys::mounts;
 use rustix::{
     fs::{AtFlags, FileType, Mode, stat, statat},
     io::Errno,
@@ -16,7 +17,6 @@ use std::{
     fs, io,
     path::{Path, PathBuf},
 };
-use wimsey_sys::mounts;
 
 /// Where the BPF file system is, on every host.
 pub(super) const BPFFS: &str = "/sys/fs/bpf";
@@ -286,8 +286,8 @@ fn unseen((path, error): Unseen) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use bunter_identity::refusal::Refusal;
     use rustix::fs::{Gid, Uid, chown};
-    use wimsey_identity::refusal::Refusal;
 
     fn step(place: Place, owner: u32, mode: u32) -> Step {
         Step { place, path: "/sys/fs/bpf/x".into(), owner, mode, directory: place != Place::Pin }
@@ -375,7 +375,7 @@ mod tests {
             return;
         }
         let folder = tempfile::tempdir().unwrap();
-        let (root, pins) = (folder.path(), folder.path().join("wimsey/abi"));
+        let (root, pins) = (folder.path(), folder.path().join("bunter/abi"));
         let mode = |path: &Path, mode| rustix::fs::chmod(path, Mode::from_raw_mode(mode)).unwrap();
         let owner = |path: &Path, user| chown(path, Some(Uid::from_raw(user)), None::<Gid>).unwrap();
         let modes = || way(root, &pins).unwrap().iter().map(|step| step.mode).collect::<Vec<_>>();
@@ -384,13 +384,13 @@ mod tests {
 
         fs::create_dir_all(&pins).unwrap();
         fs::write(pins.join("OWN"), "").unwrap();
-        mode(&root.join("wimsey"), 0o777);
+        mode(&root.join("bunter"), 0o777);
         mode(&pins, 0o755);
         mode(&pins.join("OWN"), 0o666);
         narrow(root, &pins).unwrap();
         assert_eq!(modes(), [0o1777, 0o700, 0o700, 0o600]);
 
-        for planted in [pins.join("OWN"), pins.clone(), root.join("wimsey")] {
+        for planted in [pins.join("OWN"), pins.clone(), root.join("bunter")] {
             owner(&planted, 3000);
             let error = narrow(root, &pins).unwrap_err();
             assert!(matches!(&error, Error::NotRoots { path, owner: 3000, .. } if *path == planted), "{error}");
@@ -399,8 +399,8 @@ mod tests {
         mode(root, 0o777);
         assert_eq!(narrow(root, &pins).unwrap_err().code(), "open-bpffs");
         mode(root, 0o1777);
-        fs::rename(root.join("wimsey"), root.join("else")).unwrap();
-        std::os::unix::fs::symlink(root.join("else"), root.join("wimsey")).unwrap();
+        fs::rename(root.join("bunter"), root.join("else")).unwrap();
+        std::os::unix::fs::symlink(root.join("else"), root.join("bunter")).unwrap();
         assert_eq!(narrow(root, &pins).unwrap_err().code(), "pins-no-directory");
     }
 }

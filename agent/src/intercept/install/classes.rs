@@ -4,8 +4,8 @@
 
 use super::{KernelFacts, candidate_rows, change::Change};
 use crate::intercept::cgroups::Cgroup;
+use bunter_common::*;
 use std::collections::{HashMap, HashSet};
-use wimsey_common::*;
 
 /// How many rows of one epoch the maps for cgroups may hold: during a reload they hold two epochs.
 #[derive(Clone, Copy, Debug)]

@@ -12,9 +12,9 @@ use crate::intercept::{
     tables::{Tables, map_error},
 };
 use aya::{Pod, maps::lpm_trie::Key};
+use bunter_common::*;
+use bunter_sys::bpf;
 use std::cmp::Ordering;
-use wimsey_common::*;
-use wimsey_sys::bpf;
 
 /// What two sorted lists of rows differ in: rows that go, and rows that come or change.
 pub(super) fn differences<K: Ord + Copy, V: PartialEq + Copy>(

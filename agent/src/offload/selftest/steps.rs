@@ -10,6 +10,7 @@ use crate::{
         record::{self, ContentType, Opener, Sealer},
     },
 };
+use bunter_sys::tls::{self, TlsHalf};
 use socket2::{Domain, Socket, Type};
 use std::{
     io::{self, Read, Write},
@@ -18,7 +19,6 @@ use std::{
     thread::sleep,
     time::{Duration, Instant},
 };
-use wimsey_sys::tls::{self, TlsHalf};
 use zeroize::Zeroizing;
 
 /// The longest that a step may wait.

@@ -1,9 +1,9 @@
 //! What must hold for every policy: random policies of a small world, asked every question.
 
 use super::*;
+use bunter_common::{MODE_MESH, VERDICT_BYPASS, VERDICT_MESH};
 use proptest::prelude::*;
 use std::fmt::Write;
-use wimsey_common::{MODE_MESH, VERDICT_BYPASS, VERDICT_MESH};
 
 const IDS: [&str; 4] = ["a", "b", "ns/c", "ns/d"];
 const MATCHERS: [&str; 6] = [

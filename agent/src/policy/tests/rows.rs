@@ -12,11 +12,11 @@ fn the_kernel_is_told_a_workload_and_how_much_its_entry_asks_for() {
     assert!(policy.kernel().cgroup_classes);
     // uid 1000: /curl could be meant. gid 5: only the digest tells.
     assert_eq!(rows(&policy, &[]), [(None, Some(5), 0, 0, 2), (Some(1000), None, 1, 1, 2)]);
-    assert_eq!(rows(&policy, &policy.cgroup_set("/wimsey/lab/x")), [(None, None, 4, 1, 0)]);
+    assert_eq!(rows(&policy, &policy.cgroup_set("/bunter/lab/x")), [(None, None, 4, 1, 0)]);
     assert_eq!(rows(&policy, &policy.cgroup_set("/system.slice/web.service")), [(Some(33), None, 3, 2, 0)]);
     assert_eq!(policy.kernel().unseen, [(None, None), (Some(33), None)]);
-    assert_eq!(policy.cgroup_set("/wimsey/lab"), policy.cgroup_set("/wimsey/lab/deep/er"));
-    assert_ne!(policy.cgroup_set("/wimsey/lab"), policy.cgroup_set("/wimsey/labs"));
+    assert_eq!(policy.cgroup_set("/bunter/lab"), policy.cgroup_set("/bunter/lab/deep/er"));
+    assert_ne!(policy.cgroup_set("/bunter/lab"), policy.cgroup_set("/bunter/labs"));
     assert!(policy.cgroup_set("/").is_empty());
 }
 
@@ -25,10 +25,10 @@ fn a_cgroup_is_open_while_something_below_it_could_be_named() {
     let policy = policy(ENTRIES);
     for (cgroup, open) in [
         ("/", true),
-        ("/wimsey", true),
-        ("/wimsey/lab", false),
-        ("/wimsey/lab/x", false),
-        ("/wimseys", false),
+        ("/bunter", true),
+        ("/bunter/lab", false),
+        ("/bunter/lab/x", false),
+        ("/bunters", false),
         ("/system.slice", true),
         ("/a.slice/b.slice", true),
         ("/system.slice/web.service", false),

@@ -4,6 +4,7 @@
 
 use super::{Half, Transfer, Wants};
 use crate::relay::{CloseReason, Limits, Progress, Stop, record_layer::RecordLayer};
+use bunter_sys::tls;
 use std::{
     future::{Future, pending, poll_fn},
     os::fd::AsFd,
@@ -16,7 +17,6 @@ use tokio::{
     net::TcpStream,
     time::{Instant, Sleep},
 };
-use wimsey_sys::tls;
 
 /// How long to wait, at least and at most, before a layer that needs it is asked again while something is under way: the
 /// kernel's TLS may fail to wake an edge-triggered waiter when memory is short, and no event tells that its last record has

@@ -6,7 +6,7 @@ use crate::{
     flow::Direction,
     handshake::testing::{CURL, WEB, terms},
 };
-use wimsey_identity::refusal::Culprit;
+use bunter_identity::refusal::Culprit;
 
 #[tokio::test]
 async fn either_side_may_end_first_and_still_hear_the_other() {

@@ -25,11 +25,11 @@ use tokio::{
     time::{sleep, timeout},
 };
 
-/// The engine that these tests run with: `user`, or, in a guest whose kernel has TLS, what WIMSEY_TEST_ENGINE=kernel asks
+/// The engine that these tests run with: `user`, or, in a guest whose kernel has TLS, what BUNTER_TEST_ENGINE=kernel asks
 /// for. Then it has to be there: a test of the kernel that quietly runs in user space proves nothing.
 fn engine() -> Choice {
     static ENGINE: OnceLock<Choice> = OnceLock::new();
-    *ENGINE.get_or_init(|| match std::env::var("WIMSEY_TEST_ENGINE").as_deref() {
+    *ENGINE.get_or_init(|| match std::env::var("BUNTER_TEST_ENGINE").as_deref() {
         Ok("kernel") => {
             let matrix = selftest::run();
             eprintln!("{matrix}");

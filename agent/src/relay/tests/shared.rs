@@ -408,10 +408,10 @@ async fn a_peer_that_never_ends_an_aborted_stream_is_given_up() {
 }
 
 /// A random peer with a valid certificate: any number of streams of any content, in any pieces, with fresh keys in between,
-/// and then mostly something that it must not say. `WIMSEY_FUZZ` is how many such peers are tried, 60 if not said.
+/// and then mostly something that it must not say. `BUNTER_FUZZ` is how many such peers are tried, 60 if not said.
 #[tokio::test]
 async fn whatever_a_peer_sends_each_stream_receives_its_own_bytes_or_is_reset() {
-    let peers = std::env::var("WIMSEY_FUZZ").ok().and_then(|text| text.parse().ok()).unwrap_or(60 / slowness().min(12));
+    let peers = std::env::var("BUNTER_FUZZ").ok().and_then(|text| text.parse().ok()).unwrap_or(60 / slowness().min(12));
     for seed in 1..=u64::from(peers) {
         let (relay, peer) = against_client().await;
         timeout(patience(60), random_peer(relay, peer, Dice(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15))))

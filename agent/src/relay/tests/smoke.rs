@@ -1,6 +1,6 @@
 //! A first measurement, as ratios within one run; the lab's benchmarks measure it properly.
 //!
-//! `cargo test --release -p wimsey --lib -- relay::tests::smoke --ignored --nocapture`
+//! `cargo test --release -p bunter --lib -- relay::tests::smoke --ignored --nocapture`
 
 use super::*;
 use std::{

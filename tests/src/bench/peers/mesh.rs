@@ -1,4 +1,4 @@
-//! Peers that take connections as programs make them: WireGuard, ztunnel, Wimsey.
+//! Peers that take connections as programs make them: WireGuard, ztunnel, Bunter.
 //!
 //! *Invariant:* the client connects to the server's own address.
 
@@ -16,16 +16,16 @@ const ZTUNNEL_OUTBOUND: u16 = 15001;
 const ZTUNNEL_INBOUND: u16 = 15008;
 
 /// The two agents, with one engine.
-pub(super) fn wimsey(site: &Site<'_>, engine: &str, fresh: bool, lines: &str) -> Result<Started, Absent> {
+pub(super) fn bunter(site: &Site<'_>, engine: &str, fresh: bool, lines: &str) -> Result<Started, Absent> {
     let lab = site.lab;
-    let binary = skip::wimsey()?;
+    let binary = skip::bunter()?;
     if engine == "kernel" {
         let mut doctor = std::process::Command::new(&binary);
         let said = doctor.arg("doctor").output().map(|output| String::from_utf8_lossy(&output.stdout).into_owned())?;
         let line = said.lines().find(|line| line.starts_with("engine kernel: "));
         let line = line.unwrap_or("nothing of engine kernel");
         if !line.starts_with("engine kernel: possible") {
-            return Err(Absent::Skipped(format!("wimsey doctor says {line}")));
+            return Err(Absent::Skipped(format!("bunter doctor says {line}")));
         }
     }
     let settings = Settings {

@@ -14,7 +14,7 @@ fn code_in(authorities: &[&TestCa], file: &str) -> &'static str {
         authorities.iter().fold(Trust::new(), |trust, ca| trust.with(domain.clone(), ca.anchors("example.org")));
     let anchors = trust.anchors(&domain).unwrap();
     let check = |lists: Vec<Arc<List>>| lists.iter().try_for_each(|list| list.check_time(now()));
-    match parse(&domain, Path::new("/etc/wimsey/ca/crl.pem"), file.as_bytes(), &anchors.authorities(), &[]) {
+    match parse(&domain, Path::new("/etc/bunter/ca/crl.pem"), file.as_bytes(), &anchors.authorities(), &[]) {
         Err(error) => error.code(),
         Ok(lists) => check(lists).map_or_else(|fault| in_file(fault).code(), |()| "taken"),
     }

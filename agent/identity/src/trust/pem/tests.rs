@@ -34,7 +34,7 @@ fn sections_are_read_with_explanations_blank_lines_and_either_line_end() {
     let three = [der(1, 191), der(2, 192), der(3, 193)].to_vec();
     let explained = format!(
         "Authority of example.org, xn--bcher-kva, end-to-end, since 2026 — gültig\n\n{}Bag Attributes\n    \
-         localKeyID: 54 69 6D 65\nsubject=O = Wimsey, CN = END-user\n{}   \n\t\n{}\nEnding in 2036\n# 0123456789abcdef",
+         localKeyID: 54 69 6D 65\nsubject=O = Bunter, CN = END-user\n{}   \n\t\n{}\nEnding in 2036\n# 0123456789abcdef",
         section(1),
         section(2),
         section(3)
