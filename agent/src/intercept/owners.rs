@@ -431,7 +431,7 @@ fn numbers(directory: &Path) -> io::Result<Vec<u32>> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::os::fd::{AsRawFd, OwnedFd};
+    use std::os::fd::OwnedFd;
     use std::sync::mpsc;
 
     fn socket_of_ones_own() -> (OwnedFd, u32) {
