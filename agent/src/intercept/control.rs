@@ -11,11 +11,12 @@ use super::{
     diagnostics::{self, Socket},
     error::During,
     host::{self, Host},
-    install::{self, Classes, KernelFacts, Rows},
+    install::Classes,
     layout, owners,
     programs::{self, Loaded, Readers, ToTracing},
     refusals::{Refusals, Refused},
     registry::Commands,
+    rows::{self, KernelFacts, Rows},
     tables::{Tables, map_error, tuple_key},
     work::Work,
 };
@@ -142,7 +143,7 @@ impl Programs {
             }
         }
         // Remove what an agent that was killed in the middle of an installation has left.
-        install::sweep(&tables, |of| of == epoch)?;
+        rows::sweep(&tables, |of| of == epoch)?;
         let rows = Arc::new(Self::adopt_verdicts(&tables)?);
         let before = config.unwrap_or(Config {
             abi: ABI,
@@ -151,7 +152,7 @@ impl Programs {
             shards,
             flags: 0,
             epoch: 0,
-            namespace: install::NAMESPACE,
+            namespace: rows::NAMESPACE,
         });
         // Sockets are recorded from the moment that the programs are attached.
         tables.layout.put(&0, &layout::running(), bpf::ANY).map_err(map_error(map::LAYOUT))?;
@@ -360,7 +361,7 @@ impl Programs {
             shards: self.shards,
             flags: flags & !FLAG_REGISTRY_COMPLETE | complete,
             epoch,
-            namespace: install::NAMESPACE,
+            namespace: rows::NAMESPACE,
         }
     }
 

@@ -5,39 +5,12 @@
 //! *Invariant:* what others on the host could have written is not policy: a directory or a file that somebody beside root
 //! can write to is refused.
 
-use super::{Accounts, Policy, check, language};
+use super::{Accounts, Policy, Rejected, Source, check, language};
 use crate::document::{self, Place, Problems, Purpose};
-use bunter_identity::refusal::{Culprit, Refusal};
-use std::{path::Path, sync::Arc};
+use std::path::Path;
 
 /// Most files of one directory.
 const MAX_FILES: usize = 4096;
-
-/// A file of a policy and its text.
-#[derive(Clone, Debug)]
-pub struct Source {
-    /// Name, as shown to people.
-    pub file: Arc<str>,
-    /// Content.
-    pub text: String,
-}
-
-/// A policy that is not taken, and everything that is wrong with it: one line each.
-#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("{problems}")]
-pub struct Rejected {
-    /// What is wrong, by file and line.
-    pub problems: Problems,
-}
-
-impl Refusal for Rejected {
-    fn culprit(&self) -> Culprit {
-        Culprit::Policy
-    }
-    fn code(&self) -> &'static str {
-        "policy-invalid"
-    }
-}
 
 pub(super) fn load(directory: &Path, accounts: &Accounts, purpose: Purpose) -> Result<Policy, Rejected> {
     let shown = directory.display().to_string();

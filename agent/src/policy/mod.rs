@@ -14,12 +14,13 @@ mod kernel;
 mod language;
 mod load;
 mod selector;
+mod source;
 mod table;
 
 pub use expect::ExpectResult;
 pub use kernel::{KernelCandidate, KernelDestination, KernelPolicy, KernelVerdict};
-pub use load::{Rejected, Source};
 pub use selector::Accounts;
+pub use source::{Rejected, Source};
 
 use crate::document::{Problems, Purpose};
 use bunter_identity::spiffe::{Pattern, SpiffeId, TrustDomain};

@@ -2,8 +2,11 @@
 //!
 //! *Invariant:* a cgroup that would need a row and has none is below one that has a row and is open.
 
-use super::{KernelFacts, candidate_rows, change::Change};
-use crate::intercept::cgroups::Cgroup;
+use super::change::Change;
+use crate::intercept::{
+    cgroups::Cgroup,
+    rows::{KernelFacts, candidate_rows},
+};
 use bunter_common::*;
 use std::collections::{HashMap, HashSet};
 

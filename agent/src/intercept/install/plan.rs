@@ -3,12 +3,12 @@
 //! *Invariant:* at every moment each connection is decided as by the policy before or by the one after, or is refused.
 
 use super::{
-    Network, Rows,
     change::{Change, Changes},
     classes::Placement,
 };
 use crate::intercept::{
     Error,
+    rows::{Network, Rows},
     tables::{Tables, map_error},
 };
 use aya::{Pod, maps::lpm_trie::Key};

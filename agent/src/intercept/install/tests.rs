@@ -1,9 +1,16 @@
 use super::{classes::*, plan::*, *};
-use crate::policy::{Accounts, Source};
+use crate::{
+    intercept::{
+        address,
+        rows::{NAMESPACE, Network},
+    },
+    policy::{Accounts, Policy, Source},
+};
 use proptest::prelude::*;
 use std::{
     collections::{BTreeMap, HashMap},
     fmt::Write,
+    net::SocketAddr,
 };
 
 /// The maps as the programs see them. Rows are taken one by one, so that there is a moment after each.
