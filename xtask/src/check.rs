@@ -9,6 +9,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use crate::count::Count;
+use crate::imports::{self, Modules, WALLS};
 use crate::run::{During, Fallible, root, seconds, step, tail, work};
 use crate::setup::{self, Need};
 use crate::source;
@@ -16,6 +17,10 @@ use crate::{build, codes, draw};
 
 /// Crates whose modules are listed in the order in which they may import each other.
 const CRATES: [&str; 3] = ["agent/src", "agent/identity/src", "agent/sys/src"];
+
+/// Where the compiler is told to refuse `unsafe`, and by which words.
+const FORBID: [&str; 3] = ["agent/src/lib.rs", "agent/src/main.rs", "agent/identity/src/lib.rs"];
+const FORBIDDEN: &str = "\n#![forbid(unsafe_code)]\n";
 
 /// Lines of a file, its tests with it; a longer file becomes a folder with the same door.
 const LONGEST_FILE: usize = 600;
@@ -137,14 +142,34 @@ impl Checks {
                 // Only the agent has a binary.
                 let binary = fs::read_to_string(root().join(folder).join("main.rs")).unwrap_or_default();
                 for (path, text) in rust_files(&[folder])? {
-                    found.extend(source::upward_imports(&library, &binary, folder, &path, &text));
+                    found.extend(imports::upward(&library, &binary, folder, &path, &text));
+                }
+            }
+            Ok(found)
+        });
+        self.own("circles and walls", || {
+            let manifest = "agent/identity/Cargo.toml";
+            let mut found =
+                imports::beyond_identity(manifest, &fs::read_to_string(root().join(manifest)).during(manifest)?);
+            for folder in CRATES {
+                let (binary, library): (Vec<_>, Vec<_>) = rust_files(&[folder])?
+                    .into_iter()
+                    .partition(|(path, _)| path.contains("/src/main.rs") || path.contains("/src/cli/"));
+                for (root, files) in [("lib", library), ("main", binary)] {
+                    let modules = Modules::read(folder, root, &files);
+                    found.extend(modules.circles().into_iter().chain(modules.breaches(WALLS)));
+                    found.extend(files.iter().flat_map(|(path, text)| imports::runtime_in_pure(path, text)));
                 }
             }
             Ok(found)
         });
         self.own("fence around unsafe", || {
             let files = rust_files(&["agent", "benches", "ebpf/common", "tests", "xtask/src"])?;
-            Ok(files.iter().flat_map(|(path, text)| source::unsafe_outside(path, text)).collect())
+            let mut found: Vec<String> =
+                files.iter().flat_map(|(path, text)| source::unsafe_outside(path, text)).collect();
+            let open = files.iter().filter(|(path, text)| FORBID.contains(&path.as_str()) && !text.contains(FORBIDDEN));
+            found.extend(open.map(|(path, _)| format!("{path}: does not say {}", FORBIDDEN.trim())));
+            Ok(found)
         });
         self.own("length of files", || {
             let files = rust_files(&["agent", "benches", "ebpf", "tests", "xtask/src"])?;

@@ -10,6 +10,7 @@ mod count;
 mod demo;
 mod draw;
 mod guests;
+mod imports;
 mod initramfs;
 mod run;
 mod setup;

@@ -1,89 +1,9 @@
-//! What can be said about Rust source by reading it: imports, `unsafe`; and about pages: the tests that they name, the diffs
-//! that they show.
+//! What can be said about Rust source by reading it: its text without comments and strings, `unsafe`; and about pages: the
+//! tests that they name, the diffs that they show. What modules import is read in `imports`.
 //!
 //! This is not a parser. Comments and the text of strings are blanked first; what is left is searched for words.
 //!
 //! *Invariant:* pure; no file is read here.
-
-/// What a module of a crate imports from below itself in the reading order of lib.rs. `folder` has the crate's sources, among
-/// them `path`; `binary` is main.rs.
-pub fn upward_imports(library: &str, binary: &str, folder: &str, path: &str, text: &str) -> Vec<String> {
-    let order = modules(library);
-    let within = path.strip_prefix(folder).unwrap_or(path).trim_start_matches('/');
-    let own = within.split('/').next().unwrap_or(within).trim_end_matches(".rs");
-    // lib.rs stands outside of the order, and what belongs to the binary is after all of it.
-    let Some(place) = order.iter().position(|name| name == own) else {
-        if own == "lib" || own == "main" || modules(binary).iter().any(|name| name == own) {
-            return Vec::new();
-        }
-        return vec![format!("{path}: not listed in lib.rs")];
-    };
-    let mut found = Vec::new();
-    for (line, name) in imports(without_tests(text)) {
-        let listed = order.iter().position(|other| *other == name);
-        if listed.is_some_and(|listed| listed > place) {
-            found.push(format!("{path}:{line}: imports {name}, which is listed after {own}"));
-        }
-    }
-    found
-}
-
-/// The modules of lib.rs, in order.
-fn modules(library: &str) -> Vec<String> {
-    let clean = blanked(library);
-    let words = clean.lines().filter_map(|line| {
-        let line = line.trim();
-        let line = line.strip_prefix("pub(crate) ").or_else(|| line.strip_prefix("pub ")).unwrap_or(line);
-        line.strip_prefix("mod ")?.strip_suffix(';')
-    });
-    words.map(str::to_owned).collect()
-}
-
-/// Every `crate::name` with its line, those in `crate::{one, two::three}` too.
-fn imports(text: &str) -> Vec<(usize, String)> {
-    let clean = blanked(text);
-    let mut found = Vec::new();
-    for (at, _) in clean.match_indices("crate::") {
-        // `$crate::` and `some_crate::` are other words.
-        let before = clean[..at].chars().next_back();
-        if before.is_some_and(|c| c.is_alphanumeric() || c == '_') {
-            continue;
-        }
-        let line = clean[..at].matches('\n').count() + 1;
-        let rest = &clean[at + "crate::".len()..];
-        if let Some(group) = rest.strip_prefix('{') {
-            found.extend(heads(group).into_iter().map(|name| (line, name)));
-        } else {
-            found.push((line, word(rest).to_owned()));
-        }
-    }
-    found
-}
-
-/// The first words of the members of a group, up to its closing brace.
-fn heads(group: &str) -> Vec<String> {
-    let mut names = Vec::new();
-    let mut depth = 0;
-    let mut member = String::new();
-    for c in group.chars() {
-        match c {
-            '{' => depth += 1,
-            '}' if depth == 0 => break,
-            '}' => depth -= 1,
-            ',' if depth == 0 => names.push(word(std::mem::take(&mut member).trim()).to_owned()),
-            _ if depth == 0 => member.push(c),
-            _ => {}
-        }
-    }
-    names.push(word(member.trim()).to_owned());
-    names.retain(|name| !name.is_empty());
-    names
-}
-
-fn word(text: &str) -> &str {
-    let end = text.find(|c: char| !c.is_alphanumeric() && c != '_').unwrap_or(text.len());
-    &text[..end]
-}
 
 /// Every `unsafe` outside the places that may say it. `path` is from the root.
 pub fn unsafe_outside(path: &str, text: &str) -> Vec<String> {
@@ -273,43 +193,6 @@ fn after_raw(chars: &[char], start: usize) -> Option<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    const LIBRARY: &str = "//! mod fake;\npub mod spiffe;\npub mod policy;\n\npub mod relay;\nmod pipeline;\n";
-
-    #[test]
-    fn an_upward_import_is_found_wherever_it_is_written() {
-        let found = |text: &str| upward_imports(LIBRARY, "mod cli;", "agent/src", "agent/src/policy/mod.rs", text);
-        assert!(found("use crate::spiffe::SpiffeId;\n").is_empty());
-        assert_eq!(
-            found("use crate::relay::Pipe;\n"),
-            ["agent/src/policy/mod.rs:1: imports relay, which is listed after policy"]
-        );
-        assert_eq!(found("\nfn f() { crate::pipeline::walk() }\n").len(), 1);
-        assert_eq!(found("use crate::{spiffe::{A, B}, relay::{C, D}};\n").len(), 1);
-        assert_eq!(found("use crate::{\n    spiffe,\n    pipeline,\n};\n").len(), 1);
-    }
-
-    #[test]
-    fn comments_strings_tests_and_other_crates_are_no_imports() {
-        let found = |text: &str| upward_imports(LIBRARY, "mod cli;", "agent/src", "agent/src/policy.rs", text);
-        assert!(found("//! See [`crate::relay`].\n/* crate::relay */ fn f() {}\n").is_empty());
-        assert!(
-            found("const X: &str = \"crate::relay\"; const Y: char = '\"'; const Z: &str = r#\"crate::relay\"#;\n")
-                .is_empty()
-        );
-        assert!(found("fn f() { other_crate::relay() }\n").is_empty());
-        assert!(found("fn f() {}\n\n#[cfg(test)]\nmod tests {\n    use crate::relay::Pipe;\n}\n").is_empty());
-        assert!(found("use crate::policy::Rule;\n").is_empty());
-    }
-
-    #[test]
-    fn a_file_that_lib_does_not_list_is_told() {
-        assert_eq!(upward_imports(LIBRARY, "mod cli;", "agent/src", "agent/src/stray.rs", "").len(), 1);
-        assert!(upward_imports(LIBRARY, "mod cli;", "agent/src", "agent/src/main.rs", "use crate::relay;").is_empty());
-        assert!(
-            upward_imports(LIBRARY, "mod cli;", "agent/src", "agent/src/cli/run.rs", "use crate::relay;").is_empty()
-        );
-    }
 
     #[test]
     fn unsafe_is_found_outside_its_fence_only() {
