@@ -47,17 +47,28 @@ pub(crate) fn tls_keys(socket: BorrowedFd<'_>, half: TlsHalf, into: &mut [u8]) -
 
 /// How much has been put into the connection so far, in bytes on the wire: acknowledged, and still in the send queue.
 pub fn bytes_queued_ever(socket: BorrowedFd<'_>) -> io::Result<u64> {
+    let mut acknowledged = bytes_acknowledged(socket)?;
+    loop {
+        let queued = unacknowledged(socket)?;
+        let since = bytes_acknowledged(socket)?;
+        if since == acknowledged {
+            return Ok(acknowledged.wrapping_add(u64::from(queued)));
+        }
+        // An acknowledgement came between the two readings: what it took from the queue was not yet in the first.
+        acknowledged = since;
+    }
+}
+
+fn bytes_acknowledged(socket: BorrowedFd<'_>) -> io::Result<u64> {
     // tcpi_bytes_acked stands at this offset of struct tcp_info since Linux 4.1 (linux/tcp.h); the structure only grows.
     const BYTES_ACKED: std::ops::Range<usize> = 120..128;
     let mut info = [0_u8; 128];
     let length = option_into(socket, libc::IPPROTO_TCP, libc::TCP_INFO, &mut info)?;
-    let acknowledged = info
-        .get(..length)
+    info.get(..length)
         .and_then(|info| info.get(BYTES_ACKED))
         .and_then(|bytes| bytes.try_into().ok())
         .map(u64::from_ne_bytes)
-        .ok_or_else(|| io::Error::from(io::ErrorKind::Unsupported))?;
-    Ok(acknowledged.wrapping_add(u64::from(unacknowledged(socket)?)))
+        .ok_or_else(|| io::Error::from(io::ErrorKind::Unsupported))
 }
 
 /// Bytes in the send queue of a TCP socket that the other end has not acknowledged (`SIOCOUTQ`).
@@ -148,4 +159,53 @@ fn option_into(socket: BorrowedFd<'_>, level: libc::c_int, name: libc::c_int, in
     // JUSTIFICATION: std, rustix and socket2 have neither SOL_TLS nor the byte counters of TCP_INFO.
     let done = unsafe { libc::getsockopt(socket.as_raw_fd(), level, name, into.as_mut_ptr().cast(), &raw mut length) };
     if done < 0 { Err(io::Error::last_os_error()) } else { Ok(length as usize) }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::{
+        io::{Read, Write},
+        net::{TcpListener, TcpStream},
+        os::fd::AsFd,
+        sync::atomic::{AtomicBool, AtomicU64, Ordering::SeqCst},
+        time::{Duration, Instant},
+    };
+
+    #[test]
+    fn an_acknowledgement_between_two_readings_makes_no_bytes_disappear() {
+        let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+        let sender = TcpStream::connect(listener.local_addr().unwrap()).unwrap();
+        let (mut receiver, _) = listener.accept().unwrap();
+        let (begun, done) = (AtomicU64::new(0), AtomicU64::new(0));
+        let over = AtomicBool::new(false);
+        let base = bytes_queued_ever(sender.as_fd()).unwrap();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let mut taken = vec![0; 1 << 16];
+                while receiver.read(&mut taken).is_ok_and(|length| length > 0) {}
+            });
+            scope.spawn(|| {
+                let piece = [0; 4096];
+                while !over.load(SeqCst) {
+                    begun.fetch_add(piece.len() as u64, SeqCst);
+                    (&sender).write_all(&piece).unwrap();
+                    done.fetch_add(piece.len() as u64, SeqCst);
+                }
+                sender.shutdown(std::net::Shutdown::Write).unwrap();
+            });
+            let until = Instant::now() + Duration::from_millis(500);
+            let mut wrong = Vec::new();
+            while Instant::now() < until {
+                let least = done.load(SeqCst);
+                let told = bytes_queued_ever(sender.as_fd()).unwrap() - base;
+                let most = begun.load(SeqCst);
+                if !(least..=most).contains(&told) {
+                    wrong.push((least, told, most));
+                }
+            }
+            over.store(true, SeqCst);
+            assert!(wrong.is_empty(), "{} readings were wrong: {:?}", wrong.len(), wrong.first());
+        });
+    }
 }
