@@ -306,13 +306,19 @@ pub struct ConnectionEnd {
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// Nobody listens.
-    #[error("no agent answers on {path}: {source}; start one with 'bunter agent', or name its configuration by --config",
+    #[error("no agent answers on {path}: {error}; start one with 'bunter agent', or name its configuration by --config",
         path = path.display())]
     NoAgent {
         /// The socket.
         path: PathBuf,
         /// What connect said.
-        source: std::io::Error,
+        error: std::io::Error,
+    },
+    /// This user may not ask.
+    #[error("the agent's socket {path} is for root alone: ask as root", path = path.display())]
+    NotRoot {
+        /// The socket.
+        path: PathBuf,
     },
     /// The answer is not valid.
     #[error("the agent on {path} gave no valid answer: {reason}", path = path.display())]
@@ -334,7 +340,10 @@ pub enum Error {
 
 /// Asks a running agent.
 pub fn ask<T: serde::de::DeserializeOwned>(path: &Path, request: Request) -> Result<T, Error> {
-    let no_agent = |source| Error::NoAgent { path: path.to_owned(), source };
+    let no_agent = |error: std::io::Error| match error.kind() {
+        std::io::ErrorKind::PermissionDenied => Error::NotRoot { path: path.to_owned() },
+        _ => Error::NoAgent { path: path.to_owned(), error },
+    };
     let bad = |reason: String| Error::BadAnswer { path: path.to_owned(), reason };
     let mut stream = UnixStream::connect(path).map_err(no_agent)?;
     stream.set_read_timeout(Some(PATIENCE)).map_err(no_agent)?;

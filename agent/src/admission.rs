@@ -60,9 +60,9 @@ impl fmt::Display for Holder {
 /// The places of an agent.
 #[derive(Debug)]
 pub struct Admission {
-    outbound: Arc<Places>,
-    inbound: Arc<Places>,
-    unproven: Arc<Places>,
+    outbound: Arc<ConnectionSlots>,
+    inbound: Arc<ConnectionSlots>,
+    unproven: Arc<ConnectionSlots>,
 }
 
 /// How many places of each kind are taken.
@@ -87,7 +87,7 @@ enum Kind {
 impl Admission {
     /// With so many places each way, and as many for peers that have not proved who they are.
     pub fn new(connections: usize) -> Self {
-        let places = |kind, all| Arc::new(Places { kind, all, held: Mutex::default() });
+        let places = |kind, all| Arc::new(ConnectionSlots { kind, all, held: Mutex::default() });
         Self {
             outbound: places(Kind::Outbound, connections),
             inbound: places(Kind::Inbound, connections),
@@ -96,29 +96,29 @@ impl Admission {
     }
 
     /// A place for a connection of a local user's program.
-    pub fn outbound(&self, uid: u32) -> Result<Place, Full> {
+    pub fn outbound(&self, uid: u32) -> Result<ConnectionSlot, Full> {
         self.outbound.take([Holder::User(uid)].into())
     }
 
     /// A place for a connection of a peer that proved its identity.
-    pub fn inbound(&self, who: SpiffeId) -> Result<Place, Full> {
+    pub fn inbound(&self, who: SpiffeId) -> Result<ConnectionSlot, Full> {
         self.inbound.take([Holder::Peer(who)].into())
     }
 
     /// A place for a connection of a peer that need not prove its identity, because a permissive rule lets it in. It has
     /// the same holders as `unproven`.
-    pub fn permitted(&self, unproven: &Place) -> Result<Place, Full> {
+    pub fn permitted(&self, unproven: &ConnectionSlot) -> Result<ConnectionSlot, Full> {
         self.inbound.take(unproven.who.clone())
     }
 
     /// A place for a connection from `from`, until its peer has proved who it is.
-    pub fn unproven(&self, from: &Whence) -> Result<Place, Full> {
+    pub fn unproven(&self, from: &Whence) -> Result<ConnectionSlot, Full> {
         self.unproven.take(Holder::of_unproven(from))
     }
 
     /// How many are taken.
     pub fn taken(&self) -> Taken {
-        let taken = |places: &Places| lock(&places.held).taken;
+        let taken = |places: &ConnectionSlots| lock(&places.held).taken;
         Taken { outbound: taken(&self.outbound), inbound: taken(&self.inbound), unproven: taken(&self.unproven) }
     }
 }
@@ -164,7 +164,7 @@ impl Refusal for Full {
 
 /// Places of one kind.
 #[derive(Debug)]
-struct Places {
+struct ConnectionSlots {
     kind: Kind,
     all: usize,
     held: Mutex<Held>,
@@ -182,10 +182,10 @@ impl Held {
     }
 }
 
-impl Places {
+impl ConnectionSlots {
     /// A place for these holders. Each has to leave room for others within the one before it, as the first one has to
     /// within all places.
-    fn take(self: &Arc<Self>, who: Holders) -> Result<Place, Full> {
+    fn take(self: &Arc<Self>, who: Holders) -> Result<ConnectionSlot, Full> {
         let mut held = lock(&self.held);
         let (mut taken, mut all) = (held.taken, self.all);
         for holder in &who {
@@ -199,7 +199,7 @@ impl Places {
         for holder in &who {
             *held.by.entry(holder.clone()).or_default() += 1;
         }
-        Ok(Place { of: self.clone(), who })
+        Ok(ConnectionSlot { of: self.clone(), who })
     }
 }
 
@@ -211,19 +211,19 @@ pub(crate) fn admits(own: usize, taken: usize, all: usize) -> bool {
 
 /// A place, taken until this is dropped.
 #[derive(Debug)]
-pub struct Place {
-    of: Arc<Places>,
+pub struct ConnectionSlot {
+    of: Arc<ConnectionSlots>,
     who: Holders,
 }
 
-impl Place {
+impl ConnectionSlot {
     /// Who holds it, the widest first.
     pub fn holders(&self) -> &[Holder] {
         &self.who
     }
 }
 
-impl Drop for Place {
+impl Drop for ConnectionSlot {
     fn drop(&mut self) {
         let mut held = lock(&self.of.held);
         held.taken = held.taken.saturating_sub(1);
@@ -243,11 +243,11 @@ mod tests {
     use super::*;
     use proptest::prelude::*;
 
-    fn places(all: usize) -> Arc<Places> {
-        Arc::new(Places { kind: Kind::Outbound, all, held: Mutex::default() })
+    fn places(all: usize) -> Arc<ConnectionSlots> {
+        Arc::new(ConnectionSlots { kind: Kind::Outbound, all, held: Mutex::default() })
     }
 
-    fn fill(places: &Arc<Places>, uid: u32) -> Vec<Place> {
+    fn fill(places: &Arc<ConnectionSlots>, uid: u32) -> Vec<ConnectionSlot> {
         std::iter::from_fn(|| places.take([Holder::User(uid)].into()).ok()).collect()
     }
 
@@ -281,7 +281,7 @@ mod tests {
     fn silent_peers_take_no_place_of_those_who_proved_themselves_or_dial() {
         let admission = Admission::new(300);
         let from = |last: u8| Whence::Away([192, 0, 2, last].into());
-        let silent: Vec<Place> = (0..=255).filter_map(|last| admission.unproven(&from(last)).ok()).collect();
+        let silent: Vec<ConnectionSlot> = (0..=255).filter_map(|last| admission.unproven(&from(last)).ok()).collect();
         assert_eq!(silent.len(), 256);
         let more = fill_from(&admission, &from(1));
         // All of one network: it leaves room for others.
@@ -298,7 +298,7 @@ mod tests {
         assert!(admission.permitted(&neighbour).is_ok());
     }
 
-    fn fill_from(admission: &Admission, from: &Whence) -> Vec<Place> {
+    fn fill_from(admission: &Admission, from: &Whence) -> Vec<ConnectionSlot> {
         std::iter::from_fn(|| admission.unproven(from).ok()).collect()
     }
 
@@ -309,8 +309,9 @@ mod tests {
         assert!((200..263).contains(&flood.len()), "{}", flood.len());
         let other = admission.unproven(&Whence::Here(Some(0)));
         assert!(other.is_ok(), "{other:?}");
-        let users: Vec<Vec<Place>> = (0..50).map(|uid| fill_from(&admission, &Whence::Here(Some(uid)))).collect();
-        let held = |users: &[Vec<Place>]| users.iter().map(Vec::len).sum::<usize>();
+        let users: Vec<Vec<ConnectionSlot>> =
+            (0..50).map(|uid| fill_from(&admission, &Whence::Here(Some(uid)))).collect();
+        let held = |users: &[Vec<ConnectionSlot>]| users.iter().map(Vec::len).sum::<usize>();
         assert!(flood.len() + held(&users) < 264, "{}", held(&users));
         for network in 0..5 {
             let remote = admission.unproven(&Whence::Away([198, 51, network, 1].into()));
@@ -325,9 +326,11 @@ mod tests {
         let admission = Admission::new(300);
         let at = |site: u16, network: u16| Whence::Away([0x2001, 0xdb8, site, network, 0, 0, 0, 1].into());
         // Every /64 of a /56, then of the /48.
-        let few: Vec<Place> = (0..1000).filter_map(|number| admission.unproven(&at(1, number % 256)).ok()).collect();
+        let few: Vec<ConnectionSlot> =
+            (0..1000).filter_map(|number| admission.unproven(&at(1, number % 256)).ok()).collect();
         assert!((200..240).contains(&few.len()), "{}", few.len());
-        let more: Vec<Place> = (0..65_535).filter_map(|number| admission.unproven(&at(1, number)).ok()).collect();
+        let more: Vec<ConnectionSlot> =
+            (0..65_535).filter_map(|number| admission.unproven(&at(1, number)).ok()).collect();
         assert!(few.len() + more.len() < 264 && !more.is_empty(), "{}", more.len());
         assert!(admission.unproven(&at(2, 1)).is_ok());
         assert!(admission.unproven(&Whence::Away([198, 51, 100, 1].into())).is_ok());
@@ -337,7 +340,7 @@ mod tests {
         #[test]
         fn whoever_has_none_gets_one_while_any_is_free(all in 1_usize..200, steps in prop::collection::vec((0_u32..6, any::<bool>()), 0..600)) {
             let places = places(all);
-            let mut held: Vec<(u32, Place)> = Vec::new();
+            let mut held: Vec<(u32, ConnectionSlot)> = Vec::new();
             for (uid, takes) in steps {
                 let own = held.iter().filter(|(by, _)| *by == uid).count();
                 let free = all - held.len();

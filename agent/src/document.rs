@@ -18,7 +18,7 @@ const MAX_FILE: u64 = 16 << 20;
 
 /// Where something is written. Line 0 is the file as a whole.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Place {
+pub struct SourceLocation {
     /// Path of the file, as shown to people.
     pub file: Arc<str>,
     /// Line, from 1.
@@ -29,7 +29,7 @@ pub struct Place {
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Problem {
     /// Where.
-    pub place: Place,
+    pub place: SourceLocation,
     /// What is wrong.
     pub what: String,
     /// What to do about it.
@@ -44,7 +44,7 @@ pub struct Problems(pub Vec<Problem>);
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct At<T> {
     /// Where.
-    pub place: Place,
+    pub place: SourceLocation,
     /// What.
     pub value: T,
 }
@@ -58,7 +58,7 @@ pub struct Document<'t> {
 /// One table of a file, with the keys that it may have.
 pub struct Table<'d> {
     /// Where it begins.
-    pub place: Place,
+    pub place: SourceLocation,
     name: String,
     lines: &'d Lines,
     values: BTreeMap<&'d str, &'d Spanned<DeValue<'d>>>,
@@ -185,7 +185,7 @@ impl<'t> Document<'t> {
     pub fn root<'d>(&'d self, known: &[&'static str], problems: &mut Problems) -> Table<'d> {
         Table::new(
             self.root.get_ref(),
-            Place { line: 0, ..self.lines.place(0) },
+            SourceLocation { line: 0, ..self.lines.place(0) },
             "the file".into(),
             &self.lines,
             known,
@@ -197,7 +197,7 @@ impl<'t> Document<'t> {
 impl<'d> Table<'d> {
     fn new(
         table: &'d DeTable<'d>,
-        place: Place,
+        place: SourceLocation,
         name: String,
         lines: &'d Lines,
         known: &[&'static str],
@@ -245,7 +245,7 @@ impl<'d> Table<'d> {
     }
 
     /// Where the value of a key is written; where the table begins, if it is not there.
-    pub fn place_of(&self, key: &str) -> Place {
+    pub fn place_of(&self, key: &str) -> SourceLocation {
         self.values.get(key).map_or_else(|| self.place.clone(), |value| self.lines.place(value.span().start))
     }
 
@@ -398,7 +398,7 @@ impl<'d> Table<'d> {
 
 impl Problems {
     /// Puts one more on the list.
-    pub fn add(&mut self, place: &Place, what: impl Into<String>, instead: impl Into<String>) {
+    pub fn add(&mut self, place: &SourceLocation, what: impl Into<String>, instead: impl Into<String>) {
         self.0.push(Problem { place: place.clone(), what: what.into(), instead: instead.into() });
     }
 
@@ -480,12 +480,15 @@ impl Lines {
         Self { file: file.clone(), before, starts: std::iter::once(0).chain(after_breaks).collect() }
     }
 
-    fn place(&self, offset: usize) -> Place {
-        Place { file: self.file.clone(), line: self.before + self.starts.partition_point(|start| *start <= offset) }
+    fn place(&self, offset: usize) -> SourceLocation {
+        SourceLocation {
+            file: self.file.clone(),
+            line: self.before + self.starts.partition_point(|start| *start <= offset),
+        }
     }
 }
 
-impl fmt::Display for Place {
+impl fmt::Display for SourceLocation {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self.line {
             0 => f.write_str(&self.file),

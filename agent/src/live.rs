@@ -5,7 +5,7 @@
 
 mod places;
 
-use places::{Place, Places};
+use places::{ConnectionSlot, ConnectionSlots};
 
 use crate::audit::{End, Process, Record, Tls};
 use crate::authorize::still_allowed;
@@ -102,7 +102,7 @@ const PARTS: usize = 32;
 /// The open connections and the counts of refusals. Shards write, the control thread reads.
 #[derive(Debug, Default)]
 pub struct OpenConnections {
-    waiting: Arc<Places>,
+    waiting: Arc<ConnectionSlots>,
     open: [Mutex<HashMap<u64, Arc<Live>>>; PARTS],
     refused: Mutex<BTreeMap<&'static str, Refused>>,
     flows: AtomicU64,
@@ -115,7 +115,7 @@ impl OpenConnections {
     }
     /// Takes one of the places for connections that wait for another stream: a quarter of `all`. They are separate from the
     /// places for flows, so that a waiting connection keeps nobody out.
-    pub fn wait(&self, all: usize) -> Option<Place> {
+    pub fn wait(&self, all: usize) -> Option<ConnectionSlot> {
         self.waiting.take((all / 4).max(1)).ok()
     }
     /// Flows so far.

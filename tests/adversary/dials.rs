@@ -18,7 +18,7 @@ fn allowed(mesh: &Mesh<'_>, name: &str) -> usize {
     mesh.alpha().audit().iter().filter(mine).count()
 }
 
-/// A user connects and hands the socket to an attacker, who dials with it what the kernel turned the user to.
+/// A user connects and hands the socket to an attacker, who dials with it what the kernel redirected the user to.
 fn handed(lab: &Lab, before: &str, after: &str, family: u8) {
     let mesh = mesh!(lab, &policy(lab, &[PORT]));
     let web = web(lab, "server", "web", "opt s dual; ", &format!("[::]:{PORT}"));
@@ -163,7 +163,7 @@ fn a_connection_that_is_given_up_before_it_arrives_leaves_a_line() {
     let mesh = mesh!(lab, &policy(&lab, &[PORT]));
     let to = lab.beta.at(PORT);
     let mut user = lab.puppet(&lab.alpha, "one", USER, "user");
-    // The link that everything is turned to is down.
+    // The link that everything is redirected to is down.
     let link = |state: &str| {
         let words = ["-n", &lab.alpha.netns, "link", "set", "lo", state];
         assert!(Command::new("ip").args(words).status().unwrap().success());

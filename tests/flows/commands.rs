@@ -29,6 +29,8 @@ fn status_and_connections_say_what_is_going_on() {
         let status: Value = serde_json::from_str(&agent.command(&["status", "--json"]).unwrap().good()).unwrap();
         assert_eq!(status["connections"]["open"], 1);
         assert_eq!(status["agent"]["pid"].as_u64(), Some(u64::from(agent.pid())));
+        let log = agent.log();
+        assert!(log.contains("agent is up") && !log.contains('\u{1b}'), "colour codes in what is no terminal: {log:?}");
     }
     let status = mesh.beta().status();
     let listeners = status["listeners"].as_array().cloned().unwrap_or_default();

@@ -107,6 +107,7 @@ pub const PURE: &[&str] = &[
     "agent/src/policy",
     "agent/src/config",
     "agent/src/admission",
+    "agent/src/authorize",
     "agent/src/whence",
     "agent/src/handshake/error",
     "agent/src/handshake/secrets",
@@ -243,6 +244,18 @@ impl Modules {
         }
         let file = |index: usize| &self.0[index].file;
         edges.into_iter().map(|(from, to)| format!("{} imports {}, in a circle", file(from), file(to))).collect()
+    }
+
+    /// Imports against the order of lib.rs, however the path is written.
+    pub fn upward(&self, library: &str) -> Vec<String> {
+        let order = modules(library);
+        let place = |index: usize| {
+            let room = self.0[index].path.first()?;
+            order.iter().position(|name| name == room)
+        };
+        let edges = self.edges().into_iter().filter(|(from, to)| place(*from) < place(*to) && place(*from).is_some());
+        let file = |index: usize| &self.0[index].file;
+        edges.map(|(from, to)| format!("{} imports {}, which is listed after it", file(from), file(to))).collect()
     }
 
     /// Imports through a wall.
@@ -394,6 +407,16 @@ mod tests {
         assert!(
             circle("use super::status;\n", "\n#[cfg(test)]\nmod tests {\n    use super::super::control::X;\n}\n")
                 .is_empty()
+        );
+    }
+
+    #[test]
+    fn an_import_against_the_order_is_found_by_super_as_well() {
+        let files =
+            [("lib.rs", ""), ("lock.rs", "fn up() { super::relay::f() }\n"), ("relay.rs", "use crate::lock;\n")];
+        assert_eq!(
+            crate_of(&files).upward("mod lock;\nmod relay;\n"),
+            ["agent/src/lock.rs imports agent/src/relay.rs, which is listed after it"]
         );
     }
 

@@ -23,6 +23,35 @@ pub fn unsafe_outside(path: &str, text: &str) -> Vec<String> {
     found
 }
 
+/// Is something behind the tests that are in the file itself? It would not be read.
+pub fn behind_tests(path: &str, text: &str) -> Option<String> {
+    let clean = blanked(text);
+    let rest = &clean[blanked(without_tests(text)).len()..];
+    let open = rest.find('{')?;
+    let mut depth = 0_usize;
+    let end = rest[open..].char_indices().find_map(|(at, c)| {
+        match c {
+            '{' => depth += 1,
+            '}' => depth -= 1,
+            _ => {}
+        }
+        (depth == 0).then_some(open + at + 1)
+    })?;
+    // Further tests may follow.
+    let more = rest[end..].trim();
+    (!more.is_empty() && !more.starts_with("#[cfg(test)]")).then(|| format!("{path}: code stands behind its tests"))
+}
+
+/// Is there a test of this name?
+pub fn has_test(code: &str, name: &str) -> bool {
+    let function = format!("fn {name}(");
+    code.match_indices(&function).any(|(at, _)| {
+        let before = &code[..at];
+        let head = before.rfind(['}', ';']).map_or(before, |end| &before[end..]);
+        head.contains("#[test]") || head.contains("#[tokio::test")
+    })
+}
+
 /// What stands before the tests that are in the file itself; those in a file of their own end nothing.
 pub fn without_tests(text: &str) -> &str {
     const TESTS: &str = "\n#[cfg(test)]\nmod ";
@@ -224,6 +253,21 @@ mod tests {
         assert_eq!(without_tests("a\nb\n"), "a\nb\n");
         let more = "a\n#[cfg(test)]\nmod tests;\nb\n";
         assert_eq!(without_tests(&format!("{more}\n#[cfg(test)]\nmod more {{\n}}\n")), more);
+    }
+
+    #[test]
+    fn code_behind_tests_is_found() {
+        let tests = "fn f() {}\n\n#[cfg(test)]\nmod tests {\n    fn g() {}\n}\n";
+        assert_eq!(behind_tests("a.rs", tests), None);
+        assert_eq!(behind_tests("a.rs", "fn f() {}\n"), None);
+        assert!(behind_tests("a.rs", &format!("{tests}use crate::relay;\n")).is_some());
+    }
+
+    #[test]
+    fn a_function_is_a_test_where_it_says_so() {
+        let code = "fn plain() {}\n#[test]\nfn one() {}\n#[tokio::test(flavor = \"x\")]\nasync fn two() {}\n#[test]\n#[ignore]\nfn three() {}\n";
+        assert!(["one", "two", "three"].iter().all(|name| has_test(code, name)));
+        assert!(!has_test(code, "plain") && !has_test(code, "none"));
     }
 
     #[test]

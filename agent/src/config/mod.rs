@@ -10,7 +10,7 @@ mod reading;
 #[cfg(test)]
 mod tests;
 
-use crate::document::{self, Document, Place, Problems, Purpose};
+use crate::document::{self, Document, Problems, Purpose, SourceLocation};
 use bunter_identity::{
     refusal::{Culprit, Refusal},
     spiffe::TrustDomain,
@@ -192,7 +192,7 @@ impl Config {
         document::read(path, Purpose::InForce).map_or_else(
             |(what, instead)| {
                 let mut problems = Problems::default();
-                problems.add(&Place { file: file.as_str().into(), line: 0 }, what, instead);
+                problems.add(&SourceLocation { file: file.as_str().into(), line: 0 }, what, instead);
                 Err(InvalidConfig { problems })
             },
             |text| Self::parse(&file, &text),

@@ -2,7 +2,7 @@
 
 use super::{Audit, Config, EngineChoice, Limits, Provider, Sessions, Shards, Timeouts, Trust, WhenFull};
 use crate::{
-    document::{Place, Problems, Table, clip, nearest},
+    document::{Problems, SourceLocation, Table, clip, nearest},
     units,
 };
 use bunter_identity::spiffe::TrustDomain;
@@ -132,7 +132,7 @@ fn identity(root: &Table<'_>, problems: &mut Problems) -> Option<Provider> {
 
 fn trust(root: &Table<'_>, problems: &mut Problems) -> Vec<Trust> {
     let mut trust = Vec::new();
-    let mut seen: BTreeMap<TrustDomain, Place> = BTreeMap::new();
+    let mut seen: BTreeMap<TrustDomain, SourceLocation> = BTreeMap::new();
     for table in root.tables("trust", &["trust_domain", "bundle", "crl"], problems) {
         let name = table.required_text("trust_domain", "trust_domain = \"example.net\"", problems);
         table.require("bundle", "bundle = \"/etc/bunter/example.net.pem\"", problems);

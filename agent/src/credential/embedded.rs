@@ -136,6 +136,8 @@ struct Making {
     retry: Option<Instant>,
     /// When the last attempt failed, and why, as long as there is no new one.
     error: Option<String>,
+    /// The reason alone, once it has been logged.
+    why: Option<Arc<str>>,
 }
 
 struct Held {
@@ -187,7 +189,7 @@ impl Embedded {
             self.slots.store(Arc::default());
         }
         // What was read now may have ended earlier failures; one that goes on fails again, and is recorded again.
-        self.slots.load().values().for_each(|slot| lock(&slot.making).error = None);
+        self.slots.load().values().for_each(|slot| *lock(&slot.making) = Making::default());
         self.drop_revoked();
         self.changes.send_modify(|generation| *generation += 1);
     }
@@ -248,12 +250,17 @@ impl Embedded {
             }
             Err(error) => {
                 self.failed.fetch_add(1, Ordering::Relaxed);
+                let why: Arc<str> = error.to_string().into();
+                // Whoever dials a workload without an SVID may do so as often as they like: it is said once.
+                if making.why.as_ref() != Some(&why) {
+                    tracing::warn!(%id, %error, still_valid = old.is_some(), "no new SVID");
+                }
                 *making = Making {
                     retry: Some(Instant::now() + RETRY),
                     error: Some(format!("{}: {error}", display_time(now))),
+                    why: Some(why.clone()),
                 };
-                tracing::warn!(%id, %error, still_valid = old.is_some(), "no new SVID");
-                let (why, culprit) = (error.to_string().into(), error.culprit());
+                let culprit = error.culprit();
                 old.ok_or_else(|| ProviderError::Unavailable { id: id.clone(), why, culprit })
             }
         }

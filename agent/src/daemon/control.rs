@@ -121,7 +121,7 @@ impl Control {
         let mut rounds = Rounds::new();
         self.look_at_listeners();
         self.look_for_old_connections();
-        let mut getting_ready = Some((Instant::now() + FIRST_LOOK, self.listeners.unjudged()));
+        let mut getting_ready = Some((Instant::now() + FIRST_LOOK, None));
         match bunter_sys::forget_code() {
             Ok(bytes) => tracing::debug!(bytes, "what only the start needed is given back"),
             Err(error) => tracing::debug!(%error, "what only the start needed stays in memory"),
@@ -139,7 +139,11 @@ impl Control {
                 _ = stop(&mut terminate, &mut interrupt) => break,
             }
             self.listeners.judge(self.shared.identities.attestor(), &self.shared.policy, &self.programs);
-            getting_ready = getting_ready.filter(|(due, before)| !self.is_ready(*due, before));
+            if let Some((due, before)) = &mut getting_ready
+                && self.is_ready(*due, before)
+            {
+                getting_ready = None;
+            }
         }
         self.drain(closing, shards, &mut questions, &mut rounds, [&mut terminate, &mut interrupt]).await;
         self.tell_the_rest();
@@ -150,17 +154,22 @@ impl Control {
         Ok(())
     }
 
-    /// Tells systemd that the agent is ready once everything that listened before it started has been judged, because
-    /// connections to other listeners are refused. Returns whether systemd was told.
-    fn is_ready(&self, due: Instant, before: &HashSet<u64>) -> bool {
-        let left = self.listeners.unjudged().intersection(before).count();
-        if left > 0 && Instant::now() < due {
-            return false;
+    /// Tells systemd that the agent is ready when every socket that listened before it has been judged: until then
+    /// connections to it are refused. `before`: those sockets, once they could be listed. Says whether it was told.
+    fn is_ready(&self, due: Instant, before: &mut Option<HashSet<u64>>) -> bool {
+        let unjudged = self.listeners.unjudged();
+        if before.is_none() && !self.listeners_due {
+            *before = Some(unjudged.clone());
         }
-        if left > 0 {
+        let left = before.as_ref().map(|before| unjudged.intersection(before).count());
+        if left != Some(0) {
+            if Instant::now() < due {
+                return false;
+            }
             tracing::warn!(
                 listeners = left,
-                "ready, although connections to some listeners are refused until they are judged"
+                "ready, although connections to listeners that were there before are refused \
+                until they are judged; where no number is said, they could not be listed"
             );
         }
         ready();

@@ -106,9 +106,9 @@ impl Listeners {
         self.known.values()
     }
 
-    /// Sockets that are not judged yet, without those that a walk has looked for and not found.
+    /// The listeners that have not been judged yet. One that is gone is among them until all that listens has been listed.
     pub(super) fn unjudged(&self) -> HashSet<u64> {
-        let unjudged = self.known.iter().filter(|(_, known)| known.finding.is_none() && known.unlisted == 0);
+        let unjudged = self.known.iter().filter(|(_, known)| known.finding.is_none());
         unjudged.map(|(cookie, _)| *cookie).collect()
     }
 

@@ -313,7 +313,7 @@ impl Programs {
         for socket in diagnostics::sockets(diagnostics::CONNECTED)? {
             if ours.contains(&socket.inode)
                 || self.tables.own.get(&socket.cookie).map_err(map_error(map::OWN))?.is_some()
-                || self.is_leg(&socket)?
+                || self.is_upstream(&socket)?
             {
                 continue;
             }
@@ -391,7 +391,7 @@ impl Programs {
         }
     }
 
-    fn is_leg(&self, socket: &Socket) -> Result<bool, Error> {
+    fn is_upstream(&self, socket: &Socket) -> Result<bool, Error> {
         let upstream =
             self.tables.upstreams.get(&tuple_key(socket.remote, socket.local)).map_err(map_error(map::UPSTREAMS))?;
         Ok(upstream.is_some())

@@ -78,7 +78,7 @@ impl Network {
 }
 
 /// The rows of a policy for everybody, whatever the epoch; each list is sorted by its keys. Classes of cgroups are in
-/// [`Classes`].
+/// `install::Classes`.
 #[derive(Debug, Default)]
 pub(super) struct Rows {
     pub(super) who: u64,

@@ -90,11 +90,9 @@ impl Error {
             | Self::DialTimeout(_)
             | Self::UpstreamTimeout { .. }
             | Self::Intercept(_) => Stage::Intercept,
-            Self::Identify(_) | Self::Credential(_) | Self::NotRelayed(_) | Self::ListenerUndecided(_) => {
-                Stage::Identify
-            }
+            Self::Identify(_) | Self::NotRelayed(_) | Self::ListenerUndecided(_) => Stage::Identify,
             Self::Authorize(_) | Self::Reuse(_) | Self::BypassNotRelayed { .. } => Stage::Authorize,
-            Self::HandshakeSlot(_) | Self::Handshake(_) => Stage::Handshake,
+            Self::Credential(_) | Self::HandshakeSlot(_) | Self::Handshake(_) => Stage::Handshake,
             Self::Offload(_) => Stage::Offload,
         }
     }

@@ -4,7 +4,7 @@
 
 use super::attempt::Attempt;
 use super::{Carriage, Error, Made, Pipeline};
-use crate::admission::Place;
+use crate::admission::ConnectionSlot;
 use crate::audit::Method;
 use crate::authorize::Permit;
 use crate::flow::Flow;
@@ -36,7 +36,7 @@ impl<'a> Pipeline<'a> {
         &self,
         mut attempt: Attempt<'a>,
         permit: Permit,
-        place: &mut Place,
+        place: &mut ConnectionSlot,
     ) -> Option<Made<'a>> {
         if let Some(rule) = permit.permissive().cloned() {
             // Where the socket cannot be read, the handshake will fail on it and say why.

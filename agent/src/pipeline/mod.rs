@@ -15,7 +15,7 @@ mod reuse;
 pub use attempt::reject_stray;
 pub use error::Error;
 
-use crate::admission::{Admission, Full, Place};
+use crate::admission::{Admission, ConnectionSlot, Full};
 use crate::audit::{self, Decision};
 use crate::authorize::{self, Authorized, Permit};
 use crate::config::Config;
@@ -113,7 +113,7 @@ pub async fn serve(shared: &AgentState, site: &Site, flow: Flow) {
 }
 
 /// Makes a connection. `None`: it was refused, and is recorded.
-async fn begin<'a>(shared: &'a AgentState, site: &'a Site, flow: Flow) -> Option<(Place, Made<'a>)> {
+async fn begin<'a>(shared: &'a AgentState, site: &'a Site, flow: Flow) -> Option<(ConnectionSlot, Made<'a>)> {
     let place = |admission: &Admission, flow: &Flow| match flow.direction() {
         Direction::Outbound => admission.outbound(flow.task().map_or(u32::MAX, |task| task.uid)),
         Direction::Inbound => admission.unproven(&shared.here.whence(flow.source, flow.destination.0)),
@@ -126,8 +126,8 @@ async fn begin<'a>(shared: &'a AgentState, site: &'a Site, flow: Flow) -> Option
 fn enter(
     shared: &AgentState,
     flow: Flow,
-    place: impl FnOnce(&Admission, &Flow) -> Result<Place, Full>,
-) -> Option<(Place, Attempt<'_>, Flow)> {
+    place: impl FnOnce(&Admission, &Flow) -> Result<ConnectionSlot, Full>,
+) -> Option<(ConnectionSlot, Attempt<'_>, Flow)> {
     let attempt = Attempt::new(shared, &flow);
     shared.registry.begin();
     let place = match shared.audit.refuses() {
@@ -164,7 +164,7 @@ impl<'a> Pipeline<'a> {
     }
 
     /// Everything until bytes may move. `None`: it was refused, and is recorded.
-    async fn make(&self, attempt: Attempt<'a>, flow: Flow, place: &mut Place) -> Option<Made<'a>> {
+    async fn make(&self, attempt: Attempt<'a>, flow: Flow, place: &mut ConnectionSlot) -> Option<Made<'a>> {
         let (attempt, permit) = self.admit(attempt, flow).await?;
         match permit.parties().flow.direction() {
             Direction::Outbound => self.outbound(attempt, permit).await,

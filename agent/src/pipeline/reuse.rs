@@ -3,7 +3,7 @@
 //! *Invariant:* who listens, who may connect and who the peer is are checked for each stream as for a new connection.
 
 use super::{AgentState, Carriage, Error, Made, Pipeline, Site, attempt::reject_stray, enter};
-use crate::admission::Place;
+use crate::admission::ConnectionSlot;
 use crate::flow::{Direction, OriginalDst};
 use crate::intercept::Opening;
 use crate::relay::{HalfClosed, IdleSession};
@@ -22,7 +22,7 @@ pub(super) async fn next_stream<'a>(
     site: &'a Site,
     left: Option<HalfClosed>,
     (source, destination): (SocketAddr, OriginalDst),
-) -> Option<(Place, Made<'a>)> {
+) -> Option<(ConnectionSlot, Made<'a>)> {
     let mut idle = drained(left).await?;
     if !is_asked(shared, site, &mut idle).await {
         idle.close();

@@ -12,7 +12,7 @@ use super::{
     selector::Selector,
     table::{Region, Table},
 };
-use crate::document::{At, Place, Problems, nearest};
+use crate::document::{At, Problems, SourceLocation, nearest};
 use bunter_identity::spiffe::{SpiffeId, TrustDomain};
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
@@ -29,7 +29,7 @@ pub(super) fn check(directory: &str, sources: &[Source], accounts: &Accounts) ->
     for source in sources {
         statements.read(&source.file, &source.text, accounts, &mut problems);
     }
-    let whole = Place { file: directory.into(), line: 0 };
+    let whole = SourceLocation { file: directory.into(), line: 0 };
     let trust_domain = agreed(&statements.trust_domains, "trust_domain", &mut problems);
     if statements.trust_domains.is_empty() && problems.is_empty() {
         problems.add(&whole, "no file says trust_domain", "write trust_domain = \"example.org\" at the top of one");
@@ -70,11 +70,11 @@ fn agreed<T: Clone + PartialEq>(said: &[At<T>], key: &str, problems: &mut Proble
 
 /// Reports every item whose key was seen before.
 fn repeated<K: Ord, I>(
-    items: impl IntoIterator<Item = (K, Place, I)>,
+    items: impl IntoIterator<Item = (K, SourceLocation, I)>,
     problems: &mut Problems,
-    what: impl Fn(&I, &Place) -> (String, String),
+    what: impl Fn(&I, &SourceLocation) -> (String, String),
 ) {
-    let mut seen: BTreeMap<K, Place> = BTreeMap::new();
+    let mut seen: BTreeMap<K, SourceLocation> = BTreeMap::new();
     for (key, place, item) in items {
         match seen.get(&key) {
             Some(first) => {
@@ -184,7 +184,7 @@ fn overlapping_inbounds(rules: &[InboundRule], problems: &mut Problems) {
 
 /// Rules about the local end: no process of this host can ever have the identity of another trust domain.
 fn local_only(statements: &Statements, trust_domain: &TrustDomain, problems: &mut Problems) {
-    let mut refuse = |place: &Place, key: &str, matcher: &dyn Display| {
+    let mut refuse = |place: &SourceLocation, key: &str, matcher: &dyn Display| {
         let what = format!("`{key}` is {matcher}, and no process here can be outside trust domain {trust_domain}");
         problems.add(place, what, format!("write an ID of {}", trust_domain.id()));
     };
@@ -202,7 +202,7 @@ fn local_only(statements: &Statements, trust_domain: &TrustDomain, problems: &mu
     }
 }
 
-fn limits(statements: &Statements, whole: &Place, problems: &mut Problems) {
+fn limits(statements: &Statements, whole: &SourceLocation, problems: &mut Problems) {
     for (what, count, most) in [
         ("[[workload]] entries", statements.workloads.len(), MAX_WORKLOADS),
         ("[[destination]] entries", statements.destinations.len(), MAX_DESTINATIONS),
@@ -224,12 +224,12 @@ fn limits(statements: &Statements, whole: &Place, problems: &mut Problems) {
 struct Map {
     table: Table,
     kinds: Vec<Kind>,
-    places: Vec<Place>,
+    places: Vec<SourceLocation>,
     warnings: Problems,
 }
 
 impl Map {
-    fn add(&mut self, region: Region, kind: Kind, place: &Place) {
+    fn add(&mut self, region: Region, kind: Kind, place: &SourceLocation) {
         if self.table.add(region) == self.kinds.len() {
             self.kinds.push(kind);
             self.places.push(place.clone());
@@ -244,7 +244,7 @@ impl Map {
     }
 
     fn place(&self, index: usize) -> String {
-        self.places.get(index).map(Place::to_string).unwrap_or_default()
+        self.places.get(index).map(SourceLocation::to_string).unwrap_or_default()
     }
 
     fn region(&self, index: usize) -> Option<Region> {
@@ -372,7 +372,7 @@ fn build(
     map: Map,
     trust_domain: TrustDomain,
     preexisting: Preexisting,
-    whole: &Place,
+    whole: &SourceLocation,
 ) -> Result<Policy, Problems> {
     let mut warnings = map.warnings;
     let ids: Vec<_> = statements.workloads.iter().map(|entry| entry.id.clone()).collect();

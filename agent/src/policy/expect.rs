@@ -6,14 +6,14 @@ use super::{
     Inbound, Kind, Outbound, Policy,
     language::{Client, Decision, Expectation, Server},
 };
-use crate::document::Place;
+use crate::document::SourceLocation;
 use std::{collections::BTreeSet, sync::Arc};
 
 /// What became of one `[[expect]]` case.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ExpectResult {
     /// Where the case is written.
-    pub place: Place,
+    pub place: SourceLocation,
     /// The question: `spiffe://example.org/curl to 10.0.0.2:80`.
     pub case: String,
     /// The answer that is written: `allow by curl-to-web`.

@@ -10,7 +10,7 @@ use super::{
     table::Region,
 };
 use crate::{
-    document::{At, Document, Place, Problems, Table, TextOrTable, clip, nearest, parts},
+    document::{At, Document, Problems, SourceLocation, Table, TextOrTable, clip, nearest, parts},
     units,
 };
 use bunter_identity::spiffe::{Pattern, SpiffeId, TrustDomain};
@@ -32,19 +32,19 @@ pub(super) struct Statements {
 }
 
 pub(super) struct WorkloadEntry {
-    pub place: Place,
+    pub place: SourceLocation,
     pub id: SpiffeId,
     pub selectors: Vec<At<Selector>>,
 }
 
 pub(super) struct DestinationEntry {
-    pub place: Place,
+    pub place: SourceLocation,
     pub region: Region,
     pub id: SpiffeId,
 }
 
 pub(super) struct AllowRule {
-    pub place: Place,
+    pub place: SourceLocation,
     pub name: Arc<str>,
     pub from: Matcher,
     pub to: Matcher,
@@ -53,7 +53,7 @@ pub(super) struct AllowRule {
 }
 
 pub(super) struct InboundRule {
-    pub place: Place,
+    pub place: SourceLocation,
     pub name: Arc<str>,
     pub id: SpiffeId,
     pub listen: Vec<At<SocketAddr>>,
@@ -63,7 +63,7 @@ pub(super) struct InboundRule {
 
 /// A `[[bypass]]` or a `[[udp]]`.
 pub(super) struct PlainRule {
-    pub place: Place,
+    pub place: SourceLocation,
     pub name: Arc<str>,
     pub from: Matcher,
     pub region: Region,
@@ -72,7 +72,7 @@ pub(super) struct PlainRule {
 /// An `[[expect]]` case.
 #[derive(Debug)]
 pub(super) struct Expectation {
-    pub place: Place,
+    pub place: SourceLocation,
     pub from: Client,
     pub to: Server,
     pub udp: bool,

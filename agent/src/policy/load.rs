@@ -6,7 +6,7 @@
 //! can write to is refused.
 
 use super::{Accounts, Policy, Rejected, Source, check, language};
-use crate::document::{self, Place, Problems, Purpose};
+use crate::document::{self, Problems, Purpose, SourceLocation};
 use std::path::Path;
 
 /// Most files of one directory.
@@ -28,7 +28,7 @@ pub(super) fn load(directory: &Path, accounts: &Accounts, purpose: Purpose) -> R
 }
 
 fn read(directory: &Path, shown: &str, purpose: Purpose, problems: &mut Problems) -> Vec<Source> {
-    let whole = Place { file: shown.into(), line: 0 };
+    let whole = SourceLocation { file: shown.into(), line: 0 };
     let names = match names(directory, problems) {
         Ok(names) => names,
         Err(error) => {
@@ -59,7 +59,7 @@ fn read(directory: &Path, shown: &str, purpose: Purpose, problems: &mut Problems
     let mut sources = Vec::with_capacity(names.len());
     for name in names {
         let path = directory.join(&name);
-        let place = Place { file: path.display().to_string().into(), line: 0 };
+        let place = SourceLocation { file: path.display().to_string().into(), line: 0 };
         match document::read(&path, purpose) {
             Ok(text) => sources.push(Source { file: place.file, text }),
             Err((what, instead)) => problems.add(&place, what, instead),
@@ -82,7 +82,7 @@ fn names(directory: &Path, problems: &mut Problems) -> std::io::Result<Vec<Strin
         if name.ends_with(".toml") {
             names.push(name);
         } else if name.trim_end().to_lowercase().ends_with(".toml") {
-            let place = Place { file: directory.join(&name).display().to_string().into(), line: 0 };
+            let place = SourceLocation { file: directory.join(&name).display().to_string().into(), line: 0 };
             let instead = "let its name end in exactly .toml, or in something else altogether";
             problems.add(&place, format!("`{}` is almost the name of a policy file", name.escape_debug()), instead);
         }

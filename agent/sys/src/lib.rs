@@ -85,8 +85,8 @@ fn code(line: &str, program: &std::path::Path) -> Option<(usize, usize)> {
     (start < end).then_some((start, end))
 }
 
-pub mod crypto_info;
 pub mod tls;
+pub mod crypto_info;
 
 pub mod mounts;
 

@@ -1,4 +1,4 @@
-//! Listening sockets: who owns one, what protects it, and the agent's last leg to it.
+//! Listening sockets: who owns one, what protects it, and the agent's upstream connection to it.
 
 use crate::world::{WORKLOAD, World, world};
 use bunter::flow::{Direction, OriginalDst};
@@ -104,7 +104,7 @@ fn first_bytes_arrive_with_the_connection_and_without_them_it_comes_a_little_lat
 }
 
 #[test]
-fn nobody_imitates_the_agents_last_leg() {
+fn nobody_imitates_the_agents_upstream_connection() {
     let mut world = world!();
     let facts = world.enrol();
     world.install(facts);

@@ -117,8 +117,12 @@ impl Content {
             (Self::Key, "RSA PRIVATE KEY") => "take an ECDSA P-256 key",
             (_, "TRUSTED CERTIFICATE") => "write it with openssl x509 -in FILE, without -trustout",
             (_, "PKCS7" | "CMS") => "write what is in it with openssl pkcs7 -in FILE -print_certs",
-            (Self::Certificates, "X509 CRL") => "put revocation lists into the file that the key crl names",
-            (Self::Lists, "CERTIFICATE") => "put certificates into the file that the key bundle names",
+            (Self::Certificates, "X509 CRL") => {
+                "put revocation lists into a file of their own: crl.pem beside an authority, or what `crl` names in [[trust]]"
+            }
+            (Self::Lists, "CERTIFICATE") => {
+                "put certificates into a file of their own: ca.pem of an authority, or what `bundle` names in [[trust]]"
+            }
             (Self::Certificates | Self::Lists, key) if key.ends_with("PRIVATE KEY") => {
                 "take the private key out, and see who could read it"
             }

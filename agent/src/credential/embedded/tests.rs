@@ -153,6 +153,24 @@ async fn with_an_expired_authority_there_is_no_credential_but_a_reason() {
 }
 
 #[tokio::test]
+async fn a_reload_that_may_have_mended_a_fault_takes_it_from_the_status() {
+    let bench = Bench::new();
+    bench.at(i64::try_from(ca::DEFAULT_LIFE.as_secs()).unwrap() + 1);
+    let prepared = {
+        bench.at(0);
+        bench.provider.prepare(bench.settings.clone()).unwrap()
+    };
+    bench.at(i64::try_from(ca::DEFAULT_LIFE.as_secs()).unwrap() + 1);
+    bench.provider.obtain(&workload(1)).await.unwrap_err();
+    assert_eq!(bench.provider.status().failing.len(), 1);
+    bench.provider.commit(prepared);
+    assert!(bench.provider.status().failing.is_empty(), "it is not known to fail any more");
+    // What the reload has not mended fails again, and says so.
+    bench.provider.obtain(&workload(1)).await.unwrap_err();
+    assert_eq!(bench.provider.status().failing.len(), 1);
+}
+
+#[tokio::test]
 async fn a_clock_that_jumps_back_gets_a_credential_that_is_valid_then() {
     let bench = Bench::new();
     bench.at(7200);

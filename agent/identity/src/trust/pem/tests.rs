@@ -207,7 +207,7 @@ fn base64_is_read_strictly_and_holds_one_structure() {
 fn what_does_not_belong_in_a_file_is_named_with_what_to_do() {
     let of = |label: &str| files::pem(label, &der(1, 40)).to_string();
     for (content, label, words) in [
-        (Content::Certificates, "X509 CRL", "the file that the key crl names"),
+        (Content::Certificates, "X509 CRL", "crl.pem beside an authority"),
         (Content::Certificates, "PRIVATE KEY", "take the private key out"),
         (Content::Certificates, "ENCRYPTED PRIVATE KEY", "take the private key out"),
         (Content::Certificates, "TRUSTED CERTIFICATE", "without -trustout"),
@@ -215,7 +215,7 @@ fn what_does_not_belong_in_a_file_is_named_with_what_to_do() {
         (Content::Certificates, "CERTIFICATE REQUEST", "-----BEGIN CERTIFICATE-----"),
         (Content::Certificates, "PKCS7", "-print_certs"),
         (Content::Lists, "CRL", "-----BEGIN X509 CRL-----"),
-        (Content::Lists, "CERTIFICATE", "the file that the key bundle names"),
+        (Content::Lists, "CERTIFICATE", "ca.pem of an authority"),
         (Content::Lists, "EC PRIVATE KEY", "take the private key out"),
         (Content::Key, "ENCRYPTED PRIVATE KEY", "openssl pkey"),
         (Content::Key, "RSA PRIVATE KEY", "ECDSA P-256"),
