@@ -5,7 +5,7 @@
 //!
 //! *Invariant:* pure; no file is read here.
 
-use crate::source::{blanked, without_tests};
+use crate::source::{blanked, names_word, without_tests};
 use std::collections::BTreeSet;
 
 /// What a module of a crate imports from below itself in the reading order of lib.rs. `folder` has the crate's sources, among
@@ -55,32 +55,12 @@ fn imports(text: &str) -> Vec<(usize, String)> {
         let line = clean[..at].matches('\n').count() + 1;
         let rest = &clean[at + "crate::".len()..];
         if let Some(group) = rest.strip_prefix('{') {
-            found.extend(heads(group).into_iter().map(|name| (line, name)));
+            found.extend(members(group).into_iter().map(|member| (line, word(member.trim()).to_owned())));
         } else {
             found.push((line, word(rest).to_owned()));
         }
     }
     found
-}
-
-/// The first words of the members of a group, up to its closing brace.
-fn heads(group: &str) -> Vec<String> {
-    let mut names = Vec::new();
-    let mut depth = 0;
-    let mut member = String::new();
-    for c in group.chars() {
-        match c {
-            '{' => depth += 1,
-            '}' if depth == 0 => break,
-            '}' => depth -= 1,
-            ',' if depth == 0 => names.push(word(std::mem::take(&mut member).trim()).to_owned()),
-            _ if depth == 0 => member.push(c),
-            _ => {}
-        }
-    }
-    names.push(word(member.trim()).to_owned());
-    names.retain(|name| !name.is_empty());
-    names
 }
 
 fn word(text: &str) -> &str {
@@ -132,9 +112,8 @@ pub fn runtime_in_pure(path: &str, text: &str) -> Vec<String> {
     }
     let clean = blanked(without_tests(text));
     let lines = clean.lines().enumerate();
-    let names = |line: &str| line.split(|c: char| !c.is_alphanumeric() && c != '_').any(|word| word == "tokio");
     lines
-        .filter(|(_, line)| names(line))
+        .filter(|(_, line)| names_word(line, "tokio"))
         .map(|(at, _)| format!("{path}:{}: names tokio, and is pure", at + 1))
         .collect()
 }
@@ -158,8 +137,11 @@ struct Use {
     name: String,
 }
 
-/// The modules of one crate, read.
-pub struct Modules(Vec<Module>);
+/// The modules of one crate, read, and which imports which.
+pub struct Modules {
+    all: Vec<Module>,
+    edges: BTreeSet<(usize, usize)>,
+}
 
 impl Modules {
     /// `files`: path from the root, and text. Those of the binary are a crate of their own.
@@ -175,11 +157,13 @@ impl Modules {
             let (uses, text) = split_uses(&blanked(without_tests(text)));
             Some(Module { path, file: file.clone(), text, uses })
         });
-        Self(modules.collect())
+        let mut modules = Self { all: modules.collect(), edges: BTreeSet::new() };
+        modules.edges = modules.find_edges();
+        modules
     }
 
     fn at(&self, path: &[String]) -> Option<usize> {
-        self.0.iter().position(|module| module.path == path)
+        self.all.iter().position(|module| module.path == path)
     }
 
     /// A path as it is written in this module, from the root of the crate; none where it leads out of the crate.
@@ -209,20 +193,20 @@ impl Modules {
         let length = (0..=path.len()).rev().find(|length| self.at(&path[..*length]).is_some())?;
         let found = self.at(&path[..length])?;
         let Some(name) = path.get(length).filter(|_| depth < 8) else { return Some(found) };
-        let module = &self.0[found];
+        let module = &self.all[found];
         let on = module.uses.iter().find(|used| used.name == *name);
         let on = on.and_then(|used| self.absolute(&module.path, &used.path));
         on.and_then(|on| self.definer(&[&on[..], &path[length + 1..]].concat(), depth + 1)).or(Some(found))
     }
 
     /// What each module imports of others. That a module has others within it is no import.
-    fn edges(&self) -> BTreeSet<(usize, usize)> {
+    fn find_edges(&self) -> BTreeSet<(usize, usize)> {
         let mut edges = BTreeSet::new();
-        for (index, module) in self.0.iter().enumerate() {
+        for (index, module) in self.all.iter().enumerate() {
             let written = paths(&module.text);
             for path in module.uses.iter().map(|used| &used.path).chain(&written) {
                 let found = self.absolute(&module.path, path).and_then(|path| self.definer(&path, 0));
-                if let Some(other) = found.filter(|other| !self.0[*other].path.starts_with(&module.path)) {
+                if let Some(other) = found.filter(|other| !self.all[*other].path.starts_with(&module.path)) {
                     edges.insert((index, other));
                 }
             }
@@ -232,7 +216,7 @@ impl Modules {
 
     /// Files that import each other in a circle, and what of them imports what.
     pub fn circles(&self) -> Vec<String> {
-        let mut edges = self.edges();
+        let mut edges = self.edges.clone();
         loop {
             let imports: BTreeSet<usize> = edges.iter().map(|(from, _)| *from).collect();
             let imported: BTreeSet<usize> = edges.iter().map(|(_, to)| *to).collect();
@@ -242,7 +226,7 @@ impl Modules {
                 break;
             }
         }
-        let file = |index: usize| &self.0[index].file;
+        let file = |index: usize| &self.all[index].file;
         edges.into_iter().map(|(from, to)| format!("{} imports {}, in a circle", file(from), file(to))).collect()
     }
 
@@ -250,20 +234,20 @@ impl Modules {
     pub fn upward(&self, library: &str) -> Vec<String> {
         let order = modules(library);
         let place = |index: usize| {
-            let room = self.0[index].path.first()?;
+            let room = self.all[index].path.first()?;
             order.iter().position(|name| name == room)
         };
-        let edges = self.edges().into_iter().filter(|(from, to)| place(*from) < place(*to) && place(*from).is_some());
-        let file = |index: usize| &self.0[index].file;
-        edges.map(|(from, to)| format!("{} imports {}, which is listed after it", file(from), file(to))).collect()
+        let edges = self.edges.iter().filter(|(from, to)| place(*from) < place(*to) && place(*from).is_some());
+        let file = |index: usize| &self.all[index].file;
+        edges.map(|(from, to)| format!("{} imports {}, which is listed after it", file(*from), file(*to))).collect()
     }
 
     /// Imports through a wall.
     pub fn breaches(&self, walls: &[(&str, &str)]) -> Vec<String> {
-        let room = |index: usize| self.0[index].path.first().map_or("", String::as_str);
-        let edges = self.edges().into_iter().filter(|(from, to)| walls.contains(&(room(*from), room(*to))));
+        let room = |index: usize| self.all[index].path.first().map_or("", String::as_str);
+        let edges = self.edges.iter().filter(|(from, to)| walls.contains(&(room(*from), room(*to))));
         edges
-            .map(|(from, to)| format!("{} imports of {}, from which a wall parts it", self.0[from].file, room(to)))
+            .map(|(from, to)| format!("{} imports of {}, from which a wall parts it", self.all[*from].file, room(*to)))
             .collect()
     }
 }

@@ -134,10 +134,8 @@ struct Slot {
 struct Making {
     /// When to try again after a failure.
     retry: Option<Instant>,
-    /// When the last attempt failed, and why, as long as there is no new one.
-    error: Option<String>,
-    /// The reason alone, once it has been logged.
-    why: Option<Arc<str>>,
+    /// When the last attempt failed, and why, as long as there is no new credential.
+    failed: Option<(SystemTime, Arc<str>)>,
 }
 
 struct Held {
@@ -252,14 +250,10 @@ impl Embedded {
                 self.failed.fetch_add(1, Ordering::Relaxed);
                 let why: Arc<str> = error.to_string().into();
                 // Whoever dials a workload without an SVID may do so as often as they like: it is said once.
-                if making.why.as_ref() != Some(&why) {
+                if making.failed.as_ref().is_none_or(|(_, before)| *before != why) {
                     tracing::warn!(%id, %error, still_valid = old.is_some(), "no new SVID");
                 }
-                *making = Making {
-                    retry: Some(Instant::now() + RETRY),
-                    error: Some(format!("{}: {error}", display_time(now))),
-                    why: Some(why.clone()),
-                };
+                *making = Making { retry: Some(Instant::now() + RETRY), failed: Some((now, why.clone())) };
                 let culprit = error.culprit();
                 old.ok_or_else(|| ProviderError::Unavailable { id: id.clone(), why, culprit })
             }
@@ -470,7 +464,8 @@ fn fault_of((number, id): &Key, slot: &Slot, now: SystemTime) -> Option<FailingS
     if slot.held.load().as_ref().is_some_and(|held| held.is_fresh(now)) {
         return None;
     }
-    let error = lock(&slot.making).error.clone()?;
+    let (when, why) = lock(&slot.making).failed.clone()?;
+    let error = format!("{}: {why}", display_time(when));
     Some(FailingStatus { workload: *number, id: id.to_string(), error })
 }
 
